@@ -1,0 +1,1 @@
+"""Where things are kept. Imports nothing of flows or tasks."""

@@ -1,0 +1,170 @@
+"""Digests, atomic writes, locks, and the two pointers that stages hand to each other.
+
+A pointer is a few bytes of JSON that names an immutable thing on disk by its digest. Stages take pointers
+and return pointers; the rows and the weights themselves never travel through Prefect.
+
+Knows nothing of tables, DuckDB or models.
+
+    >>> digest_of({"b": 1, "a": [1, 2]}) == digest_of({"a": [1, 2], "b": 1})
+    True
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+DIGEST_LENGTH = 32  # hex characters: 128 bits, far beyond any pool's birthday bound
+
+
+class StorageError(Exception):
+    """Something kept on disk is missing, damaged or cannot be read."""
+
+
+def home() -> Path:
+    """The folder that holds everything: `$LION_HOME`, by default `./.lion`."""
+    return Path(os.environ.get("LION_HOME") or ".lion").resolve()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text.
+
+    Raises:
+        TypeError: the value holds something JSON cannot say (a set, a path, an object).
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """Digest of a JSON-like value, independent of key order."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def digest_of_file(path: Path) -> str:
+    """Digest of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file or nothing: temporary file beside it, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out the team that shares a home
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock `name` of this home. The kernel lets go of it when its holder dies, however it dies."""
+    path = home() / "locks" / f"{name.replace('/', '-')}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Pointer(BaseModel):
+    """Names an immutable thing under the home by its digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+
+    @property
+    def path(self) -> Path:
+        """Where the thing is on this machine."""
+        raise NotImplementedError
+
+    def verify(self) -> None:
+        """Check that the thing is whole.
+
+        Raises:
+            StorageError: it is missing, or it is not what was written.
+        """
+        raise NotImplementedError
+
+
+class Snapshot(Pointer):
+    """A table at one moment: `objects/<table>/<digest>.parquet`, the digest being that of the file's bytes."""
+
+    table: str
+    rows: int
+
+    _verified: ClassVar[dict[tuple[Path, int, int], str]] = {}  # (path, size, mtime) -> digest
+
+    @property
+    def path(self) -> Path:
+        return home() / "objects" / self.table / f"{self.digest}.parquet"
+
+    def verify(self) -> None:
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            raise StorageError(f"{self.table} snapshot {self.digest} is missing: {self.path}") from None
+        seen = (self.path, stat.st_size, stat.st_mtime_ns)
+        if seen not in self._verified:
+            self._verified[seen] = digest_of_file(self.path)
+        if self._verified[seen] != self.digest:
+            raise StorageError(f"{self.table} snapshot {self.digest} is damaged: {self.path}")
+
+
+class Checkpoint(Pointer):
+    """A model: `checkpoints/<digest of the job that made it>/`, complete once `result.json` is there.
+
+    `content` is the digest of the weights. It is what `verify` checks; cache keys use `digest`, so that
+    weights made again by the same job do not make anything after them run again.
+    """
+
+    content: str
+
+    _verified: ClassVar[dict[tuple[Path, int, int], str]] = {}
+
+    @property
+    def path(self) -> Path:
+        return home() / "checkpoints" / self.digest
+
+    def verify(self) -> None:
+        raise_if_incomplete(self.path)
+        if digest_of_weights(self.path) != self.content:
+            raise StorageError(f"checkpoint {self.digest} is damaged: {self.path}")
+
+
+def raise_if_incomplete(directory: Path) -> None:
+    """Raise StorageError unless the job of this directory finished."""
+    if not (directory / "result.json").is_file():
+        raise StorageError(f"{directory.parent.name} {directory.name} is missing or incomplete: {directory}")
+
+
+_weights: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> digest, so that a process hashes a file once
+
+
+def digest_of_weights(directory: Path) -> str:
+    """Digest of the files a model is loaded from: weights, config, tokenizer."""
+    parts = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"} and path.name not in {
+            "result.json",
+            "job.json",
+        }:
+            stat = path.stat()
+            seen = (str(path), stat.st_size, stat.st_mtime_ns)
+            if seen not in _weights:
+                _weights[seen] = digest_of_file(path)
+            parts[path.name] = _weights[seen]
+    return digest_of(parts)

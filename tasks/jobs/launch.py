@@ -1,0 +1,138 @@
+"""Starts a program of `tasks.jobs` in a process of its own and waits for it.
+
+A job is a folder: `job.json` says what to do, `log.txt` keeps all that the program printed, `result.json` is
+written last by the program and means *complete*. A folder that is complete is not run again; one that is not
+is run again, and the program finds in it what it had already made.
+
+Imports no torch: the orchestrating process starts this.
+"""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from storage.files import write_atomic
+
+PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
+NOTABLE = re.compile(r"error|warning|\bnan\b|out of memory", re.IGNORECASE)
+TAIL_LINES = 15
+GRACE_SECONDS = 5
+
+
+class JobError(Exception):
+    """A job ended without a result. Carries its exit code and its last lines; picklable, as Prefect needs."""
+
+    def __init__(self, module: str, directory: str, returncode: int, tail: str):
+        self.module, self.directory, self.returncode, self.tail = module, directory, returncode, tail
+        super().__init__(module, directory, returncode, tail)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.module} ended with exit code {self.returncode} and no result.\n"
+            f"Whole log: {Path(self.directory) / 'log.txt'}. Its last lines:\n{self.tail}"
+        )
+
+
+def run_job(
+    module: str,
+    job: dict[str, Any],
+    directory: Path,
+    *,
+    launcher: Sequence[str] = (sys.executable,),
+    environment: dict[str, str] | None = None,
+    on_progress: Callable[[dict[str, Any]], None] = lambda figures: None,
+    on_notable_line: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run `<launcher> -m <module> <directory>/job.json` to its end and return its `result.json`.
+
+    Args:
+        module: a program of tasks.jobs, as `python -m` takes it.
+        job: what `job.json` says; JSON-like.
+        directory: the job's folder, named by what the job is made from. Made if missing.
+        launcher: what starts it: python itself, torchrun, deepspeed.
+        on_progress: called with each progress report of the program.
+        on_notable_line: called with each line that speaks of an error, a warning, NaN or memory.
+
+    Raises:
+        JobError: the program ended without a result.
+    """
+    result = directory / "result.json"
+    if not result.exists():
+        write_atomic(directory / "job.json", json.dumps(job, indent=2, ensure_ascii=False))
+        command = [*launcher, "-m", module, str(directory / "job.json")]
+        returncode, tail = _run(command, directory / "log.txt", environment or {}, on_progress, on_notable_line)
+        if returncode != 0 or not result.exists():
+            raise JobError(module, str(directory), returncode, tail)
+    return json.loads(result.read_text())
+
+
+def report_progress(done: int, total: int, **figures: Any) -> None:
+    """For the program: tell the parent how far it is."""
+    print(PROGRESS + json.dumps({"done": done, "total": total, **figures}), flush=True)
+
+
+def finish(directory: Path, result: dict[str, Any]) -> None:
+    """For the program: write its result, which makes the job complete."""
+    write_atomic(directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def _run(
+    command: list[str],
+    log: Path,
+    environment: dict[str, str],
+    on_progress: Callable[[dict[str, Any]], None],
+    on_notable_line: Callable[[str], None],
+) -> tuple[int, str]:
+    """Exit code and last lines of a command whose output goes to `log`."""
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", **environment},
+        preexec_fn=_die_with_parent,
+    )
+    try:
+        assert child.stdout is not None
+        with log.open("a") as file:
+            for line in child.stdout:
+                if line.startswith(PROGRESS):
+                    on_progress(json.loads(line.removeprefix(PROGRESS)))
+                    continue
+                file.write(line)
+                tail.append(line.rstrip())
+                if NOTABLE.search(line):
+                    on_notable_line(line.rstrip())
+        return child.wait(), "\n".join(tail)
+    finally:
+        _stop(child)
+
+
+def _stop(child: "subprocess.Popen[str]") -> None:
+    """Terminate the child if it still runs, then kill it. A launcher passes the signal on to its ranks."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+_libc = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """In the child: be terminated when the parent dies, even by `kill -9`, so that no orphan holds the GPU."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

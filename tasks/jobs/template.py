@@ -1,0 +1,70 @@
+"""The one prompt format: how an instruction becomes a prompt, in training and in inference alike.
+
+A model with a chat template of its own is spoken to in that; a base model in the `### Instruction:` format of
+Alpaca and Lion. Training text is the prompt and the answer in one string, tokenised apart at one fixed seam, so
+that the prompt that inference sends is by construction a prefix of what training showed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+Messages = list[dict[str, str]]
+
+# Alpaca's roles for a base model without a chat template. Ours to word; the headings are the published ones.
+BASE_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
+    "{% elif m['role'] == 'user' %}### Instruction:\n{{ m['content'] }}\n\n"
+    "{% else %}### Response:\n{{ m['content'] }}{{ eos_token }}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training row: token ids of prompt and answer, and where the answer begins."""
+
+    input_ids: list[int]
+    prompt_length: int  # labels are -100 before it
+    cut: bool  # the answer did not fit into max_length
+
+
+def ensure_chat_template(tokenizer: Any) -> None:
+    """Give a tokenizer without a chat template the `### Instruction:` one."""
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = BASE_TEMPLATE
+
+
+def render_prompt(tokenizer: Any, messages: Messages) -> str:
+    """The text that a model continues with its answer."""
+    ensure_chat_template(tokenizer)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+    """Token ids of the prompt. Inference sends these; `encode_example` begins with these."""
+    return tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False)["input_ids"]
+
+
+def encode_example(tokenizer: Any, messages: Messages, answer: str, *, whole: bool, max_length: int) -> Example:
+    """Token ids of prompt, answer and end of turn.
+
+    An answer too long for `max_length` is cut before its end of turn, which stays in the loss. An answer that
+    the teacher itself never ended (`whole=False`) gets no end of turn: nothing is known of where it ends.
+    """
+    prompt = encode_prompt(tokenizer, messages)
+    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    end = [end_of_turn(tokenizer)] if whole else []
+    room = max(max_length - len(prompt) - len(end), 0)
+    return Example([*prompt, *tokens[:room], *end], len(prompt), cut=len(tokens) > room)
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The token that closes an answer in the chat template; eos where the template has none of its own."""
+    closed = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False
+    )
+    tail = tokenizer(closed[closed.rindex("b") + 1 :], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    return next((token for token in tail if token in special), tokenizer.eos_token_id)

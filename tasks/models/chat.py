@@ -1,0 +1,74 @@
+"""What one says to a model and what it says back: `Request`, `Sampling`, `Reply`.
+
+Every model, a local checkpoint or an endpoint far away, takes requests and gives replies of these types.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Status(StrEnum):
+    """What became of one request. Only `ok` is a whole answer."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"  # cut at max_tokens
+    FILTERED = "filtered"  # withheld by a content filter
+    REFUSED = "refused"  # the model declined, and said so in the protocol
+    EMPTY = "empty"  # nothing but white space
+    FAILED = "failed"  # no answer within the deadline
+
+
+class Sampling(BaseModel):
+    """How a model draws its tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(0.7, ge=0, le=2, description="0 is greedy. The paper samples answers at 0.7.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: the share of probability kept.")
+    max_tokens: int = Field(1024, ge=1, le=32768, description="New tokens at most; a longer answer is cut and marked.")
+    stop: tuple[str, ...] = Field((), max_length=4, description="Texts that end an answer and are left out of it.")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing asked of a model: a conversation, or for a local model a plain text to continue.
+
+    `id` is unique within a call and says which row the reply belongs to. `draw` asks for another sample of
+    the same request: draw 0 and draw 1 are two answers, draw 0 twice is one.
+    """
+
+    id: str
+    messages: tuple[dict[str, str], ...] = ()  # [{"role": "user", "content": "..."}]
+    prompt: str | None = None  # continued as it stands, without a chat template
+    draw: int = 0
+    response_schema: dict[str, Any] | None = None  # a JSON schema the answer should follow, where supported
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A model's answer to the request of the same `id`. `text` is null where there is no answer."""
+
+    id: str
+    status: Status
+    text: str | None
+    finish_reason: str | None = None
+    model: str = ""  # as the endpoint names it, or the checkpoint's digest
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str | None = None
+
+
+OnProgress = Callable[[int, int, dict[str, Any]], None]  # done, total, figures worth showing ({"tokens/s": 310})
+
+
+def status_of(text: str | None, finish_reason: str | None) -> Status:
+    """The status of an answer that arrived."""
+    if finish_reason == "content_filter":
+        return Status.FILTERED
+    if not (text or "").strip():
+        return Status.EMPTY
+    return Status.TRUNCATED if finish_reason == "length" else Status.OK
