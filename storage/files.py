@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -42,15 +42,27 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def digest_of_bytes(data: bytes) -> str:
+    """Digest of bytes, as hex."""
+    return hashlib.sha256(data).hexdigest()[:DIGEST_LENGTH]
+
+
 def digest_of(value: Any) -> str:
     """Digest of a JSON-like value, independent of key order."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:DIGEST_LENGTH]
+    return digest_of_bytes(canonical_json(value).encode())
+
+
+_digests: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> digest: a process hashes a file once
 
 
 def digest_of_file(path: Path) -> str:
-    """Digest of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]
+    """Digest of a file's bytes, read in pieces; remembered as long as size and time stay the same."""
+    stat = path.stat()
+    seen = (str(path), stat.st_size, stat.st_mtime_ns)
+    if seen not in _digests:
+        with path.open("rb") as file:
+            _digests[seen] = hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]
+    return _digests[seen]
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -106,65 +118,41 @@ class Snapshot(Pointer):
     table: str
     rows: int
 
-    _verified: ClassVar[dict[tuple[Path, int, int], str]] = {}  # (path, size, mtime) -> digest
-
     @property
     def path(self) -> Path:
         return home() / "objects" / self.table / f"{self.digest}.parquet"
 
     def verify(self) -> None:
-        try:
-            stat = self.path.stat()
-        except FileNotFoundError:
-            raise StorageError(f"{self.table} snapshot {self.digest} is missing: {self.path}") from None
-        seen = (self.path, stat.st_size, stat.st_mtime_ns)
-        if seen not in self._verified:
-            self._verified[seen] = digest_of_file(self.path)
-        if self._verified[seen] != self.digest:
+        if not self.path.is_file():
+            raise StorageError(f"{self.table} snapshot {self.digest} is missing: {self.path}")
+        if digest_of_file(self.path) != self.digest:
             raise StorageError(f"{self.table} snapshot {self.digest} is damaged: {self.path}")
 
 
 class Checkpoint(Pointer):
     """A model: `checkpoints/<digest of the job that made it>/`, complete once `result.json` is there.
 
-    `content` is the digest of the weights. It is what `verify` checks; cache keys use `digest`, so that
+    `content` is the digest of the model's files. It is what `verify` checks; cache keys use `digest`, so that
     weights made again by the same job do not make anything after them run again.
     """
 
     content: str
-
-    _verified: ClassVar[dict[tuple[Path, int, int], str]] = {}
 
     @property
     def path(self) -> Path:
         return home() / "checkpoints" / self.digest
 
     def verify(self) -> None:
-        raise_if_incomplete(self.path)
-        if digest_of_weights(self.path) != self.content:
+        if not (self.path / "result.json").is_file():
+            raise StorageError(f"checkpoint {self.digest} is missing or incomplete: {self.path}")
+        if digest_of_model(self.path) != self.content:
             raise StorageError(f"checkpoint {self.digest} is damaged: {self.path}")
 
 
-def raise_if_incomplete(directory: Path) -> None:
-    """Raise StorageError unless the job of this directory finished."""
-    if not (directory / "result.json").is_file():
-        raise StorageError(f"{directory.parent.name} {directory.name} is missing or incomplete: {directory}")
+MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template.jinja")
 
 
-_weights: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> digest, so that a process hashes a file once
-
-
-def digest_of_weights(directory: Path) -> str:
-    """Digest of the files a model is loaded from: weights, config, tokenizer."""
-    parts = {}
-    for path in sorted(directory.iterdir()):
-        if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"} and path.name not in {
-            "result.json",
-            "job.json",
-        }:
-            stat = path.stat()
-            seen = (str(path), stat.st_size, stat.st_mtime_ns)
-            if seen not in _weights:
-                _weights[seen] = digest_of_file(path)
-            parts[path.name] = _weights[seen]
-    return digest_of(parts)
+def digest_of_model(directory: Path) -> str:
+    """Digest of the files that a model is loaded from: weights, configs, tokenizer, chat template."""
+    files = sorted(path for pattern in MODEL_FILES for path in directory.glob(pattern))
+    return digest_of({path.name: digest_of_file(path) for path in files})

@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from storage.files import write_atomic
+from storage.files import Checkpoint, digest_of, digest_of_model, home, write_atomic
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
 NOTABLE = re.compile(r"error|warning|\bnan\b|out of memory", re.IGNORECASE)
@@ -74,13 +75,35 @@ def run_job(
     return json.loads(result.read_text())
 
 
+def make_checkpoint(
+    module: str, job: dict[str, Any], identity: dict[str, Any], **options: Any
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """Run a job that makes a model, in the folder that its identity names; the model and the job's result.
+
+    Args:
+        identity: what the model is made from, by content: no path, no device, no wish about speed.
+        options: as for `run_job`.
+
+    Raises:
+        JobError: the program ended without a result.
+    """
+    digest = digest_of({"module": module, **identity})
+    directory = home() / "checkpoints" / digest
+    result = directory / "result.json"
+    if result.exists() and json.loads(result.read_text())["content"] != digest_of_model(directory):
+        shutil.rmtree(directory)  # damaged: what is left of it is worth nothing
+    made = run_job(module, job, directory, **options)
+    return Checkpoint(digest=digest, content=made["content"]), made
+
+
 def report_progress(done: int, total: int, **figures: Any) -> None:
     """For the program: tell the parent how far it is."""
     print(PROGRESS + json.dumps({"done": done, "total": total, **figures}), flush=True)
 
 
 def finish(directory: Path, result: dict[str, Any]) -> None:
-    """For the program: write its result, which makes the job complete."""
+    """For the program: write its result, which makes the job complete, with the digest of the model it made."""
+    result = {**result, "content": digest_of_model(directory)}
     write_atomic(directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False))
 
 

@@ -72,3 +72,24 @@ def status_of(text: str | None, finish_reason: str | None) -> Status:
     if not (text or "").strip():
         return Status.EMPTY
     return Status.TRUNCATED if finish_reason == "length" else Status.OK
+
+
+def conversation(instruction: str, input: str | None, system_prompt: str | None = None) -> list[dict[str, str]]:
+    """The messages that put an instruction to a model: teacher and student, in training and in inference."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
+
+
+def response_row(reply: Reply, role: str) -> dict[str, Any]:
+    """A reply as a row of the table `responses`."""
+    return {
+        "instruction_id": reply.id,
+        "role": role,
+        "model": reply.model,
+        "status": reply.status,
+        "finish_reason": reply.finish_reason,
+        "response": reply.text,
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "error": reply.error,
+    }

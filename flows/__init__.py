@@ -1,0 +1,1 @@
+"""What happens, in what order. Knows the stages and no library behind them."""

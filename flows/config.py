@@ -1,0 +1,138 @@
+"""The whole configuration of a run, composed from the stages' own; presets, and overrides on top of them.
+
+    >>> resolve("offline", ["iterations=1", "discriminate.threshold=0.4"]).iterations
+    1
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage.files import digest_of
+from tasks.discriminate import DiscriminateConfig
+from tasks.evaluate import EvaluationConfig
+from tasks.finetune import FinetuneConfig
+from tasks.generate import GenerateConfig
+from tasks.models.budget import Budget
+from tasks.policies import OPERATIONAL, identity
+from tasks.referee import ReferenceReferee, RefereeConfig
+from tasks.seed import SeedConfig, digest_of_source
+from tasks.student import StudentConfig
+from tasks.teacher import TeacherConfig
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class ConfigError(ValueError):
+    """A setting cannot be used. The message names it and the way out."""
+
+
+class DistillConfig(BaseModel):
+    """Adversarial distillation: N iterations of imitation, discrimination and generation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Distillation")
+
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="The run's name: small letters, digits, -.")
+    iterations: int = Field(3, ge=1, le=100, description="How often the loop turns (the paper: 3).")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Of everything random. The same seed gives the same result.")
+    seeds: SeedConfig = Field(SeedConfig(), description="The first instructions, and the held-out ones.")
+    teacher: TeacherConfig = Field(TeacherConfig(), description="The model that is learned from.")
+    student: StudentConfig = Field(StudentConfig(), description="The compact model that learns.")
+    finetune: FinetuneConfig = Field(FinetuneConfig(), description="Imitation: how the student is trained.")
+    referee: RefereeConfig = Field(ReferenceReferee(), description="Who compares the two models' answers.")
+    discriminate: DiscriminateConfig = Field(DiscriminateConfig(), description="Where hard begins.")
+    generate: GenerateConfig = Field(GenerateConfig(), description="Who writes new instructions, and how many.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="The held-out check after each iteration.")
+    budget: Budget = Field(
+        Budget(), description="What the run may cost at most.", json_schema_extra=OPERATIONAL
+    )
+
+    @property
+    def run_id(self) -> str:
+        """The run's name and a digest of all that decides its result: the same command finds the same run.
+
+        Raises:
+            SeedError: a file of instructions is not there.
+        """
+        sources = [
+            digest_of_source(self.seeds.path, "seeds.jsonl"),
+            digest_of_source(self.seeds.heldout, "heldout.jsonl"),
+        ]
+        return f"{self.name}-{digest_of([identity(self), sources])[:8]}"
+
+
+def presets() -> list[str]:
+    """The names of all presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def resolve(
+    preset: str | None = None, overrides: Sequence[str] = (), file: Path | None = None, **given: Any
+) -> DistillConfig:
+    """Defaults, then a preset, then a file, then `key.path=value` overrides; the later wins.
+
+    Raises:
+        ConfigError: a name is unknown, or a value is out of its bounds. Names the field and what would do.
+    """
+    settings: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in presets():
+            raise ConfigError(f"no preset {preset!r}. There are: {', '.join(presets())}.")
+        settings = {"name": preset, **_load(PRESETS / f"{preset}.yaml")}
+    if file is not None:
+        settings = _merged(settings, _load(file))
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set {override}: write it as key.path=value, for example --set iterations=1")
+        settings = _merged(settings, _nested(path.strip().split("."), yaml.safe_load(text)))
+    settings = _merged(settings, given)
+    try:
+        return DistillConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_explained(error)) from None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(settings or {}, dict):
+        raise ConfigError(f"{path}: expected settings by name, as in `iterations: 2`.")
+    return settings or {}
+
+
+def _nested(path: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid upon `base`, level by level. A change of `kind` starts that level anew."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(value, dict) and isinstance(old, dict)
+        other_kind = both and value.get("kind", old.get("kind")) != old.get("kind")
+        result[key] = _merged(old, value) if both and not other_kind else value
+    return result
+
+
+def _explained(error: ValidationError) -> str:
+    """All faults of a configuration, a line each: the field, what it was, what is wanted."""
+    lines = []
+    for fault in error.errors():
+        field = ".".join(str(part) for part in fault["loc"] if part not in {"local", "openai", "llm", "reference"})
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{field}: no such setting. `lion config` lists them all.")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{field or 'settings'}: {message[:1].lower()}{message[1:]} (given: {fault['input']!r})")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""Adversarial distillation (Lion, EMNLP 2023, arXiv 2305.12870), the whole algorithm on one page.
+
+    lion run --preset offline          # the same flow that a Prefect deployment runs
+
+A student learns from a teacher's answers. A referee finds the instructions where it still falls behind. A
+generator writes new instructions like those, and rarer ones like the others. Then the loop turns again.
+
+Every line below that calls `step(...)` is one stage: cached by content, retried, found again after a crash.
+"""
+
+from prefect import flow
+
+from flows.config import DistillConfig
+from flows.steps import Steps
+from storage import catalog
+from storage.files import Checkpoint, Snapshot
+from storage.runs import IterationRecord, Manifest
+from tasks.discriminate import discriminate
+from tasks.evaluate import evaluate_student
+from tasks.finetune import finetune_student
+from tasks.generate import generate_instructions
+from tasks.models.budget import Account
+from tasks.models.ready import ModelSettings, ReadyModel
+from tasks.prepare import prepare_model, prune_student, source_digest
+from tasks.referee import LLMReferee, review_responses
+from tasks.refresh import Pools, refresh_pools
+from tasks.report import write_report
+from tasks.seed import digest_of_source, load_seeds
+from tasks.student import answer_with_student
+from tasks.teacher import answer_with_teacher
+from flows.manifest import begin, end
+
+
+@flow(name="distill", flow_run_name="{config.name}")
+def distill(config: DistillConfig) -> str:
+    """Run N iterations and return the run's id. The same configuration goes on where it was interrupted."""
+    manifest = begin(config)
+    with end(manifest):
+        run = Run(config, manifest)
+        pools, student = run.baseline()
+        for iteration in range(1, config.iterations + 1):
+            pools, student = run.iterate(iteration, pools, student)
+            write_report(manifest)
+            catalog.publish()
+            if not pools.train.rows:
+                break  # nothing new was found to learn from; the manifest's notes say why
+        manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}
+    return manifest.run_id
+
+
+class Run:
+    """One run of the loop: what stays the same from iteration to iteration."""
+
+    def __init__(self, config: DistillConfig, manifest: Manifest):
+        self.config, self.manifest = config, manifest
+
+    def baseline(self) -> tuple[Pools, Checkpoint]:
+        """Before the first iteration: models, pools, and how good the student is without any training."""
+        config, record = self.config, self.manifest.baseline
+        step = Steps(self.manifest, record)
+
+        sources = (digest_of_source(config.seeds.path, "seeds.jsonl"), digest_of_source(config.seeds.heldout, "heldout.jsonl"))
+        seeds = step(load_seeds, config.seeds, *sources)
+        self.manifest.seeds = {"path": config.seeds.path, "rows": seeds.pool.rows, "duplicates": seeds.duplicates}
+        self.heldout: Snapshot = seeds.heldout
+
+        self.teacher = self._ready(step, config.teacher.model, "prepare teacher")
+        self.generator = self._ready(step, config.generate.model, "prepare generator")
+        referee = config.referee
+        self.referee = self._ready(step, referee.model, "prepare referee") if isinstance(referee, LLMReferee) else None
+        base = self._ready(step, config.student.model, "prepare student").checkpoint
+        pruned = config.student.start.init == "pruned"
+        self.base = step(prune_student, config.student.start, base, seeds.pool) if pruned else base
+
+        self.heldout_answers = step(
+            answer_with_teacher, config.teacher, self.teacher, self.heldout, [], config.seed, self._account("teacher", 0)
+        )
+        record.student, record.teacher = self.base, self.teacher.checkpoint
+        record.snapshots = {"seeds": seeds.pool, "heldout": self.heldout, "heldout_answers": self.heldout_answers}
+        record.evaluation = self._evaluate(step, self.base)
+        self.answers: list[Snapshot] = []  # the teacher's, of all iterations so far
+        return Pools(train=seeds.pool, cache=seeds.pool), self.base
+
+    def iterate(self, iteration: int, pools: Pools, student: Checkpoint) -> tuple[Pools, Checkpoint]:
+        """One iteration; the next one's pools and student."""
+        config, seed = self.config, self.config.seed
+        record = IterationRecord(iteration=iteration, train_rows=pools.train.rows, cache_rows=pools.cache.rows)
+        self.manifest.iterations.append(record)
+        step = Steps(self.manifest, record)
+        made = record.snapshots
+        made |= {"train_pool": pools.train, "cache_pool": pools.cache}
+
+        # IMITATION: the teacher answers, the student learns the answers. The train pool is part of the cache
+        # pool, so one call answers both; what earlier iterations asked is not asked again.
+        account = self._account("teacher", iteration)
+        answers = step(answer_with_teacher, config.teacher, self.teacher, pools.cache, self.answers, seed, account)
+        made["teacher_responses"], self.answers = answers, [answers]
+        start = student if config.student.init_from == "previous" else self.base
+        trained = step(
+            finetune_student, config.finetune, start, pools.train, answers, config.student.system_prompt, seed
+        )
+        made["examples"], record.student = trained.examples, trained.checkpoint
+        record.trained_rows, record.left_out, record.training = trained.examples.rows, trained.left_out, trained.figures
+
+        # DISCRIMINATION: where does the student still fall behind?
+        own = step(answer_with_student, config.student, self._student(trained.checkpoint), pools.cache, seed)
+        made["student_responses"] = own
+        account = self._account("referee", iteration)
+        made["reviews"] = step(review_responses, config.referee, self.referee, pools.cache, answers, own, seed, account)
+        split = step(discriminate, config.discriminate, made["reviews"])
+        made["verdicts"], record.threshold = split.verdicts, split.threshold
+        record.hard, record.easy, record.undecided = split.hard, split.easy, split.undecided
+
+        # GENERATION: more like the hard ones, rarer ones like the easy ones. They are what is learned next.
+        account = self._account("generator", iteration)
+        generation = step(
+            generate_instructions, config.generate, self.generator, pools.cache, split.verdicts, self.heldout,
+            seed + iteration, account,
+        )  # fmt: skip
+        made["candidates"], record.generated = generation.candidates, generation.generated
+        following = step(refresh_pools, pools.cache, generation.candidates)
+
+        record.evaluation = self._evaluate(step, trained.checkpoint)
+        return following, trained.checkpoint
+
+    def _evaluate(self, step: Steps, checkpoint: Checkpoint):
+        config = self.config
+        return step(
+            evaluate_student, config.evaluation, self._student(checkpoint), self.heldout, self.heldout_answers,
+            config.student.system_prompt, config.seed,
+        )  # fmt: skip
+
+    def _student(self, checkpoint: Checkpoint) -> ReadyModel:
+        return ReadyModel(settings=self.config.student.model, checkpoint=checkpoint)
+
+    def _ready(self, step: Steps, settings: ModelSettings, label: str) -> ReadyModel:
+        if settings.kind == "openai":
+            return ReadyModel(settings=settings)
+        checkpoint = step(prepare_model, settings, source_digest(settings), label=label)
+        return ReadyModel(settings=settings, checkpoint=checkpoint)
+
+    def _account(self, role: str, iteration: int) -> Account:
+        return Account(run_id=self.manifest.run_id, role=role, iteration=iteration, budget=self.config.budget)

@@ -1,0 +1,49 @@
+"""Runs one stage after another and writes into the manifest what each did: how long, cached or not, what it made."""
+
+import time
+from typing import Any
+
+from prefect.tasks import Task
+from rich.console import Console
+
+from storage.files import home
+from storage.runs import Baseline, IterationRecord, Manifest
+from tasks.policies import stage_key_of
+
+console = Console(stderr=True, highlight=False)
+
+
+class Steps:
+    """The stages of one iteration, or of the baseline before the first."""
+
+    def __init__(self, manifest: Manifest, record: Baseline | IterationRecord):
+        self.manifest, self.record = manifest, record
+        self.where = f"iteration {record.iteration}" if isinstance(record, IterationRecord) else "baseline"
+
+    def __call__(self, stage: Task[..., Any], *inputs: Any, label: str | None = None) -> Any:
+        """Run a stage and return its result, from the cache where it is there and whole.
+
+        Args:
+            label: the stage's name in the manifest, where one stage runs twice in an iteration.
+        """
+        name = label or stage.name
+        started = time.perf_counter()
+        named = stage.with_options(
+            task_run_name=f"{name} · {self.where}",
+            tags={f"stage:{stage.name}", self.where.replace(" ", ":")},
+            result_storage=home() / "results",
+        )
+        state = named(*inputs, return_state=True)
+        result = state.result()
+        cached = state.name == "Cached"
+        seconds = time.perf_counter() - started
+        self.record.seconds[name] = round(seconds, 2)
+        self.record.cached[name] = cached
+        key = stage_key_of(stage, inputs)
+        if key not in self.manifest.keys:
+            self.manifest.keys.append(key)
+        self.manifest.save()
+        console.print(f"  {self.where:<12} {name:<18} {'cached' if cached else f'{seconds:6.1f} s'}")
+        return result
+
+

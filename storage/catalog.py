@@ -1,0 +1,118 @@
+"""DuckDB over the snapshots: the queries that stages run, and the views that people look at pools through.
+
+`catalog.duckdb` holds nothing but views over Parquet files, one a kind of row, each with `run_id` and
+`iteration` in front, so that any DuckDB client opens it and needs nothing of this project:
+
+    duckdb .lion/catalog.duckdb "select difficulty, count(*) from verdicts group by all"
+
+`iteration` is the iteration that used or made the rows; the pools that the last iteration left behind carry the
+number of the iteration that would use them. `evaluations` has the student before training as iteration 0.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from storage.files import Snapshot, home
+from storage.runs import Manifest, list_manifests
+from storage.tables import SCHEMAS
+
+VIEWS = {  # view -> table
+    "train_pool": "instructions",
+    "cache_pool": "instructions",
+    "responses": "responses",
+    "reviews": "reviews",
+    "verdicts": "verdicts",
+    "candidates": "candidates",
+    "evaluations": "evaluations",
+}
+Placed = tuple[str, int, Snapshot]  # run_id, iteration, snapshot
+
+
+def query(sql: str, parameters: Mapping[str, Any] | None = None, **snapshots: Snapshot) -> list[dict[str, Any]]:
+    """Run one SQL statement over snapshots, each known to it by its keyword; rows as dicts."""
+    with duckdb.connect() as connection:
+        for name, snapshot in snapshots.items():
+            connection.sql(f"create view {name} as select * from read_parquet({_quoted(str(snapshot.path))})")
+        return _rows(connection, sql, parameters)
+
+
+def ask(sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Run one SQL statement over the views of all runs of this home; rows as dicts."""
+    with duckdb.connect() as connection:
+        _define_views(connection, list_manifests())
+        return _rows(connection, sql, parameters)
+
+
+def publish() -> Path:
+    """Write `catalog.duckdb` anew: beside the old one, then renamed, so that a client that has it open is not hurt."""
+    target = home() / "catalog.duckdb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".catalog.") as folder:
+        fresh = Path(folder) / target.name
+        with duckdb.connect(str(fresh)) as connection:
+            _define_views(connection, list_manifests())
+        os.replace(fresh, target)
+    return target
+
+
+def _rows(
+    connection: duckdb.DuckDBPyConnection, sql: str, parameters: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    cursor = connection.execute(sql, parameters) if parameters else connection.execute(sql)
+    names = [column[0] for column in cursor.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def _define_views(connection: duckdb.DuckDBPyConnection, manifests: Sequence[Manifest]) -> None:
+    for view, table in VIEWS.items():
+        placed = [item for manifest in manifests for item in _placed(manifest, view) if item[2].path.is_file()]
+        connection.execute(f"create view {view} as {_select(SCHEMAS[table], placed)}")
+
+
+def _placed(manifest: Manifest, view: str) -> list[Placed]:
+    """Where this run's rows of a view are."""
+    found: list[Placed] = []
+    if view == "evaluations" and manifest.baseline.evaluation:
+        found.append((manifest.run_id, 0, manifest.baseline.evaluation.details))
+    for record in manifest.iterations:
+        names = ("teacher_responses", "student_responses") if view == "responses" else (view,)
+        found += [(manifest.run_id, record.iteration, record.snapshots[n]) for n in names if n in record.snapshots]
+        if view == "evaluations" and record.evaluation:
+            found.append((manifest.run_id, record.iteration, record.evaluation.details))
+    if view in manifest.next_pools:
+        found.append((manifest.run_id, len(manifest.iterations) + 1, manifest.next_pools[view]))
+    return found
+
+
+def _select(schema: pa.Schema, placed: Sequence[Placed]) -> str:
+    """One statement over all files; a file that several iterations share is read once and joined to each."""
+    if not placed:
+        nothing = ", ".join(f"null::{_duckdb_type(field.type)} as {_name(field.name)}" for field in schema)
+        return f"select null::varchar as run_id, null::integer as iteration, {nothing} where false"
+    files = sorted({str(snapshot.path) for _, _, snapshot in placed})
+    places = ", ".join(
+        f"({_quoted(run_id)}, {iteration}, {_quoted(str(snapshot.path))})" for run_id, iteration, snapshot in placed
+    )
+    return (
+        "select places.run_id, places.iteration, rows.* exclude (filename) "
+        f"from read_parquet([{', '.join(map(_quoted, files))}], filename = true) as rows "
+        f"join (values {places}) as places (run_id, iteration, filename) using (filename)"
+    )
+
+
+def _duckdb_type(type: pa.DataType) -> str:
+    return {pa.string(): "varchar", pa.int32(): "integer", pa.float64(): "double", pa.bool_(): "boolean"}[type]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _name(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'

@@ -1,0 +1,89 @@
+"""Did it help? The student on instructions that no pool holds, against the teacher's answers to them."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.files import Snapshot
+from storage.pools import by_id, read_rows, write_snapshot
+from storage.runs import Evaluation
+from tasks.models.chat import Request, Sampling, Status, conversation
+from tasks.models.local import infer
+from tasks.models.ready import LocalModel, ReadyModel
+from tasks.policies import stage
+from tasks.progress import progress
+from tasks.scores import reference_score
+
+VERSION = 1
+
+
+class EvaluationConfig(BaseModel):
+    """How the student is evaluated after each iteration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sampling: Sampling = Field(
+        Sampling(temperature=0.0, max_tokens=1024), description="Of the student's held-out answers; greedy by default."
+    )
+
+
+@stage("evaluate", version=VERSION)
+def evaluate_student(
+    config: EvaluationConfig,
+    student: ReadyModel,
+    heldout: Snapshot,
+    teacher_answers: Snapshot,
+    system_prompt: str | None,
+    seed: int,
+) -> Evaluation:
+    """Loss per token of the teacher's held-out answers, and mean reference score of the student's own.
+
+    Rows that the teacher did not answer are left out of both; `rows` says how many there were.
+
+    Raises:
+        JobError: the process ended without a result.
+    """
+    assert isinstance(student.settings, LocalModel) and student.checkpoint is not None, "students are local"
+    reference = {
+        key: row
+        for key, row in by_id(teacher_answers, ["status", "response"]).items()
+        if row["status"] in {Status.OK, Status.TRUNCATED}
+    }
+    messages = {
+        row["instruction_id"]: conversation(row["instruction"], row["input"], system_prompt)
+        for row in read_rows(heldout)
+        if row["instruction_id"] in reference
+    }
+    requests = [Request(id=key, messages=tuple(said)) for key, said in messages.items()]
+    answers = [
+        {"id": key, "messages": said, "answer": reference[key]["response"], "whole": reference[key]["status"] == "ok"}
+        for key, said in messages.items()
+    ]
+    with progress("evaluate the student") as on_progress:
+        replies, losses = infer(
+            student.settings, student.checkpoint, requests, answers, config.sampling, seed=seed, on_progress=on_progress
+        )
+    rows: list[dict[str, Any]] = []
+    for reply in replies:
+        loss_sum, tokens = losses[reply.id]
+        answered = reply.status is not Status.FAILED
+        score = reference_score(reply.text or "", reference[reply.id]["response"]) if answered else None
+        rows.append(
+            {
+                "instruction_id": reply.id,
+                "response": reply.text,
+                "status": reply.status,
+                "loss_sum": loss_sum,
+                "tokens": tokens,
+                "score": score,
+            }
+        )
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    tokens = sum(row["tokens"] for row in rows)
+    return Evaluation(
+        loss=sum(row["loss_sum"] for row in rows) / tokens if tokens else None,
+        score=sum(scores) / len(scores) if scores else None,
+        rows=heldout.rows,
+        scored=len(scores),
+        details=write_snapshot("evaluations", rows, step="evaluate", version=VERSION, inputs=[heldout, teacher_answers]),
+    )

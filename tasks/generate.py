@@ -1,0 +1,228 @@
+"""Generation: new instructions from hard parents (more of the same) and from easy ones (rarer ones).
+
+Each candidate passes the novelty filter, and every one is kept with the reason of its rejection. The stage ends
+when enough are accepted or when the cap on attempts is reached; a shortfall is an outcome, not an error.
+"""
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.files import Snapshot
+from storage.pools import by_id, instruction_id, read_rows, write_snapshot
+from storage.runs import Generated
+from tasks.models.budget import Account
+from tasks.models.chat import Reply, Request, Sampling, Status
+from tasks.models.errors import may_pass
+from tasks.models.local import LocalModel
+from tasks.models.prompts import load
+from tasks.models.ready import ModelSettings, ReadyModel, answer
+from tasks.novelty import NoveltyIndex, Rejection, check_text
+from tasks.policies import stage
+from tasks.progress import progress
+
+VERSION = 1
+SIDES = ("hard", "easy")
+PROMPTS = {
+    ("prompt", "hard"): load("generate_hard.md"),
+    ("prompt", "easy"): load("generate_easy.md"),
+    ("continuation", "hard"): load("continue_hard.txt"),
+    ("continuation", "easy"): load("continue_easy.txt"),
+}
+CANDIDATE_SCHEMA = {
+    "type": "object",
+    "properties": {"instruction": {"type": "string"}, "input": {"type": "string"}},
+    "required": ["instruction", "input"],
+    "additionalProperties": False,
+}
+EXPECTED_YIELD = 0.6  # of the first round; later rounds go by what was really accepted
+
+
+class GenerateConfig(BaseModel):
+    """Who writes new instructions, and how many."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelSettings = Field(LocalModel(), description="A local model, or an OpenAI-compatible endpoint.")
+    method: Literal["prompt", "continuation"] = Field(
+        "prompt",
+        description="prompt: a chat model is told what to write. continuation: a small local model continues a list.",
+    )
+    sampling: Sampling = Field(
+        Sampling(temperature=1.0, max_tokens=1024), description="The paper: temperature 1.0, top-p 1.0."
+    )
+    hard_rows: int = Field(3000, ge=0, description="New instructions wanted from hard parents (the paper: 3,000).")
+    easy_rows: int = Field(3000, ge=0, description="New instructions wanted from easy parents (the paper: 3,000).")
+    max_attempts: float = Field(
+        3.0, ge=1, le=20, description="Requests at most, as a multiple of the rows wanted. Then the stage ends short."
+    )
+    max_similarity: float = Field(
+        0.7, gt=0, le=1, description="A candidate with a higher ROUGE-L F to any known instruction is dropped (paper)."
+    )
+
+
+class Generation(BaseModel):
+    """The outcome of a generation stage."""
+
+    candidates: Snapshot
+    generated: Generated
+
+
+@stage("generate", version=VERSION, prompts=[prompt.text for prompt in PROMPTS.values()], retry_if=may_pass)
+def generate_instructions(
+    config: GenerateConfig,
+    model: ReadyModel,
+    cache_pool: Snapshot,
+    verdicts: Snapshot,
+    heldout: Snapshot,
+    seed: int,
+    account: Account,
+) -> Generation:
+    """Write candidates from hard and easy parents until enough are new, or the cap on attempts is reached.
+
+    Args:
+        cache_pool: all instructions so far; the parents are among them, and no candidate may be near one.
+        heldout: what the student is evaluated on; no candidate may be near one of these either.
+
+    Raises:
+        BudgetReached, FatalEndpointError, JobError: as the model raises them.
+    """
+    pool = by_id(cache_pool)
+    difficulty = {key: row["difficulty"] for key, row in by_id(verdicts, ["difficulty"]).items()}
+    parents = {side: [key for key in pool if difficulty.get(key) == side] for side in SIDES}
+    wanted, notes = _shares(config, parents)
+    judge = _Judge(config.max_similarity, [*pool.values(), *read_rows(heldout)], wanted)
+    queue = {side: _coverage(parents[side], random.Random(f"{seed}/{side}")) for side in SIDES}
+    left = {side: math.ceil(wanted[side] * config.max_attempts) for side in SIDES}
+    while any(judge.missing(side) and left[side] for side in SIDES):
+        asked: dict[str, tuple[str, str, int]] = {}
+        for side in SIDES:
+            for _ in range(min(judge.requests_for(side), left[side])):
+                parent, draw = next(queue[side])
+                asked[f"{side}/{parent}/{draw}"] = (side, parent, draw)
+                left[side] -= 1
+        requests = [_request(key, config.method, side, pool[parent], draw) for key, (side, parent, draw) in asked.items()]
+        with progress("new instructions") as on_progress:
+            replies = answer(model, requests, config.sampling, seed=seed, account=account, on_progress=on_progress)
+        for reply in replies:
+            side, parent, draw = asked[reply.id]
+            judge.take(side, pool[parent], draw, reply)
+    for side in SIDES:
+        if judge.missing(side):
+            accepted = wanted[side] - judge.missing(side)
+            notes.append(f"{side}: {accepted:,} of {wanted[side]:,} accepted, cap on attempts reached")
+    candidates = write_snapshot(
+        "candidates", judge.candidates, step="generate", version=VERSION, inputs=[cache_pool, verdicts, heldout]
+    )
+    rejected = Counter(row["rejection"] for row in judge.candidates if row["rejection"])
+    return Generation(
+        candidates=candidates,
+        generated=Generated(
+            accepted=len(judge.candidates) - rejected.total(),
+            rejected=dict(rejected),
+            wanted=sum(wanted.values()),
+            notes=notes,
+        ),
+    )
+
+
+def _shares(config: GenerateConfig, parents: dict[str, list[str]]) -> tuple[dict[str, int], list[str]]:
+    """How many rows are wanted of each side. A side without parents gives its share to the other, and says so."""
+    wanted = {"hard": config.hard_rows, "easy": config.easy_rows}
+    notes = []
+    for side, other in (SIDES, SIDES[::-1]):
+        if wanted[side] and not parents[side]:
+            notes.append(f"no {side} parents: their {wanted[side]:,} rows are asked of the {other} side")
+            wanted = {side: 0, other: wanted[other] + wanted[side] if parents[other] else 0}
+    return wanted, notes
+
+
+def _coverage(parents: list[str], rng: random.Random) -> Iterator[tuple[str, int]]:
+    """Parents in a random order without end, each once before any comes twice; with the number of the round."""
+    draw = 0
+    while parents:
+        for parent in rng.sample(parents, len(parents)):
+            yield parent, draw
+        draw += 1
+
+
+def _request(key: str, method: str, side: str, parent: dict[str, Any], draw: int) -> Request:
+    text = PROMPTS[method, side].render(instruction=parent["instruction"], input=parent["input"])
+    if method == "continuation":
+        return Request(id=key, prompt=text, draw=draw)
+    return Request(
+        id=key, messages=({"role": "user", "content": text},), draw=draw, response_schema=CANDIDATE_SCHEMA
+    )
+
+
+class _Judge:
+    """Takes replies one by one, in the order of their requests, and decides which are new."""
+
+    def __init__(self, max_similarity: float, known: list[dict[str, Any]], wanted: dict[str, int]):
+        self.candidates: list[dict[str, Any]] = []
+        self._wanted = wanted
+        self._accepted: Counter[str] = Counter()
+        self._seen: Counter[str] = Counter()
+        self._index = NoveltyIndex(max_similarity)
+        self._index.add_many((row["instruction_id"], _comparable(row["instruction"], row["input"])) for row in known)
+
+    def missing(self, side: str) -> int:
+        return self._wanted[side] - self._accepted[side]
+
+    def requests_for(self, side: str) -> int:
+        """How many requests should bring what is missing, by the share accepted so far."""
+        share = self._accepted[side] / self._seen[side] if self._seen[side] else EXPECTED_YIELD
+        return math.ceil(self.missing(side) / max(share, 0.1))
+
+    def take(self, side: str, parent: dict[str, Any], draw: int, reply: Reply) -> None:
+        self._seen[side] += 1
+        row: dict[str, Any] = {"parent_id": parent["instruction_id"], "side": side, "draw": draw}
+        row |= {"category": parent["category"], "rejection": _UNUSABLE.get(reply.status)}
+        if row["rejection"] is None:
+            row |= _candidate(reply.text or "")
+            row["instruction_id"] = instruction_id(row["instruction"], row["input"])
+            row |= self._judged(side, row["instruction_id"], row["instruction"], row["input"])
+        self.candidates.append(row)
+        self._accepted[side] += row["rejection"] is None
+
+    def _judged(self, side: str, key: str, instruction: str, input: str | None) -> dict[str, Any]:
+        if problem := check_text(instruction):
+            return {"rejection": problem}
+        text = _comparable(instruction, input)
+        if near := self._index.nearest(text):
+            return {"rejection": Rejection.NEAR_DUPLICATE, "near_id": near.key, "similarity": near.similarity}
+        if not self.missing(side):
+            return {"rejection": Rejection.SURPLUS}
+        self._index.add(key, text)
+        return {"rejection": None}
+
+
+_UNUSABLE = {
+    Status.TRUNCATED: Rejection.TRUNCATED,
+    Status.FILTERED: Rejection.FILTERED,
+    Status.REFUSED: Rejection.REFUSED,
+    Status.EMPTY: Rejection.EMPTY,
+    Status.FAILED: Rejection.FAILED,
+}
+
+
+def _comparable(instruction: str, input: str | None) -> str:
+    return f"{instruction}\n{input}" if input else instruction
+
+
+def _candidate(text: str) -> dict[str, Any]:
+    """Instruction and input from a reply: a JSON object where it is one, otherwise the whole text."""
+    body = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
+    try:
+        said = json.loads(body)
+    except json.JSONDecodeError:
+        said = None
+    if not isinstance(said, dict) or not isinstance(said.get("instruction"), str):
+        return {"instruction": text.strip(), "input": None}
+    given = said.get("input")
+    return {"instruction": said["instruction"].strip(), "input": given.strip() or None if isinstance(given, str) else None}

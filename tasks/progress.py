@@ -1,0 +1,61 @@
+"""How far a long stage is: a bar in a terminal, a plain line now and then anywhere else."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tasks.models.chat import OnProgress
+
+SECONDS_BETWEEN_LINES = 15
+
+
+@contextmanager
+def progress(what: str) -> Iterator[OnProgress]:
+    """Show the progress of `what` while the block runs; call the given function with done, total, figures."""
+    console = Console(stderr=True)
+    with _bar(console, what) if console.is_terminal else _lines(what) as show:
+        yield show
+
+
+@contextmanager
+def _bar(console: Console, what: str) -> Iterator[OnProgress]:
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        row = bar.add_task(what, total=None, figures="")
+
+        def show(done: int, total: int, figures: dict[str, Any]) -> None:
+            bar.update(row, completed=done, total=total, figures=_written(figures))
+
+        yield show
+
+
+@contextmanager
+def _lines(what: str) -> Iterator[OnProgress]:
+    started = last = time.monotonic()
+
+    def show(done: int, total: int, figures: dict[str, Any]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and 0 < done < total:
+            last = now
+            remaining = (now - started) / done * (total - done)
+            print(f"  {what} {done}/{total}, about {remaining:.0f} s left {_written(figures)}", file=sys.stderr, flush=True)
+
+    yield show
+
+
+def _written(figures: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items())

@@ -1,0 +1,10 @@
+"""The reference score: how close a response is to the teacher's words, on the referee's scale."""
+
+from tasks.novelty import rouge_l
+
+WORST_SCORE, BEST_SCORE = 1.0, 10.0
+
+
+def reference_score(response: str, reference: str) -> float:
+    """1 + 9 x ROUGE-L F of a response to the reference: 10 for the same words, 1 for none in common."""
+    return WORST_SCORE + (BEST_SCORE - WORST_SCORE) * rouge_l(reference, response)

@@ -1,0 +1,258 @@
+"""Seed instructions: read a file of any usual form, write the first pool and the held-out set.
+
+    lion run --seeds my_tasks.jsonl
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.files import Snapshot, StorageError, digest_of, digest_of_file
+from storage.pools import instruction_id, read_parquet, write_snapshot
+from tasks.policies import OPERATIONAL, stage
+
+VERSION = 1
+BUNDLED = Path(__file__).parent / "data"
+ACCEPTED = "Accepted: .json or .jsonl (Alpaca, self-instruct, messages), .csv, .parquet, .txt (a line each), hf:NAME[:SPLIT]"
+
+
+class SeedError(ValueError):
+    """A file of instructions cannot be used. The message names file, place and way out."""
+
+
+class SeedConfig(BaseModel):
+    """Where the first instructions come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(
+        "bundled",
+        description="`bundled` (220 seeds of this project), a file (Alpaca JSON/JSONL, self-instruct, plain lines, "
+        "CSV, Parquet), or `hf:dataset[:split]`.",
+        json_schema_extra=OPERATIONAL,  # the digest of what is in it is the key
+    )
+    heldout: str = Field(
+        "bundled",
+        description="Instructions for evaluation, in the same forms. They never enter a pool.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_rows: int | None = Field(None, ge=1, description="Use only the first so many seeds (all by default).")
+    max_heldout: int | None = Field(None, ge=1, description="Use only the first so many held-out instructions.")
+
+
+class SeedPools(BaseModel):
+    """The two pools that everything starts from."""
+
+    pool: Snapshot
+    heldout: Snapshot
+    duplicates: int  # exact ones, left out of the pool
+
+
+class Seeds(BaseModel):
+    """The instructions of one file, in its order, each once."""
+
+    rows: list[dict[str, Any]]  # instruction, input, category, output
+    duplicates: int
+
+
+def digest_of_source(path: str, bundled: str) -> str:
+    """Digest of what a source holds; of its name where it is a dataset far away.
+
+    Raises:
+        SeedError: the file is not there.
+    """
+    if path.startswith("hf:"):
+        return digest_of(path)
+    return digest_of_file(_existing(path, bundled))
+
+
+def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
+    """Read instructions from `bundled`, a file or `hf:dataset[:split]`.
+
+    Returns:
+        Rows in the source's order. Exact duplicates (same instruction and input) are left out and counted.
+
+    Raises:
+        SeedError: the source is missing, damaged, of an unknown form, or holds nothing usable.
+    """
+    place, records = _dataset(path) if path.startswith("hf:") else _file(_existing(path, bundled))
+    rows: dict[str, dict[str, Any]] = {}
+    duplicates = 0
+    for where, record in records:
+        row = _row(record, f"{place}, {where}")
+        key = instruction_id(row["instruction"], row["input"])
+        duplicates += key in rows
+        rows.setdefault(key, row)
+    if not rows:
+        raise SeedError(f"{place}: no instruction in it. {ACCEPTED}.")
+    return Seeds(rows=list(rows.values()), duplicates=duplicates)
+
+
+@stage("seed", version=VERSION)
+def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> SeedPools:
+    """Write the seed pool and the held-out set.
+
+    Args:
+        seeds_digest, heldout_digest: of what the config's paths hold now (`digest_of_source`).
+
+    Raises:
+        SeedError: a source cannot be used.
+    """
+    seeds = read_seeds(config.path)
+    heldout = read_seeds(config.heldout, bundled="heldout.jsonl")
+    return SeedPools(
+        pool=_write(seeds.rows[: config.max_rows], "seed"),
+        heldout=_write(heldout.rows[: config.max_heldout], "heldout"),
+        duplicates=seeds.duplicates,
+    )
+
+
+def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:
+    full = ({"instruction_id": instruction_id(row["instruction"], row["input"]), "origin": origin, **row} for row in rows)
+    return write_snapshot("instructions", full, step="seed", version=VERSION)
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+Records = Iterator[tuple[str, Any]]  # where it stands ("line 3"), what stands there
+
+
+def _existing(path: str, bundled: str) -> Path:
+    file = BUNDLED / bundled if path == "bundled" else Path(path).expanduser()
+    if file.is_dir():
+        raise SeedError(f"{path} is a folder; name a file in it. {ACCEPTED}.")
+    if not file.is_file():
+        raise SeedError(f"{path}: no such file. {ACCEPTED}.")
+    return file
+
+
+def _file(path: Path) -> tuple[str, Records]:
+    readers: dict[str, Callable[[Path], Records]] = {
+        ".json": _json,
+        ".jsonl": _jsonl,
+        ".csv": _csv,
+        ".parquet": _parquet,
+        ".txt": _lines,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise SeedError(f"{path}: cannot tell its form from the ending {path.suffix or '(none)'!r}. {ACCEPTED}.")
+    return str(path), reader(path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise SeedError(
+            f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}). "
+            "Save the file as UTF-8, for example with: iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _json(path: Path) -> Records:
+    text = _text(path)
+    if not text.strip():
+        return
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1:  # JSON lines under the name .json
+            yield from _jsonl(path)
+            return
+        raise SeedError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from None
+    if not isinstance(data, list):
+        raise SeedError(f"{path}: expected a list of instructions, found {_kind(data)}.")
+    for number, record in enumerate(data, 1):
+        yield f"item {number}", record
+
+
+def _jsonl(path: Path) -> Records:
+    # Not splitlines(): a JSON text may hold U+2028, which is no end of line here.
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise SeedError(f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}).") from None
+
+
+def _csv(path: Path) -> Records:
+    reader = csv.DictReader(_text(path).splitlines(keepends=True))
+    try:
+        for record in reader:
+            yield f"line {reader.line_num}", record
+    except csv.Error as error:
+        raise SeedError(f"{path}, line {reader.line_num}: not CSV ({error}).") from None
+
+
+def _parquet(path: Path) -> Records:
+    try:
+        for number, record in enumerate(read_parquet(path), 1):
+            yield f"row {number}", record
+    except StorageError as error:
+        raise SeedError(f"{error}. {ACCEPTED}.") from None
+
+
+def _lines(path: Path) -> Records:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", {"instruction": line.strip()}
+
+
+def _dataset(spec: str) -> tuple[str, Records]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise SeedError(f"{spec}: reading from the Hub needs the extra: pip install 'lion-distill[hub]'") from None
+    name, _, split = spec.removeprefix("hf:").partition(":")
+    try:
+        rows = load_dataset(name, split=split or "train")
+    except Exception as error:  # the library raises a dozen kinds; all mean that the dataset was not had
+        raise SeedError(f"{spec}: the dataset cannot be had ({str(error).splitlines()[0]}).") from error
+    return spec, ((f"row {number}", record) for number, record in enumerate(rows, 1))
+
+
+def _row(record: Any, where: str) -> dict[str, Any]:
+    """One record of any known form as instruction, input, category, output."""
+    if isinstance(record, str):
+        record = {"instruction": record}
+    if not isinstance(record, dict):
+        raise SeedError(f"{where}: expected an object with an `instruction`, found {_kind(record)}.")
+    record = {key: value for key, value in record.items() if value is not None}
+    if "messages" in record and "instruction" not in record:
+        record |= _from_messages(record["messages"], where)
+    if isinstance(record.get("instances"), list) and record["instances"]:  # self-instruct
+        record |= {key: record["instances"][0].get(key, "") for key in ("input", "output")}
+    if "instruction" not in record:
+        found = ", ".join(map(str, record)) or "nothing"
+        raise SeedError(f"{where}: no `instruction` (found: {found}). Rename the column, or add it.")
+    for key in ("instruction", "input", "output", "category"):
+        if key in record and not isinstance(record[key], str):
+            raise SeedError(f"{where}: `{key}` must be a text, found {_kind(record[key])}.")
+    if not record["instruction"].strip():
+        raise SeedError(f"{where}: `instruction` is empty. Fill it in, or remove the row.")
+    return {
+        "instruction": record["instruction"].strip(),
+        "input": record.get("input", "").strip() or None,
+        "category": record.get("category", "").strip() or None,
+        "output": record.get("output", "").strip() or None,
+    }
+
+
+def _from_messages(messages: Any, where: str) -> dict[str, str]:
+    try:
+        said = {message["role"]: message["content"] for message in reversed(messages)}  # the first of each role
+        return {"instruction": said["user"], "output": said.get("assistant", "")}
+    except (TypeError, KeyError):
+        raise SeedError(f"{where}: `messages` holds no message of the role `user`.") from None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a yes/no", int: "a number", float: "a number"}
+    return names.get(type(value), "nothing" if value is None else type(value).__name__)
