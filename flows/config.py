@@ -16,8 +16,7 @@ from tasks.discriminate import DiscriminateConfig
 from tasks.evaluate import EvaluationConfig
 from tasks.finetune import FinetuneConfig
 from tasks.generate import GenerateConfig
-from tasks.models.budget import Budget
-from tasks.policies import OPERATIONAL, identity
+from tasks.policies import identity
 from tasks.referee import ReferenceReferee, RefereeConfig
 from tasks.seed import SeedConfig, digest_of_source
 from tasks.student import StudentConfig
@@ -46,9 +45,6 @@ class DistillConfig(BaseModel):
     discriminate: DiscriminateConfig = Field(DiscriminateConfig(), description="Where hard begins.")
     generate: GenerateConfig = Field(GenerateConfig(), description="Who writes new instructions, and how many.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="The held-out check after each iteration.")
-    budget: Budget = Field(
-        Budget(), description="What the run may cost at most.", json_schema_extra=OPERATIONAL
-    )
 
     @property
     def run_id(self) -> str:

@@ -11,7 +11,7 @@ Every line below that calls `step(...)` is one stage: cached by content, retried
 from prefect import flow
 
 from flows.config import DistillConfig
-from flows.steps import Steps
+from flows.steps import Steps, recorded
 from storage import catalog
 from storage.files import Checkpoint, Snapshot
 from storage.runs import IterationRecord, Manifest
@@ -19,7 +19,6 @@ from tasks.discriminate import discriminate
 from tasks.evaluate import evaluate_student
 from tasks.finetune import finetune_student
 from tasks.generate import generate_instructions
-from tasks.models.budget import Account
 from tasks.models.ready import ModelSettings, ReadyModel
 from tasks.prepare import prepare_model, prune_student, source_digest
 from tasks.referee import LLMReferee, review_responses
@@ -28,14 +27,12 @@ from tasks.report import write_report
 from tasks.seed import digest_of_source, load_seeds
 from tasks.student import answer_with_student
 from tasks.teacher import answer_with_teacher
-from flows.manifest import begin, end
 
 
 @flow(name="distill", flow_run_name="{config.name}")
 def distill(config: DistillConfig) -> str:
     """Run N iterations and return the run's id. The same configuration goes on where it was interrupted."""
-    manifest = begin(config)
-    with end(manifest):
+    with recorded(config) as manifest:
         run = Run(config, manifest)
         pools, student = run.baseline()
         for iteration in range(1, config.iterations + 1):
@@ -73,7 +70,7 @@ class Run:
         self.base = step(prune_student, config.student.start, base, seeds.pool) if pruned else base
 
         self.heldout_answers = step(
-            answer_with_teacher, config.teacher, self.teacher, self.heldout, [], config.seed, self._account("teacher", 0)
+            answer_with_teacher, config.teacher, self.teacher, self.heldout, [], config.seed
         )
         record.student, record.teacher = self.base, self.teacher.checkpoint
         record.snapshots = {"seeds": seeds.pool, "heldout": self.heldout, "heldout_answers": self.heldout_answers}
@@ -92,8 +89,7 @@ class Run:
 
         # IMITATION: the teacher answers, the student learns the answers. The train pool is part of the cache
         # pool, so one call answers both; what earlier iterations asked is not asked again.
-        account = self._account("teacher", iteration)
-        answers = step(answer_with_teacher, config.teacher, self.teacher, pools.cache, self.answers, seed, account)
+        answers = step(answer_with_teacher, config.teacher, self.teacher, pools.cache, self.answers, seed)
         made["teacher_responses"], self.answers = answers, [answers]
         start = student if config.student.init_from == "previous" else self.base
         trained = step(
@@ -105,17 +101,15 @@ class Run:
         # DISCRIMINATION: where does the student still fall behind?
         own = step(answer_with_student, config.student, self._student(trained.checkpoint), pools.cache, seed)
         made["student_responses"] = own
-        account = self._account("referee", iteration)
-        made["reviews"] = step(review_responses, config.referee, self.referee, pools.cache, answers, own, seed, account)
+        made["reviews"] = step(review_responses, config.referee, self.referee, pools.cache, answers, own, seed)
         split = step(discriminate, config.discriminate, made["reviews"])
         made["verdicts"], record.threshold = split.verdicts, split.threshold
         record.hard, record.easy, record.undecided = split.hard, split.easy, split.undecided
 
         # GENERATION: more like the hard ones, rarer ones like the easy ones. They are what is learned next.
-        account = self._account("generator", iteration)
         generation = step(
             generate_instructions, config.generate, self.generator, pools.cache, split.verdicts, self.heldout,
-            seed + iteration, account,
+            seed + iteration,
         )  # fmt: skip
         made["candidates"], record.generated = generation.candidates, generation.generated
         following = step(refresh_pools, pools.cache, generation.candidates)
@@ -134,10 +128,5 @@ class Run:
         return ReadyModel(settings=self.config.student.model, checkpoint=checkpoint)
 
     def _ready(self, step: Steps, settings: ModelSettings, label: str) -> ReadyModel:
-        if settings.kind == "openai":
-            return ReadyModel(settings=settings)
         checkpoint = step(prepare_model, settings, source_digest(settings), label=label)
         return ReadyModel(settings=settings, checkpoint=checkpoint)
-
-    def _account(self, role: str, iteration: int) -> Account:
-        return Account(run_id=self.manifest.run_id, role=role, iteration=iteration, budget=self.config.budget)

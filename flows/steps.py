@@ -1,13 +1,17 @@
 """Runs one stage after another and writes into the manifest what each did: how long, cached or not, what it made."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 from prefect.tasks import Task
 from rich.console import Console
 
-from storage.files import home
-from storage.runs import Baseline, IterationRecord, Manifest
+from flows.config import DistillConfig
+from storage.files import home, locked
+from storage.runs import Baseline, IterationRecord, Manifest, load_manifest, now
 from tasks.policies import stage_key_of
 
 console = Console(stderr=True, highlight=False)
@@ -47,3 +51,27 @@ class Steps:
         return result
 
 
+
+
+@contextmanager
+def recorded(config: DistillConfig) -> Iterator[Manifest]:
+    """The manifest of a run while it runs: held by one process at a time, and marked with how it ended."""
+    run_id = config.run_id
+    with locked(f"run-{run_id}", on_wait=lambda: console.print(f"Another process is at {run_id}; waiting for it ...")):
+        before = load_manifest(run_id)
+        manifest = Manifest(
+            run_id=run_id,
+            started=before.started if before else now(),
+            config=config.model_dump(mode="json"),
+            versions={name: version(name) for name in ("lion-distill", "prefect", "duckdb", "pyarrow")},
+            keys=before.keys if before else [],
+        )
+        manifest.save()
+        try:
+            yield manifest
+        except BaseException as error:
+            manifest.state, manifest.error = "failed", f"{type(error).__name__}: {error}"
+            manifest.save()
+            raise
+        manifest.state = "completed"
+        manifest.save()

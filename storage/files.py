@@ -14,10 +14,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import BaseModel, ConfigDict
 
@@ -82,13 +83,41 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def locked(name: str) -> Iterator[None]:
-    """Hold the lock `name` of this home. The kernel lets go of it when its holder dies, however it dies."""
-    path = home() / "locks" / f"{name.replace('/', '-')}.lock"
+def locked(name: str, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold the lock `name` of this home. The kernel lets go of it when its holder dies, however it dies.
+
+    Args:
+        on_wait: called once where somebody else holds it, before waiting for them.
+    """
+    path = home() / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if not flock(file, timeout=0):
+            on_wait()
+            flock(file)
         yield
+
+
+def flock(file: TextIO, timeout: float | None = None) -> bool:
+    """Lock an open file, waiting at most `timeout` seconds (for ever by default); False where it was not had."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if deadline is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if deadline is None or time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+
+
+def is_locked(name: str) -> bool:
+    """Whether somebody holds the lock `name` now."""
+    path = home() / "locks" / f"{name}.lock"
+    if not path.exists():
+        return False
+    with path.open("r") as file:
+        return not flock(file, timeout=0)
 
 
 class Pointer(BaseModel):

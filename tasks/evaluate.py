@@ -9,7 +9,7 @@ from storage.pools import by_id, read_rows, write_snapshot
 from storage.runs import Evaluation
 from tasks.models.chat import Request, Sampling, Status, conversation
 from tasks.models.local import infer
-from tasks.models.ready import LocalModel, ReadyModel
+from tasks.models.ready import ReadyModel
 from tasks.policies import stage
 from tasks.progress import progress
 from tasks.scores import reference_score
@@ -43,7 +43,6 @@ def evaluate_student(
     Raises:
         JobError: the process ended without a result.
     """
-    assert isinstance(student.settings, LocalModel) and student.checkpoint is not None, "students are local"
     reference = {
         key: row
         for key, row in by_id(teacher_answers, ["status", "response"]).items()

@@ -16,9 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.files import Snapshot
 from storage.pools import by_id, instruction_id, read_rows, write_snapshot
 from storage.runs import Generated
-from tasks.models.budget import Account
 from tasks.models.chat import Reply, Request, Sampling, Status
-from tasks.models.errors import may_pass
 from tasks.models.local import LocalModel
 from tasks.models.prompts import load
 from tasks.models.ready import ModelSettings, ReadyModel, answer
@@ -48,7 +46,7 @@ class GenerateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: ModelSettings = Field(LocalModel(), description="A local model, or an OpenAI-compatible endpoint.")
+    model: ModelSettings = Field(LocalModel(), description="The model that does it.")
     method: Literal["prompt", "continuation"] = Field(
         "prompt",
         description="prompt: a chat model is told what to write. continuation: a small local model continues a list.",
@@ -73,7 +71,7 @@ class Generation(BaseModel):
     generated: Generated
 
 
-@stage("generate", version=VERSION, prompts=[prompt.text for prompt in PROMPTS.values()], retry_if=may_pass)
+@stage("generate", version=VERSION, prompts=[prompt.text for prompt in PROMPTS.values()])
 def generate_instructions(
     config: GenerateConfig,
     model: ReadyModel,
@@ -81,7 +79,6 @@ def generate_instructions(
     verdicts: Snapshot,
     heldout: Snapshot,
     seed: int,
-    account: Account,
 ) -> Generation:
     """Write candidates from hard and easy parents until enough are new, or the cap on attempts is reached.
 
@@ -90,7 +87,7 @@ def generate_instructions(
         heldout: what the student is evaluated on; no candidate may be near one of these either.
 
     Raises:
-        BudgetReached, FatalEndpointError, JobError: as the model raises them.
+        JobError: the model's process ended without a result.
     """
     pool = by_id(cache_pool)
     difficulty = {key: row["difficulty"] for key, row in by_id(verdicts, ["difficulty"]).items()}
@@ -108,7 +105,7 @@ def generate_instructions(
                 left[side] -= 1
         requests = [_request(key, config.method, side, pool[parent], draw) for key, (side, parent, draw) in asked.items()]
         with progress("new instructions") as on_progress:
-            replies = answer(model, requests, config.sampling, seed=seed, account=account, on_progress=on_progress)
+            replies = answer(model, requests, config.sampling, seed=seed, on_progress=on_progress)
         for reply in replies:
             side, parent, draw = asked[reply.id]
             judge.take(side, pool[parent], draw, reply)

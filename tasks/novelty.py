@@ -1,8 +1,8 @@
-"""Is a candidate instruction new? ROUGE-L against everything known so far, and checks of the text itself.
+"""Is a candidate instruction new and usable? ROUGE-L against everything known so far, and checks of the text.
 
-A candidate is dropped where its ROUGE-L F to a known instruction is above 0.7 (Lion, arXiv 2305.12870).
-`NoveltyIndex` answers that without comparing the candidate with every known text, and exactly so: its
-decisions are those of the full comparison. `check_text` names what is wrong with a text on its own.
+Lion (arXiv 2305.12870) drops a candidate whose ROUGE-L F to a known instruction is above 0.7. `NoveltyIndex`
+decides that without comparing the candidate with every known text, and its decisions are those of the full
+comparison. `check_text` names what is wrong with a text on its own.
 
 Knows nothing of models, prompts, tables or Prefect.
 
@@ -12,76 +12,73 @@ Knows nothing of models, prompts, tables or Prefect.
     Near(key='seed-1', similarity=0.875)
     >>> index.nearest("Why is the sky blue?") is None
     True
-    >>> check_text("Sure! Here is a new instruction:")
-    <Rejection.NOT_AN_INSTRUCTION: 'not_an_instruction'>
+    >>> check_text("The the the the the the the the")
+    <Rejection.REPETITIVE: 'repetitive'>
 """
 
 import re
+import sys
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from rapidfuzz.distance import LCSseq
 
 
 class Rejection(StrEnum):
-    """Why a candidate instruction was rejected. The first six are what can become of the generator's reply."""
+    """Why a candidate instruction was rejected. The first five are what can become of the generator's reply."""
 
     TRUNCATED = "truncated"  # cut at max_tokens: half an instruction
     FILTERED = "filtered"  # withheld by a content filter
     REFUSED = "refused"  # the generator declined
+    FAILED = "failed"  # no reply
     EMPTY = "empty"  # nothing but white space
-    FAILED = "failed"  # no reply at all
-    TEMPLATE_LEAK = "template_leak"  # holds a phrase of our own prompt, or a special token
+    TEMPLATE_LEAK = "template_leak"  # a phrase of our own prompts, or a special token
     NOT_AN_INSTRUCTION = "not_an_instruction"  # no words, or a remark about the task instead of a task
     TOO_SHORT = "too_short"
     TOO_LONG = "too_long"
     REPETITIVE = "repetitive"  # a loop, as small models fall into
-    NEAR_DUPLICATE = "near_duplicate"  # ROUGE-L above the threshold; `NoveltyIndex` finds these
-    SURPLUS = "surplus"  # good, but its side was full already
+    NEAR_DUPLICATE = "near_duplicate"  # ROUGE-L above the threshold: `NoveltyIndex` finds these
 
 
-# --- tokens and ROUGE-L ---------------------------------------------------------------------------------------
+# Tokens and ROUGE-L
 
 ROUGE_TOKEN = re.compile(r"[a-z0-9]+")
 
-# Scripts written without spaces, where a character is the better token: Thai, Lao, Myanmar, Khmer, kana, Han.
-SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-ANY_TOKEN = re.compile(rf"[{SPACELESS}]|[^\W_{SPACELESS}]+")
+# Scripts that put no spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han.
+SPACELESS = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff"
+)
+TOKEN_OF_ANY_SCRIPT = re.compile(rf"[{SPACELESS}]|[^\W_{SPACELESS}]+")
 
 
 def rouge_tokens(text: str) -> list[str]:
-    """The tokens of `rouge_score` without stemming: runs of a-z and 0-9 in the lower-cased text."""
+    """The tokens of the package rouge_score, without stemming: runs of a-z and 0-9 in the lower-cased text."""
     return ROUGE_TOKEN.findall(text.lower())
 
 
-def rouge_l(a: str, b: str) -> float:
-    """ROUGE-L F (Lin 2004) of two texts: 2 * LCS / (m + n) over their m and n tokens, from 0 to 1.
-
-    Equal to `RougeScorer(["rougeL"], use_stemmer=False)` of the package rouge_score up to the rounding of that
-    package's detour over precision and recall. A text without a-z and 0-9 has no tokens, so its score is 0.
-    """
-    return _f_measure(rouge_tokens(a), rouge_tokens(b))
-
-
 def tokens_of(text: str) -> list[str]:
-    """The tokens that the index compares: those of `rouge_score`, unless they miss most of the text.
+    """The tokens that the index compares: those of rouge_score, unless they miss most of the text.
 
-    In other scripts rouge_score sees nothing, or only the word "Python" in the middle of a Chinese question, and
-    would call any two such questions different, or equal. Where most letters are outside a-z the tokens are
-    words in any script instead, or single characters in the scripts that put no spaces between words.
+    In other scripts rouge_score sees nothing, or only the word "Python" amid a Chinese question; it would find
+    any two such questions wholly different, or equal. So where at most half of the letters and digits are in
+    a-z and 0-9, the tokens are the words of any script, or the characters where a script has no spaces.
     """
     tokens = rouge_tokens(text)
     if text.isascii() or 2 * sum(map(len, tokens)) > sum(map(str.isalnum, text)):
         return tokens
-    return ANY_TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
+    return TOKEN_OF_ANY_SCRIPT.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-def _f_measure(a: list[str], b: list[str]) -> float:
+def lcs_f_measure(a: Sequence[str], b: Sequence[str]) -> float:
+    """2 * LCS / (m + n) of two token lists of lengths m and n, from 0 to 1; 0 where one of them is empty."""
     if not a or not b:
         return 0.0
     ids: dict[str, int] = {}
@@ -89,156 +86,278 @@ def _f_measure(a: list[str], b: list[str]) -> float:
     return 2 * LCSseq.similarity(first, second) / (len(a) + len(b))
 
 
-# --- near duplicates ------------------------------------------------------------------------------------------
+def rouge_l(a: str, b: str) -> float:
+    """ROUGE-L F (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries") of two texts.
+
+    Equal to `RougeScorer(["rougeL"], use_stemmer=False)` of the package rouge_score, up to that package's
+    rounding: it goes by way of precision and recall, and can find 0.7000000000000001 where seven tokens of ten
+    are shared. The score here is the float nearest to the true one, so it is above 0.7 only if that is.
+    """
+    return lcs_f_measure(rouge_tokens(a), rouge_tokens(b))
+
+
+# Near duplicates
+
+# Known texts are filed by length, so that a candidate meets only those it could resemble. Two buckets an octave:
+# fewer let in more texts that are too long or too short, more cost more look-ups (measured with 1 to 4).
+BUCKET_STARTS = tuple(sorted({int(2 ** (i / 2)) for i in range(25)}))  # 1, 2, 4, 5, 8, 11, ... 4096
+BUCKET_BITS = 5
+WORDS, WORD_BITS = 4, 64  # a signature has 256 bits, kept as four columns of 64
+WORD_MASK = 2**WORD_BITS - 1
+UNSEEN = 2**31 - 1  # stands for every token that no known text has
+
+Rows = npt.NDArray[np.int32]
 
 
 class Near(NamedTuple):
-    """The most similar known text: the key it was added under, and its ROUGE-L F."""
+    """The known text most similar to a candidate: the key it was added under, and their ROUGE-L F."""
 
     key: str
     similarity: float
 
 
 class NoveltyIndex:
+    """All known instructions, asked which of them a text comes too close to. Grows as candidates are accepted.
+
+    Three steps, each exact: what they leave out cannot be above the threshold.
+
+    1. *Prefix filter* (Chaudhuri et al. 2006, Bayardo et al. 2007). A similarity above t needs a common
+       subsequence, hence shared tokens, above t * (m + n) / 2. A text that shares so many of the candidate's m
+       tokens has one of its `m - needed + 1` rarest, whichever these are; only their posting lists are read.
+       Every token is listed, so the rarest are chosen by the lists' lengths at the time of asking.
+    2. *Signatures.* A bit for each token, folded to 64 and then to 256 bits: a bit of the candidate that is
+       missing from a text is a token they do not share, which bounds the similarity from above.
+    3. The few that are left are compared in full, the highest bound first, until no bound beats the best found.
+
+    A token's second occurrence in a text counts as a token of its own, so that shared tokens are counted with
+    their multiplicity. Texts without any word or digit are never near anything. Not safe for threads.
+    """
+
     def __init__(self, threshold: float = 0.7) -> None:
+        """Args: threshold: a similarity strictly above it is too close; the paper's is 0.7."""
         if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold is {threshold}; ROUGE-L runs from 0 to 1 (the paper's is 0.7)")
+            raise ValueError(f"threshold is {threshold}, but ROUGE-L lies between 0 and 1 (the paper's is 0.7)")
         self.threshold = threshold
-        self._keys: list[str] = []
-        self._ids: dict[str, int] = {}
-        self._tokens = array("i")
-        self._ends = array("q", [0])
-        self._folded = array("Q")
-        self._words = [array("Q") for _ in range(4)]
+        self._keys: list[str] = []  # row -> key; the columns below have a row for each text, too
         self._lengths = array("i")
-        self._postings: dict[int, array[int]] = {}
+        self._ends = array("q", [0])  # where a row's tokens end in _tokens, and the next row's begin
+        self._tokens = array("i")  # the texts as token ids, one after the other
+        self._folded = array("Q")  # signature folded to 64 bits
+        self._words = [array("Q") for _ in range(WORDS)]  # signature of 256 bits
+        self._ids: dict[str, int] = {}  # numbered token -> id
+        self._postings: dict[int, array[int]] = {}  # id and length bucket -> rows that have the token
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def add(self, key: str, text: str) -> None:
+        """Make a text known. `nearest` sees it at once."""
         row = len(self._keys)
         tokens = tokens_of(text)
-        ids = self._ids
-        elements = [ids.setdefault(name, len(ids)) for name in _numbered(tokens)]
-        bucket = bisect_right(STARTS, len(tokens))
-        postings = self._postings
-        for element in elements:
-            k = element << 6 | bucket
-            if k in postings:
-                postings[k].append(row)
+        ids = [self._ids.setdefault(name, len(self._ids)) for name in _numbered(tokens)]
+        bucket = bisect_right(BUCKET_STARTS, len(tokens))
+        for id in ids:
+            posting = self._postings.get(id << BUCKET_BITS | bucket)
+            if posting is None:
+                self._postings[id << BUCKET_BITS | bucket] = array("i", (row,))
             else:
-                postings[k] = array("i", (row,))
-        folded, words = _signature(elements)
-        self._folded.append(folded)
-        for w, x in zip(self._words, words):
-            w.append(x)
-        self._lengths.append(len(tokens))
-        self._tokens.extend([ids[t] for t in tokens])
-        self._ends.append(len(self._tokens))
+                posting.append(row)
         self._keys.append(key)
+        self._lengths.append(len(tokens))
+        self._tokens.extend([self._ids[token] for token in tokens])
+        self._ends.append(len(self._tokens))
+        folded, words = _signature(ids)
+        self._folded.append(folded)
+        for column, word in zip(self._words, words, strict=True):
+            column.append(word)
 
-    def add_many(self, pairs):
-        for k, t in pairs:
-            self.add(k, t)
+    def add_many(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Make many texts known: pairs of key and text."""
+        for key, text in pairs:
+            self.add(key, text)
 
-    def nearest(self, text):
+    def nearest(self, text: str) -> Near | None:
+        """The known text most similar to this one, the first added among equals; None if none is too close."""
         tokens = tokens_of(text)
-        m = len(tokens)
-        ids, postings = self._ids, self._postings
-        elements = [ids.get(name, -1) for name in _numbered(tokens)]
-        known = [e for e in elements if e >= 0]
-        unseen = m - len(known)
-        lists = []; required = []
-        least = m
-        for b, count, need in _probes(m, self.threshold):
-            found = [p for e in known if (p := postings.get(e << 6 | b)) is not None]
-            count -= m - len(found)
-            if count > 0:
-                if count < len(found):
-                    found.sort(key=len)
-                    del found[count:]
-                lists += found
-                if PER: required += [need]*len(found)
-                if need < least: least = need
-        if not lists: return None
-        rows = np.frombuffer(lists[0] if len(lists)==1 else b"".join(lists), dtype=np.int32)
-        self.n_entries = getattr(self,'n_entries',0) + len(rows)
-        folded, words = _signature(known)
-        slack = len(known) - folded.bit_count()
-        shared = np.bitwise_count(np.frombuffer(self._folded, dtype=np.uint64).take(rows) & np.uint64(folded))
-        if PER: least = np.repeat(np.array(required), [len(l) for l in lists])
-        rows = rows[shared >= (least - slack)]
-        self.n_sieve = getattr(self,'n_sieve',0) + len(rows)
-        if not len(rows): return None
-        overlap = sum(np.bitwise_count(np.frombuffer(w, dtype=np.uint64).take(rows) & np.uint64(x)) for w, x in zip(self._words, words)) + (len(known) - sum(w.bit_count() for w in words))
-        bounds = 2 * overlap / (m + np.frombuffer(self._lengths, dtype=np.int32).take(rows))
-        keep = bounds > self.threshold
-        rows, first = np.unique(rows[keep], return_index=True)
-        bounds = bounds[keep][first]
-        self.n_lcs = getattr(self,'n_lcs',0) + len(rows)
+        known = [id for name in _numbered(tokens) if (id := self._ids.get(name)) is not None]
+        rows, needed = self._sharing_a_rare_token(known, len(tokens))
+        if not len(rows):
+            return None
+        rows, bounds = self._possibly_near(rows, needed, known, len(tokens))
+
+        query = array("i", [self._ids.get(token, UNSEEN) for token in tokens])
+        best, highest = -1, self.threshold
         order = np.lexsort((rows, -bounds))
-        best = -1
-        bs = self.threshold
-        query = array("i", [ids.get(t, 2**31-1) for t in tokens])
-        st = self._ends
-        for row, bound in zip(rows[order].tolist(), bounds[order].tolist()):
-            if bound < bs or (bound == bs and row > best):
+        for row, bound in zip(rows[order].tolist(), bounds[order].tolist(), strict=True):
+            if bound < highest or (bound == highest and row > best):
                 break
-            self.n_lcs2 = getattr(self,'n_lcs2',0) + 1
-            a, z = st[row], st[row+1]
-            s = 2 * LCSseq.similarity(query, self._tokens[a:z]) / (m + z - a)
-            if s > bs or (s == bs and row < best):
-                best, bs = row, s
-        return None if best < 0 else Near(self._keys[best], bs)
+            other = self._tokens[self._ends[row] : self._ends[row + 1]]
+            similarity = 2 * LCSseq.similarity(query, other) / (len(query) + len(other))
+            if similarity > highest or (similarity == highest and row < best):
+                best, highest = row, similarity
+        return Near(self._keys[best], highest) if best >= 0 else None
 
-    def nearest_many(self, texts):
-        return [self.nearest(t) for t in texts]
+    def nearest_many(self, texts: Iterable[str]) -> list[Near | None]:
+        """`nearest` for each of the texts, which are not compared with each other."""
+        return [self.nearest(text) for text in texts]
 
-def _signature(elements):
-    s = 0
-    for e in elements:
-        s |= 1 << (e & 255)
-    M = (1<<64)-1
-    w = (s & M, s >> 64 & M, s >> 128 & M, s >> 192)
-    return w[0]|w[1]|w[2]|w[3], w
+    def _sharing_a_rare_token(self, known: list[int], m: int) -> tuple[Rows, npt.NDArray[np.int64]]:
+        """Step 1: rows, some more than once, and beside each how many shared tokens it needs at least."""
+        postings: list[array[int]] = []
+        needed: list[int] = []
+        for bucket, least in _length_buckets(m, self.threshold):
+            found = [p for id in known if (p := self._postings.get(id << BUCKET_BITS | bucket)) is not None]
+            # Tokens that no text of this bucket has are the rarest of all, and there is nothing to read for them.
+            count = (m - least + 1) - (m - len(found))
+            if count <= 0:
+                continue
+            found.sort(key=len)
+            postings += found[:count]
+            needed += [least] * min(count, len(found))
+        rows = np.frombuffer(b"".join(postings), dtype=np.int32)
+        return rows, np.repeat(np.array(needed, dtype=np.int64), [len(posting) for posting in postings])
 
-from bisect import bisect_right
-from functools import lru_cache
-from os import environ
-PER = environ.get('PER')=='1'
-Q = int(environ.get("Q", "4"))
-STARTS = sorted({max(1, int(2 ** (i / Q))) for i in range(Q*12+1)})
-assert len(STARTS) < 63
+    def _possibly_near(
+        self, rows: Rows, needed: npt.NDArray[np.int64], known: list[int], m: int
+    ) -> tuple[Rows, npt.NDArray[np.float64]]:
+        """Step 2: the rows whose signature allows a similarity above the threshold, and that upper bound."""
+        folded, words = _signature(known)
+        # Tokens that fell on one bit cannot be told apart: they count as shared.
+        hidden = len(known) - folded.bit_count()
+        rows = rows[_common_bits(self._folded, rows, folded) >= needed - hidden]
 
-def _lcs_above(total, threshold):
-        lcs = int(threshold * total / 2)
-        while 2 * lcs / total > threshold:
-            lcs -= 1
-        while 2 * lcs / total <= threshold:
-            lcs += 1
-        return lcs
+        shared = np.full(len(rows), len(known) - sum(word.bit_count() for word in words))
+        for column, word in zip(self._words, words, strict=True):
+            shared += _common_bits(column, rows, word)
+        bounds = 2 * shared / (m + np.frombuffer(self._lengths, dtype=np.int32).take(rows))
+        possible = bounds > self.threshold
+        rows, first = np.unique(rows[possible], return_index=True)
+        return rows, bounds[possible][first]
 
-@lru_cache(4096)
-def _probes(m, threshold):
-    out = []
-    for b, lo in enumerate(STARTS, 1):
-        for n in range(lo, STARTS[b] if b < len(STARTS) else lo + 2**20):
-            need = _lcs_above(m + n, threshold)
-            if need <= min(m, n):
-                out.append((b, m - need + 1, need))
+
+def _numbered(tokens: list[str]) -> list[str]:
+    """Tokens with their second, third, ... occurrences told apart: the cat the -> the, cat, "the 2"."""
+    counts: dict[str, int] = {}
+    names = []
+    for token in tokens:
+        counts[token] = count = counts.get(token, 0) + 1
+        names.append(token if count == 1 else f"{token} {count}")
+    return names
+
+
+def _signature(ids: list[int]) -> tuple[int, list[int]]:
+    """A bit for each token, of 256; once folded to a single word and once as four."""
+    bits = 0
+    for id in ids:
+        bits |= 1 << id % (WORDS * WORD_BITS)
+    words = [bits >> WORD_BITS * i & WORD_MASK for i in range(WORDS)]
+    return words[0] | words[1] | words[2] | words[3], words
+
+
+def _common_bits(column: "array[int]", rows: Rows, word: int) -> npt.NDArray[np.uint8]:
+    """How many bits the words of these rows have in common with `word`."""
+    return np.bitwise_count(np.frombuffer(column, dtype=np.uint64).take(rows) & np.uint64(word))
+
+
+def _least_lcs(total: int, threshold: float) -> int:
+    """The shortest common subsequence that makes 2 * LCS / total greater than the threshold, as floats go."""
+    lcs = int(threshold * total / 2)
+    while 2 * lcs / total > threshold:
+        lcs -= 1
+    while 2 * lcs / total <= threshold:
+        lcs += 1
+    return lcs
+
+
+@lru_cache(maxsize=4096)
+def _length_buckets(m: int, threshold: float) -> tuple[tuple[int, int], ...]:
+    """Buckets with texts that m tokens can be near to, and how many shared tokens that takes at least.
+
+    The need grows with the length, by one at most for each token: so it is least at the shortest length n that
+    can satisfy it by itself, and no length is of use once the need is above m.
+    """
+    buckets = []
+    for bucket, start in enumerate(BUCKET_STARTS, 1):
+        end = BUCKET_STARTS[bucket] if bucket < len(BUCKET_STARTS) else sys.maxsize
+        for n in range(start, end):
+            least = _least_lcs(m + n, threshold)
+            if least > m:
                 break
-            if need > m:
+            if least <= n:
+                buckets.append((bucket, least))
                 break
-    return tuple(out)
-def _numbered(tokens):
-    seen = {}
-    out = []
-    for t in tokens:
-        if t in seen:
-            seen[t] += 1
-            out.append(f"{t} {seen[t]}")
-        else:
-            seen[t] = 1
-            out.append(t)
-    return out
+    return tuple(buckets)
+
+
+# The text by itself
+
+LEAKS = (  # lower case
+    "#given instruction#",
+    "#created instruction#",
+    "#new instruction#",
+    "#rewritten instruction#",
+    "here is a list of questions and tasks",
+    "### instruction:",
+    "### response:",
+)
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>")
+
+# Openings that only an answer to *our* prompt has. "Here is a list of numbers" opens many a good task, and so does
+# "I can't ..."; when in doubt it is an instruction.
+REMARK = re.compile(
+    r"(?:sure|certainly|absolutely|of course)\b[!,.:]* here(?:'s| is| are)\b"
+    r"|here(?:'s| is) (?:a|an|the|your|another|one) (?:new|created|rewritten|similar|revised)"
+    r" (?:instruction|prompt|task|question)\b"
+    r"|(?:the|this|your) (?:given|created|rewritten) instruction\b"
+    r"|as an ai(?: language)?(?: model| assistant)?,? i\b"
+    r"|i(?:'m| am) sorry,? (?:but )?i (?:can't|cannot|can not) (?:help|assist|comply|fulfil)"
+)
+
+
+def check_text(
+    text: str | None, status: str = "ok", *, min_tokens: int = 2, max_tokens: int = 1024
+) -> Rejection | None:
+    """What makes a candidate unusable by itself, or None. Near duplicates are `NoveltyIndex`'s business.
+
+    Neither the word "instruction" nor a leading quote nor a letter outside a-z is a reason.
+
+    Args:
+        text: the candidate, as cut out of the generator's reply.
+        status: what became of that reply, a `tasks.models.chat.Status`; all but "ok" reject.
+        min_tokens: fewer tokens (`tokens_of`: words, mostly) are too short. "Explain photosynthesis." has two.
+        max_tokens: more are too long: generous, since long tasks are wanted and a runaway is cut anyway.
+    """
+    if status != "ok":
+        return Rejection(status)
+    if text is None or not text.strip():
+        return Rejection.EMPTY
+    lowered = " ".join(text.lower().replace("’", "'").split())
+    if any(phrase in lowered for phrase in LEAKS) or SPECIAL_TOKEN.search(text):
+        return Rejection.TEMPLATE_LEAK
+    tokens = tokens_of(text)
+    if not any(map(str.isalpha, text)) or REMARK.match(lowered):
+        return Rejection.NOT_AN_INSTRUCTION
+    if len(tokens) < min_tokens:
+        return Rejection.TOO_SHORT
+    if len(tokens) > max_tokens:
+        return Rejection.TOO_LONG
+    return Rejection.REPETITIVE if is_repetitive(tokens) else None
+
+
+def is_repetitive(tokens: list[str]) -> bool:
+    """Whether a text runs in a loop.
+
+    Either at most a third of its runs of three words are different ones, or up to eight words come four times
+    or more in a row, over twelve words at least. Numbers are left out: a table of zeros is data, not a loop.
+    """
+    words = [token for token in tokens if not token.isdigit()]
+    threes = list(zip(words, words[1:], words[2:], strict=False))
+    if len(threes) >= 4 and 3 * len(set(threes)) <= len(threes):
+        return True
+    for period in range(1, 9):
+        equal = 0  # words in a row that repeat the one a period before
+        for earlier, word in zip(words, words[period:], strict=False):
+            equal = equal + 1 if word == earlier else 0
+            if equal + period >= max(12, 4 * period):
+                return True
+    return False

@@ -8,10 +8,8 @@ The record of a finished stage is a small JSON file under `$LION_HOME/results`, 
 only while everything it points to is there and undamaged; otherwise that stage, and that one alone, runs again.
 """
 
-import fcntl
-import time
+import inspect
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -24,9 +22,8 @@ from prefect.tasks import Task
 from prefect.transactions import IsolationLevel
 from pydantic import BaseModel
 
-from storage.files import Pointer, digest_of, home
+from storage.files import Pointer, digest_of, flock, home
 from storage.runs import pointers_in
-from tasks.models.budget import Account
 
 OPERATIONAL = {"operational": True}  # for Field(json_schema_extra=...): changes how, never what; not in any key
 
@@ -56,12 +53,12 @@ def _is_operational(field: Any) -> bool:
 
 
 def stage_key(name: str, version: int, prompts: Iterable[str], parameters: dict[str, Any]) -> str:
-    """The cache key of a stage for these parameters. Who pays for it (an Account) is not part of it."""
-    kept = {key: identity(value) for key, value in parameters.items() if not isinstance(value, Account)}
+    """The cache key of a stage for these parameters."""
+    kept = {key: identity(value) for key, value in parameters.items()}
     return f"{name}-{digest_of({'stage': name, 'version': version, 'prompts': list(prompts), 'parameters': kept})}"
 
 
-class WholeResult(Serializer[Any]):
+class WholeResult(Serializer):  # type: ignore[type-arg]  # a parametrised base breaks its registry
     """JSON that does not load when what it points to is missing or damaged: Prefect then runs the stage again."""
 
     type: Literal["lion-whole-result"] = "lion-whole-result"
@@ -93,7 +90,7 @@ class KernelLocks(LockManager):
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
-        if not _lock(file, acquire_timeout):
+        if not flock(file, acquire_timeout):
             file.close()
             return False
         self._held[key] = (holder, file)
@@ -119,7 +116,7 @@ class KernelLocks(LockManager):
         if not path.exists():
             return True
         with path.open("w") as file:
-            return _lock(file, timeout)
+            return flock(file, timeout)
 
     async def await_for_lock(self, key: str, timeout: float | None = None) -> bool:
         return self.wait_for_lock(key, timeout)
@@ -128,18 +125,16 @@ class KernelLocks(LockManager):
         return home() / "locks" / f"{key}.lock"
 
 
-def _lock(file: TextIO, timeout: float | None) -> bool:
-    """Lock an open file, waiting at most `timeout` seconds (for ever by default); False where it was not had."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if deadline is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if deadline is None or time.monotonic() >= deadline:
-                return False
-            time.sleep(0.05)
-        else:
-            return True
+def may_pass(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether trying a failed stage again may help (Prefect's retry condition)."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, ValueError)
+
+
+def stage_key_of(stage: Task[..., Any], inputs: tuple[Any, ...]) -> str:
+    """The cache key that a stage has for these inputs."""
+    parameters = inspect.signature(stage.fn).bind(*inputs).arguments
+    return stage.cache_policy.compute_key(None, parameters, {})  # type: ignore[arg-type, union-attr, return-value]
 
 
 def stage(
@@ -148,7 +143,6 @@ def stage(
     version: int,
     prompts: Iterable[str] = (),
     retries: int = 1,
-    retry_if: Callable[[BaseException], bool] = lambda error: True,
 ) -> Callable[[Callable[..., Any]], Task[..., Any]]:
     """Make a function a stage: cached by content, locked while it runs, retried by Prefect.
 
@@ -156,20 +150,12 @@ def stage(
         name: the stage's word, used in keys, task run names, tags and the manifest.
         version: raise it when the same inputs shall give another result.
         prompts: the prompt texts it uses. Editing one makes the stage run again.
-        retries: of the stage as a whole; a single request is retried by the client.
-        retry_if: whether an error may pass by itself. A wrong key or a spent budget does not.
+        retries: of the stage as a whole. A ValueError is not retried: it says that the input is wrong.
     """
     texts = list(prompts)
 
     def key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
         return stage_key(name, version, texts, parameters)
-
-    def may_pass(task: Any, task_run: Any, state: Any) -> bool:
-        try:
-            state.result()
-        except Exception as error:
-            return retry_if(error)
-        return False
 
     policy = CacheKeyFnPolicy(cache_key_fn=key).configure(
         isolation_level=IsolationLevel.SERIALIZABLE, lock_manager=KernelLocks()

@@ -2,9 +2,8 @@
 
     python -m tasks.jobs.convert <directory>/job.json
 
-`job.json`: {"source": "embedded" or a Hub id}. Writes weights (bf16 for the embedded model), config, tokenizer,
-chat template and generation config into the directory, `result.json` last. A local folder needs no conversion:
-whoever starts jobs uses it where it lies.
+`job.json`: {"source": "embedded", a local folder, or a Hub id}. Writes weights (bf16 for the embedded model), config, tokenizer,
+chat template and generation config into the directory, `result.json` last. A local folder is linked, not copied.
 
 The GGUF file is read here, once, and not by transformers, which reads it for each of config, tokenizer and weights:
 10 s instead of 28 s. The weights and the tokens are the same, and a test says so.
@@ -16,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from storage.files import MODEL_FILES
 from tasks.jobs.launch import finish
 
 EMBEDDED = "embedded"
@@ -48,8 +48,19 @@ def convert(source: str, directory: Path) -> dict[str, int]:
         gguf = find_embedded()
         return convert_gguf(gguf, directory) if gguf else download(HUB_ID, directory)
     if Path(source).is_dir():
-        raise SystemExit(f"{source} is a local folder: it needs no conversion, use it where it lies.")
+        return link(Path(source), directory)
     return download(source, directory)
+
+
+def link(source: Path, directory: Path) -> dict[str, int]:
+    """Link the files of a local model, which stays where it is."""
+    from transformers import AutoConfig
+
+    for pattern in MODEL_FILES:
+        for file in source.glob(pattern):
+            (directory / file.name).unlink(missing_ok=True)
+            (directory / file.name).symlink_to(file.resolve())
+    return {"layers": AutoConfig.from_pretrained(directory).num_hidden_layers}
 
 
 def find_embedded() -> Path | None:

@@ -1,90 +1,112 @@
-"""Answers requests and scores given answers with a local model: `python -m tasks.jobs.infer FOLDER/job.json`.
+"""Answers requests and scores answers with a local model: one process, one job.
 
-Reads `requests.jsonl` and `score.jsonl` in the job's folder, as far as job.json names them, and appends to
-`replies.jsonl` and `scores.jsonl`. A batch is on disk before the next one starts; a job that was killed goes on
-after the last whole one, with the same batches, and so with the same answers.
+    python -m tasks.jobs.infer <directory>/job.json
+
+`job.json`: {"model", "precision", "max_batch_rows", "max_batch_tokens", "seed", "sampling": {"temperature",
+"top_p", "max_tokens", "stop"}, "requests": file or null, "score": file or null}, the files being JSON lines
+beside it. Replies are appended to `replies.jsonl` and scores to `scores.jsonl`, in no particular order, and made
+durable every few seconds. A job that was killed goes on where it stopped and gives the same replies as one that
+was not, because a row's answer does not depend on the other rows of its batch.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tasks.jobs.engine import Engine
+from tasks.jobs.engine import Engine, Sampling
 from tasks.jobs.launch import finish, report_progress
+
+DURABLE_SECONDS = 5  # what a kill may cost at most, beside the rows in flight
+PROGRESS_SECONDS = 1
+
+
+class Lines:
+    """A file of JSON lines that grows: appended to, made durable now and then, read again after a kill."""
+
+    def __init__(self, path: Path):
+        whole = path.read_bytes() if path.exists() else b""
+        whole = whole[: whole.rfind(b"\n") + 1]  # a line torn by a kill is dropped
+        self.done = {json.loads(line)["id"] for line in whole.splitlines()}
+        self._file = path.open("r+b" if path.exists() else "wb")
+        self._file.truncate(len(whole))
+        self._file.seek(len(whole))
+        self._durable = time.monotonic()
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write rows; to disk when the last time is a while ago."""
+        for row in rows:
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self.done.add(row["id"])
+        if time.monotonic() - self._durable >= DURABLE_SECONDS:
+            self.make_durable()
+
+    def make_durable(self) -> None:
+        """All that was appended is on disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._durable = time.monotonic()
+
+
+class Progress:
+    """Tells the parent how far the job is, at most once a second."""
+
+    def __init__(self, total: int, engine: Engine):
+        self._total, self._engine = total, engine
+        self._begin = self._told = time.monotonic()
+
+    def tell(self, done: int) -> None:
+        """Report, unless that was done a moment ago."""
+        now = time.monotonic()
+        if now - self._told >= PROGRESS_SECONDS or done == self._total:
+            rate = self._engine.statistics.generated_tokens / max(now - self._begin, 1e-9)
+            report_progress(done, self._total, **{"tokens/s": round(rate)})
+            self._told = now
+
+
+def run(job: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Do the job and return its result."""
+    requests, to_score = _read(directory, job["requests"]), _read(directory, job["score"])
+    replies, scores = Lines(directory / "replies.jsonl"), Lines(directory / "scores.jsonl")
+    sampling = Sampling(**{**job["sampling"], "stop": tuple(job["sampling"]["stop"])}, seed=job["seed"])
+    engine = Engine(Path(job["model"]), job["precision"], job["max_batch_rows"], job["max_batch_tokens"])
+    progress = Progress(len(requests) + len(to_score), engine)
+
+    begin = time.monotonic()
+    for batch in engine.generate([row for row in requests if row["id"] not in replies.done], sampling):
+        replies.append(batch)
+        progress.tell(len(replies.done))
+    replies.make_durable()
+    seconds = time.monotonic() - begin
+    for batch in engine.score([row for row in to_score if row["id"] not in scores.done]):
+        scores.append(batch)
+        progress.tell(len(replies.done) + len(scores.done))
+    scores.make_durable()
+
+    generated = engine.statistics.generated_tokens
+    return {
+        "replies": len(replies.done),
+        "scores": len(scores.done),
+        "generated_tokens": generated,  # of this run; one that goes on after a kill counts its own
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(generated / seconds, 1) if generated else 0.0,
+        "device": str(engine.device),
+        "precision": engine.precision,
+        "padded_share": round(engine.statistics.padded_share, 4),
+    }
+
+
+def _read(directory: Path, name: str | None) -> list[dict[str, Any]]:
+    # Not str.splitlines(): a text may hold U+2028, which ends no line here.
+    return [json.loads(line) for line in (directory / name).read_bytes().splitlines()] if name else []
 
 
 def main(job_file: Path) -> None:
-    directory = job_file.parent
-    job = json.loads(job_file.read_text())
-    requests = _lines(directory / job["requests"]) if job["requests"] else []
-    to_score = _lines(directory / job["score"]) if job["score"] else []
-    total = len(requests) + len(to_score)
-    engine = Engine(job["model"], job["precision"], job["max_batch_rows"], job["max_batch_tokens"])
-    sampling, started = job["sampling"], time.perf_counter()
-    replies, scores = _Output(directory / "replies.jsonl"), _Output(directory / "scores.jsonl")
-    generated = 0
-
-    def progress() -> None:
-        rate = generated / (time.perf_counter() - started)
-        report_progress(len(replies.done) + len(scores.done), total, **{"tokens/s": round(rate)} if generated else {})
-
-    progress()
-    prompts = [engine.encode(request) for request in requests]
-    refused = {prompt.id: refusal for prompt in prompts if (refusal := engine.refusal(prompt, sampling["max_tokens"]))}
-    replies.add([refusal for key, refusal in refused.items() if key not in replies.done])
-    for batch in engine.plan([prompt for prompt in prompts if prompt.id not in refused], sampling["max_tokens"]):
-        if not replies.done.issuperset(prompt.id for prompt in batch):
-            answers = engine.generate(batch, sampling, job["seed"])
-            generated += sum(answer["completion_tokens"] for answer in answers)
-            replies.add(answers)
-            progress()
-    seconds = time.perf_counter() - started
-    for scored in engine.score([item for item in to_score if item["id"] not in scores.done]):
-        scores.add(scored)
-        progress()
-    finish(
-        directory,
-        {
-            "replies": len(replies.done),
-            "scores": len(scores.done),
-            "generated_tokens": generated,
-            "seconds": round(seconds, 2),
-            "tokens_per_second": round(generated / seconds, 1),
-            "idle_share": round(1 - engine.useful / engine.computed, 4) if engine.computed else 0.0,
-            "device": engine.device,
-            "dtype": str(engine.dtype).removeprefix("torch."),
-        },
-    )
-
-
-class _Output:
-    """A file of JSON lines that grows by whole batches. A batch that a kill tore apart is taken off at the start."""
-
-    def __init__(self, path: Path):
-        self._marks = path.with_suffix(".size")  # the size up to the last whole batch, renamed into place
-        size = int(self._marks.read_text()) if self._marks.exists() else 0
-        self._file = path.open("ab")
-        self._file.truncate(size)
-        self.done = {line["id"] for line in _lines(path)}
-
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        if not rows:
-            return
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        fresh = self._marks.with_suffix(".new")
-        fresh.write_text(str(self._file.tell()))
-        os.replace(fresh, self._marks)
-        self.done |= {row["id"] for row in rows}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    """Run one job: see the module's docstring."""
+    finish(job_file.parent, run(json.loads(job_file.read_text()), job_file.parent))
 
 
 if __name__ == "__main__":

@@ -1,82 +1,98 @@
-"""Makes a smaller model by dropping layers: `python -m tasks.jobs.prune FOLDER/job.json`.
+"""Makes a smaller model out of a larger one by leaving out the layers that change their input least.
 
-The layers dropped are those of least influence: 1 - cosine between what goes into a layer and what comes out of
-it, averaged over the tokens of sample prompts (Men et al. 2024, ShortGPT, arXiv 2403.03853). For any Llama-like
-model: one whose layers are `model.model.layers`.
+    python -m tasks.jobs.prune <directory>/job.json
+
+`job.json`: {"model": folder, "layers": how many to keep, "prompts": [messages, ...]}. Writes the model, in the
+type of its source, with its tokenizer into the directory, `result.json` last.
+
+A layer's influence is 1 - cosine between its input and its output, the mean over all tokens of the sample
+prompts (Men et al. 2024, ShortGPT, arXiv 2403.03853). Deterministic: of two layers of equal influence the first
+is dropped first.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from torch import nn
 
-from tasks.jobs.launch import finish, report_progress
-from tasks.jobs.template import encode_prompt
+from tasks.jobs.launch import finish
+from tasks.jobs.template import Messages, encode_prompt
+
+
+def prune(model: Any, tokenizer: Any, layers: int, prompts: Sequence[Messages]) -> dict[str, Any]:
+    """Drop the layers of least influence, in place, until `layers` are left; what was dropped and why.
+
+    Raises:
+        SystemExit: the model is not built of a list of layers, or has too few of them.
+    """
+    decoder = model.get_decoder()
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise SystemExit(f"{type(model).__name__} is not built of a list of layers like a Llama: it cannot be pruned.")
+    total = len(decoder.layers)
+    if not 1 <= layers <= total:
+        raise SystemExit(f"The model has {total} layers, so it cannot keep {layers}. Ask for 1 to {total}.")
+    if not prompts:
+        raise SystemExit("Without sample prompts the influence of a layer is unknown. Give some in `prompts`.")
+    influence = influence_of_layers(model, decoder.layers, [encode_prompt(tokenizer, prompt) for prompt in prompts])
+    dropped = sorted(sorted(range(total), key=lambda layer: influence[layer])[: total - layers])
+    keep = [layer for layer in range(total) if layer not in dropped]
+    decoder.layers = nn.ModuleList(decoder.layers[layer] for layer in keep)
+    keep_in_config(model.config.get_text_config(), keep, total)
+    return {
+        "dropped": dropped,
+        "influence": {str(layer): round(value, 6) for layer, value in enumerate(influence)},
+        "parameters": model.num_parameters(),
+        "layers": layers,
+    }
 
 
 @torch.inference_mode()
-def influence_of_layers(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]) -> list[float]:
-    """Influence of each layer, in their order: 0 for one that changes nothing."""
-    total, tokens = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64), 0
-    for done, messages in enumerate(prompts):
-        ids = torch.tensor([encode_prompt(tokenizer, messages)], device=model.device)
-        states = _states(model, ids)
-        for layer, (before, after) in enumerate(zip(states, states[1:], strict=False)):
-            total[layer] += (1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)).sum().cpu()
-        tokens += ids.shape[1]
-        report_progress(done + 1, len(prompts))
-    return (total / tokens).tolist()
+def influence_of_layers(model: Any, layers: nn.ModuleList, prompts: Sequence[list[int]]) -> list[float]:
+    """1 - cosine between input and output of each layer, the mean over the tokens of all prompts."""
+    sums = torch.zeros(len(layers), dtype=torch.float64)
 
+    # Hooks and not `output_hidden_states`, whose last state is already normed: the last layer would look twice as strong.
+    def watch(index: int) -> Any:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            sums[index] += (1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)).double().sum()
 
-def _states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What goes into the first layer, and what comes out of each: (tokens, width). The final norm is not a layer's."""
-    states: list[torch.Tensor] = []
+        return add
 
-    def keep(module: Any, inputs: Any, output: Any) -> None:
-        if not states:
-            states.append(inputs[0][0])
-        states.append((output[0] if isinstance(output, tuple) else output)[0])
-
-    hooks = [layer.register_forward_hook(keep) for layer in model.model.layers]
-    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    hooks = [layer.register_forward_hook(watch(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    for prompt in prompts:
+        model(torch.tensor([prompt], device=model.device), use_cache=False, logits_to_keep=1)
     for hook in hooks:
         hook.remove()
-    return states
+    return (sums / sum(map(len, prompts))).tolist()
 
 
-def drop_layers(model: Any, dropped: set[int]) -> None:
-    """Take layers out of a model, in place."""
-    kept = [index for index in range(model.config.num_hidden_layers) if index not in dropped]
-    model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in kept)
-    for place, layer in enumerate(model.model.layers):
-        layer.self_attn.layer_idx = place  # where its keys and values are in the cache
-    model.config.num_hidden_layers = len(kept)
-    if types := getattr(model.config, "layer_types", None):
-        model.config.layer_types = [types[index] for index in kept]
+def keep_in_config(config: Any, keep: Sequence[int], total: int) -> None:
+    """Shorten what the config says of each layer: their number, their types, and whatever else is a list of them."""
+    config.num_hidden_layers = len(keep)
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == total:
+            setattr(config, name, [value[layer] for layer in keep])
 
 
 def main(job_file: Path) -> None:
-    job = json.loads(job_file.read_text())
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    layers, wanted = model.config.num_hidden_layers, job["layers"]
-    if not 1 <= wanted < layers:
-        raise SystemExit(f"error: the model has {layers} layers; a pruned student keeps fewer, not {wanted}")
-    if not isinstance(getattr(getattr(model, "model", None), "layers", None), torch.nn.ModuleList):
-        raise SystemExit(f"error: a {type(model).__name__} cannot be pruned: its layers are not model.model.layers")
-    stored = model.dtype
-    influence = influence_of_layers(model.float(), tokenizer, job["prompts"])
-    dropped = sorted(sorted(range(layers), key=lambda layer: (influence[layer], layer))[: layers - wanted])
-    drop_layers(model, set(dropped))
-    model.to(stored).save_pretrained(job_file.parent)
-    tokenizer.save_pretrained(job_file.parent)
-    finish(
-        job_file.parent,
-        {"dropped": dropped, "influence": influence, "layers": wanted, "parameters": model.num_parameters()},
-    )
+    """Run one job: see the module's docstring."""
+    job, directory = json.loads(job_file.read_text()), job_file.parent
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").eval()
+    kept_as = model.dtype
+    model.float()  # bf16 to fp32 and back loses nothing, and layers close to each other are told apart
+    result = prune(model, tokenizer, job["layers"], job["prompts"])
+    model.to(kept_as).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    finish(directory, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from tasks.jobs.engine import best_device, best_dtype
+from tasks.jobs.engine import DTYPES, best_precision
 from tasks.jobs.launch import finish, report_progress
 from tasks.jobs.settings import SftSettings
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn, ensure_chat_template
@@ -84,10 +84,22 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class SftTrainer(Trainer):
-    """Hugging Face's Trainer with a cheaper loss: the vocabulary is computed where there is a label, nowhere else."""
+    """Hugging Face's Trainer with batches of like length, and a loss whose vocabulary is computed at labels alone."""
+
+    grouped = False
+    real_tokens = computed_tokens = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.grouped:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(self.args.data_seed)
+        return LengthGroupedSampler(rows, lengths=self.train_dataset.lengths, generator=generator)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         labels = inputs.pop("labels")
+        self.real_tokens += int(inputs["attention_mask"].sum())
+        self.computed_tokens += inputs["attention_mask"].numel()
         targets = labels[:, 1:]
         first = int((targets != IGNORE).int().argmax(1).min())  # no row has a label before this position
         keep = labels.shape[1] - first
@@ -154,15 +166,6 @@ def preflight(examples: Examples, tokenizer: Any, data_rows: int) -> dict[str, A
     }
 
 
-def padding_share(lengths: list[int], batches: Iterator[list[int]]) -> float:
-    """Share of computed positions that are padding, for batches of places into `lengths`."""
-    real = computed = 0
-    for batch in batches:
-        real += sum(lengths[place] for place in batch)
-        computed += max(lengths[place] for place in batch) * len(batch)
-    return 1 - real / computed if computed else 0.0
-
-
 def last_complete(output: Path) -> str | None:
     """The newest intermediate checkpoint that was written to its end."""
     complete = [path.parent for path in output.glob("checkpoint-*/complete")]
@@ -172,8 +175,9 @@ def last_complete(output: Path) -> str | None:
 def train(job: dict[str, Any], directory: Path) -> None:
     settings = SftSettings.model_validate(job["config"])
     set_seed(job["seed"])
-    device = best_device()
-    dtype = best_dtype(settings.precision, device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    named = best_precision(torch.device(device)) if settings.precision == "auto" else settings.precision
+    dtype = DTYPES[named]
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     ensure_chat_template(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
@@ -197,8 +201,6 @@ def train(job: dict[str, Any], directory: Path) -> None:
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.gradient_checkpointing,
-        train_sampling_strategy="group_by_length" if settings.packing == "grouped" else "random",
-        length_column_name="length",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device == "cpu",
@@ -220,6 +222,7 @@ def train(job: dict[str, Any], directory: Path) -> None:
     trainer = SftTrainer(
         model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[watch]
     )
+    trainer.grouped = settings.packing == "grouped"
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_complete(Path(arguments.output_dir)))
     seconds = time.perf_counter() - started
@@ -239,6 +242,7 @@ def train(job: dict[str, Any], directory: Path) -> None:
                 "steps": trainer.state.global_step,
                 "rows": len(examples),
                 "tokens": tokens,
+                "padding_share": round(1 - trainer.real_tokens / max(trainer.computed_tokens, 1), 4),
                 "seconds": round(seconds, 2),
                 "tokens_per_second": round(tokens * settings.num_train_epochs / seconds, 1),
                 "dtype": str(dtype).removeprefix("torch."),

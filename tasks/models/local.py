@@ -14,7 +14,6 @@ from tasks.jobs.launch import run_job
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
 
 ENGINE_VERSION = 1  # raise it when the engine gives other tokens for the same request
-OPERATIONAL = {"operational": True}
 
 
 class LocalModel(BaseModel):
@@ -32,11 +31,11 @@ class LocalModel(BaseModel):
     )
     max_batch_rows: int = Field(
         64, ge=1, le=4096, description="Rows computed together. More is faster, until memory is full.",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra={"operational": True},
     )
     max_batch_tokens: int = Field(
         65_536, ge=256, description="Tokens, prompt and answer, held for all rows of a batch together.",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra={"operational": True},
     )
 
 
@@ -137,4 +136,5 @@ def _write_lines(path: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _read_lines(path: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    # Not splitlines(): a text may hold U+2028, which ends no line here.
+    return [json.loads(line) for line in path.read_text().split("\n") if line]

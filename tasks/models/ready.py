@@ -1,18 +1,14 @@
-"""A model that can be asked: settings, and for a local one the checkpoint. `answer` is the one way to ask it."""
+"""A model that can be asked: settings and checkpoint. `answer` is the one way to ask it."""
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from storage.files import Checkpoint
-from tasks.models.budget import Account
 from tasks.models.chat import OnProgress, Reply, Request, Sampling
-from tasks.models.client import answer_all
-from tasks.models.endpoint import OpenAIModel
 from tasks.models.local import LocalModel, answer_locally
 
-ModelSettings = Annotated[LocalModel | OpenAIModel, Field(discriminator="kind")]
+ModelSettings = LocalModel  # where other kinds of model join: a union, told apart by `kind`
 
 
 class ReadyModel(BaseModel):
@@ -21,30 +17,17 @@ class ReadyModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: ModelSettings
-    checkpoint: Checkpoint | None = None  # null for an endpoint
+    checkpoint: Checkpoint
 
 
 def answer(
-    model: ReadyModel,
-    requests: Sequence[Request],
-    sampling: Sampling,
-    *,
-    seed: int,
-    on_progress: OnProgress,
-    account: Account | None = None,
+    model: ReadyModel, requests: Sequence[Request], sampling: Sampling, *, seed: int, on_progress: OnProgress
 ) -> list[Reply]:
-    """Replies in the order of the requests, from wherever the model is.
+    """Replies in the order of the requests.
 
     Raises:
-        JobError: a local model's process ended without a result.
-        ModelError: an endpoint gave no answers; what it did give is in the journal.
+        JobError: the model's process ended without a result.
     """
     if not requests:
         return []
-    if isinstance(model.settings, OpenAIModel):
-        assert account is not None, "an endpoint is asked on somebody's account"
-        return answer_all(model.settings, requests, sampling, account, on_progress)
-    assert model.checkpoint is not None, "a local model is prepared before it is asked"
-    return answer_locally(
-        model.settings, model.checkpoint, requests, sampling, seed=seed, on_progress=on_progress
-    )
+    return answer_locally(model.settings, model.checkpoint, requests, sampling, seed=seed, on_progress=on_progress)
