@@ -4,7 +4,8 @@
     1
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,21 @@ def _explained(error: ValidationError) -> str:
             message = fault["msg"].removeprefix("Value error, ")
             lines.append(f"{field or 'settings'}: {message[:1].lower()}{message[1:]} (given: {fault['input']!r})")
     return "\n".join(lines)
+
+
+def explain(config: BaseModel) -> str:
+    """All settings as YAML, each under its help text; the file can be given back with --config."""
+    return "\n".join(_explained_fields(config, ""))
+
+
+def _explained_fields(model: BaseModel, indent: str) -> Iterator[str]:
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if field.description:
+            yield f"{indent}# {field.description}"
+        if isinstance(value, BaseModel):
+            yield f"{indent}{name}:"
+            yield from _explained_fields(value, indent + "  ")
+        else:
+            shown = list(value) if isinstance(value, tuple) else value
+            yield f"{indent}{name}: {json.dumps(shown, ensure_ascii=False)}"

@@ -116,3 +116,26 @@ def _quoted(text: str) -> str:
 
 def _name(text: str) -> str:
     return '"' + text.replace('"', '""') + '"'
+
+
+def life_of(instruction_id: str) -> dict[str, list[dict[str, Any]]]:
+    """Everything known of one instruction, by kind: itself, parent, responses, reviews, verdicts, children."""
+    statements = {
+        "instruction": "select distinct on (instruction_id) * exclude (run_id, iteration) from cache_pool "
+        "where instruction_id = $id",
+        "parent": "select distinct on (instruction_id) * exclude (run_id, iteration) from cache_pool "
+        "where instruction_id in (select parent_id from cache_pool where instruction_id = $id)",
+        "responses": "select run_id, iteration, role, status, response from responses where instruction_id = $id",
+        "reviews": "select run_id, iteration, \"order\", vote, outcome, teacher_score, student_score, evidence "
+        "from reviews where instruction_id = $id",
+        "verdicts": "select run_id, iteration, score_gap, threshold, difficulty, reason from verdicts "
+        "where instruction_id = $id",
+        "children": "select run_id, iteration, instruction_id, side, rejection, instruction from candidates "
+        "where parent_id = $id",
+    }
+    with duckdb.connect() as connection:
+        _define_views(connection, list_manifests())
+        return {
+            name: _rows(connection, f"{statement} order by all", {"id": instruction_id})
+            for name, statement in statements.items()
+        }

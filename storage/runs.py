@@ -5,13 +5,14 @@ looked at. It is a record and never a decision: what is done and what is not is 
 stages. The one exception is the question whether a *completed* run has anything left to do.
 """
 
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from storage.files import Checkpoint, Pointer, Snapshot, StorageError, home, write_atomic
+from storage.files import Checkpoint, Pointer, Snapshot, StorageError, home, is_locked, write_atomic
 
 State = Literal["running", "completed", "failed", "paused"]
 
@@ -91,6 +92,10 @@ class Manifest(BaseModel):
         self.updated = now()
         write_atomic(self.folder / "manifest.json", self.model_dump_json(indent=2))
 
+    def state_now(self) -> str:
+        """The state, and whether a run that says it is running still is."""
+        return "interrupted" if self.state == "running" and not is_locked(f"run-{self.run_id}") else self.state
+
     def pointers(self) -> list[Pointer]:
         """All that this run refers to."""
         return pointers_in(self)
@@ -126,6 +131,15 @@ def load_manifest(run_id: str) -> Manifest | None:
         return Manifest.model_validate_json(path.read_text())
     except ValueError as error:
         raise StorageError(f"{path} cannot be read ({error}). Move it away and run again: no work is lost.") from error
+
+
+def forget(manifest: Manifest) -> None:
+    """Take away what makes a run's stages count as done: their records, and the models they trained."""
+    for key in manifest.keys:
+        (home() / "results" / key).unlink(missing_ok=True)
+    for pointer in manifest.pointers():
+        if isinstance(pointer, Checkpoint):
+            shutil.rmtree(pointer.path, ignore_errors=True)
 
 
 def list_manifests() -> list[Manifest]:

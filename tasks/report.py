@@ -1,2 +1,190 @@
-"""placeholder"""
-def write_report(m): pass
+"""The report of a run: one HTML file that needs no network, with charts as inline SVG.
+
+Read it top to bottom: did it help, what happened in each iteration, where is the student still weak.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from storage.catalog import query
+from storage.files import write_atomic
+from storage.runs import IterationRecord, Manifest
+
+TEMPLATE = "report.html.jinja"
+INK, GRID, STUDENT, HARD = "#7a828e", "#8888884d", "#2f7ed8", "#d9480f"  # greys that read on white and on black
+WIDEST = 5  # score gaps shown side by side
+
+WIDEST_GAPS = f"""
+select v.score_gap, v.teacher_score, v.student_score, p.instruction, p.input, p.category,
+       t.response as teacher, t.status as teacher_status, s.response as student, s.status as student_status
+from verdicts as v
+join pool as p using (instruction_id)
+join teacher as t using (instruction_id)
+join student as s using (instruction_id)
+where v.score_gap is not null
+order by v.score_gap desc, v.instruction_id
+limit {WIDEST}
+"""
+
+HARD_SHARE = """
+select coalesce(p.category, 'none') as category,
+       count(*) filter (difficulty = 'hard') / count(*) as share,
+       count(*) filter (difficulty = 'hard') as hard, count(*) as rows
+from verdicts join pool as p using (instruction_id)
+where difficulty <> 'undecided'
+group by all
+order by share desc, category
+"""
+
+
+def write_report(manifest: Manifest) -> Path:
+    """Write `report.html` into the run's folder and return its path."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True)
+    page = environment.get_template(TEMPLATE).render(
+        manifest=manifest, rows=progress_rows(manifest), charts=_charts(manifest), widest=_widest(manifest)
+    )
+    path = manifest.folder / "report.html"
+    write_atomic(path, page)
+    return path
+
+
+def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
+    """The table of a run, the student before training as iteration 0: for the terminal and for the report."""
+    start = manifest.baseline.evaluation
+    rows = [
+        {
+            "iteration": 0,
+            "loss": start.loss if start else None,
+            "score": start.score if start else None,
+            "seconds": manifest.baseline.seconds,
+            "cached": manifest.baseline.cached,
+            "record": None,
+        }
+    ]
+    for record in manifest.iterations:
+        rows.append(
+            {
+                "iteration": record.iteration,
+                "loss": record.evaluation.loss if record.evaluation else None,
+                "score": record.evaluation.score if record.evaluation else None,
+                "seconds": record.seconds,
+                "cached": record.cached,
+                "record": record,
+            }
+        )
+    return rows
+
+
+def _charts(manifest: Manifest) -> list[dict[str, str]]:
+    """Title, one line of reading help, and SVG of each chart that there are data for."""
+    points = [row for row in progress_rows(manifest) if row["loss"] is not None]
+    charts = [
+        _chart("Held-out loss", "Nats per token of the teacher's answers to instructions no pool holds. Lower is better.",
+               _by_iteration(points, "loss", "nats per token")),
+        _chart("Held-out score", "Mean ROUGE-L score of the student's answers against the teacher's, 1 to 10. Higher is better.",
+               _by_iteration(points, "score", "score")),
+    ]  # fmt: skip
+    judged = [record for record in manifest.iterations if "verdicts" in record.snapshots]
+    for record in judged:
+        charts.append(
+            _chart(
+                f"Score gaps, iteration {record.iteration}",
+                "Teacher's score minus student's, a row of the cache pool each. Right of the line is hard.",
+                _gaps(record),
+            )
+        )
+    if judged:
+        last = judged[-1]
+        charts.append(
+            _chart(
+                f"Hard share by category, iteration {last.iteration}",
+                "Where the student still falls behind.",
+                _hard_share(last),
+            )
+        )
+    rejected = [
+        {"iteration": str(record.iteration), "outcome": outcome, "candidates": count}
+        for record in manifest.iterations
+        for outcome, count in {"accepted": record.generated.accepted, **record.generated.rejected}.items()
+        if count
+    ]
+    if rejected:
+        charts.append(_chart("What became of the candidates", "New instructions by outcome.", _candidates(rejected)))
+    return charts
+
+
+def _chart(title: str, note: str, chart: alt.Chart | alt.LayerChart) -> dict[str, str]:
+    styled = (
+        chart.properties(width=330, height=190, background="transparent")
+        .configure_axis(labelColor=INK, titleColor=INK, gridColor=GRID, domainColor=INK, tickColor=INK, titleFontWeight="normal")
+        .configure_legend(labelColor=INK, titleColor=INK)
+        .configure_view(stroke=None)
+    )  # fmt: skip
+    return {"title": title, "note": note, "svg": vl_convert.vegalite_to_svg(styled.to_json())}
+
+
+def _by_iteration(points: list[dict[str, Any]], field: str, title: str) -> alt.LayerChart:
+    data = alt.Data(values=[{"iteration": row["iteration"], field: row[field]} for row in points])
+    base = alt.Chart(data).encode(
+        x=alt.X("iteration:O", title="iteration (0: before training)", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False, padding=14)),
+    )
+    line = base.mark_line(color=STUDENT, point=alt.OverlayMarkDef(color=STUDENT, size=60))
+    return line + base.mark_text(dy=-12, color=INK).encode(text=alt.Text(f"{field}:Q", format=".3f"))
+
+
+def _gaps(record: IterationRecord) -> alt.LayerChart:
+    rows = query("select score_gap from verdicts where score_gap is not null", verdicts=record.snapshots["verdicts"])
+    bars = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_bar(color=STUDENT, opacity=0.75)
+        .encode(
+            x=alt.X("score_gap:Q", bin=alt.Bin(maxbins=24), title="score gap"),
+            y=alt.Y("count():Q", title="instructions"),
+        )
+    )
+    threshold = alt.Data(values=[{"threshold": record.threshold}])
+    return bars + alt.Chart(threshold).mark_rule(color=HARD, strokeWidth=2).encode(x="threshold:Q")
+
+
+def _hard_share(record: IterationRecord) -> alt.LayerChart:
+    made = record.snapshots
+    rows = query(HARD_SHARE, verdicts=made["verdicts"], pool=made["cache_pool"])
+    data = alt.Data(values=[row | {"label": f"{row['hard']} of {row['rows']}"} for row in rows])
+    base = alt.Chart(data).encode(
+        y=alt.Y("category:N", sort="-x", title=None),
+        x=alt.X("share:Q", title="share that is hard", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+    )
+    return base.mark_bar(color=HARD, opacity=0.8) + base.mark_text(align="left", dx=4, color=INK).encode(text="label:N")
+
+
+def _candidates(rows: list[dict[str, Any]]) -> alt.Chart:
+    return (
+        alt.Chart(alt.Data(values=rows))
+        .mark_bar(opacity=0.85)
+        .encode(
+            y=alt.Y("outcome:N", sort="-x", title=None),
+            x=alt.X("candidates:Q", title="candidates"),
+            color=alt.Color("iteration:N", title="iteration", scale=alt.Scale(range=[STUDENT, HARD, "#2b8a3e", "#9c36b5"])),
+        )
+    )
+
+
+def _widest(manifest: Manifest) -> list[dict[str, Any]]:
+    """The widest gaps of the last iteration, with both answers."""
+    for record in reversed(manifest.iterations):
+        made = record.snapshots
+        if "verdicts" in made:
+            return query(
+                WIDEST_GAPS,
+                verdicts=made["verdicts"],
+                pool=made["cache_pool"],
+                teacher=made["teacher_responses"],
+                student=made["student_responses"],
+            )
+    return []

@@ -28,7 +28,7 @@ TAIL_LINES = 15
 GRACE_SECONDS = 5
 
 
-class JobError(Exception):
+class JobError(RuntimeError):
     """A job ended without a result. Carries its exit code and its last lines; picklable, as Prefect needs."""
 
     def __init__(self, module: str, directory: str, returncode: int, tail: str):

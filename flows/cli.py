@@ -1,0 +1,295 @@
+"""The command `lion`. Settings and words for people; everything it does is a call into flows or storage.
+
+    lion run --preset offline
+"""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Adversarial distillation: a compact student learns from a large teacher, and from where it still fails.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console(highlight=False)
+note = Console(stderr=True, highlight=False)
+
+Home = Annotated[Path | None, typer.Option("--home", help="Where everything is kept. [LION_HOME, default ./.lion]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="offline, smoke or lion-7b; without it the paper's defaults.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings from a YAML file, on top of the preset.")]
+SeedFile = Annotated[
+    str | None,
+    typer.Option("--seeds", help="Your instructions: .json, .jsonl, .csv, .parquet, .txt, or hf:dataset[:split]."),
+]
+
+
+@app.command()
+def run(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seeds: SeedFile = None,
+    home: Home = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage of this run again.")] = False,
+) -> None:
+    """Run the loop. The same command again goes on where it was interrupted, or says that all is done."""
+    _use(home)
+    if preset is None and config is None and not overrides:
+        raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
+    from flows.config import resolve
+    from storage.runs import load_manifest
+    from tasks.seed import read_seeds
+
+    given = {"seeds": {"path": seeds}} if seeds else {}
+    settings = resolve(preset, overrides or [], config, **given)
+    read_seeds(settings.seeds.path)
+    read_seeds(settings.seeds.heldout, bundled="heldout.jsonl")
+    run_id = settings.run_id
+    manifest = load_manifest(run_id)
+    if fresh and manifest:
+        from storage.runs import forget
+
+        forget(manifest)
+    elif manifest and manifest.state == "completed" and manifest.is_whole():
+        note.print(f"{run_id} is complete: nothing to do. (--fresh makes it again.)")
+        _print_run(manifest)
+        return
+    note.print(f"Run {run_id} in {os.environ['LION_HOME']}")
+    from flows.distill import distill
+
+    distill(settings)
+    finished = load_manifest(run_id)
+    assert finished is not None
+    _print_run(finished)
+
+
+@app.command()
+def show(
+    run_id: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")] = None,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Show a run: what each iteration did and whether it helped."""
+    _use(home)
+    manifest = _find(run_id)
+    if as_json:
+        print(json.dumps(manifest.model_dump(mode="json"), indent=2))
+    else:
+        _print_run(manifest)
+
+
+@app.command()
+def runs(as_json: AsJson = False, home: Home = None) -> None:
+    """List the runs of this home, the latest first."""
+    _use(home)
+    from storage.runs import list_manifests
+
+    manifests = list_manifests()
+    rows = [
+        {
+            "run": manifest.run_id,
+            "state": manifest.state_now(),
+            "iterations": len(manifest.iterations),
+            "loss": next((r.evaluation.loss for r in reversed(manifest.iterations) if r.evaluation), None),
+            "updated": manifest.updated,
+        }
+        for manifest in manifests
+    ]
+    _print_rows(rows, as_json=as_json)
+
+
+@app.command()
+def pools(as_json: AsJson = False, home: Home = None) -> None:
+    """Count the rows of every pool, by run, iteration and origin."""
+    _use(home)
+    from storage.catalog import ask
+
+    sql = """
+    select run_id, iteration, pool, origin, count(*) as rows
+    from (select 'train' as pool, run_id, iteration, origin from train_pool
+          union all select 'cache', run_id, iteration, origin from cache_pool)
+    group by all order by all
+    """
+    _print_rows(ask(sql), as_json=as_json)
+
+
+@app.command()
+def sql(
+    statement: Annotated[str, typer.Argument(help="A SELECT over train_pool, cache_pool, responses, reviews, verdicts, candidates, evaluations.")],
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    home: Home = None,
+) -> None:
+    """Ask the pools in SQL (DuckDB). Every view has run_id and iteration."""
+    _use(home)
+    from storage.catalog import ask
+
+    _print_rows(ask(statement), as_json=as_json, as_csv=as_csv)
+
+
+@app.command()
+def row(
+    instruction_id: Annotated[str, typer.Argument(metavar="ID", help="An instruction_id.")],
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Show the life of one instruction: parent, responses, reviews, verdicts, children."""
+    _use(home)
+    from storage.catalog import life_of
+
+    life = life_of(instruction_id)
+    if not any(life.values()):
+        raise Refusal(f"no instruction {instruction_id!r} in {os.environ['LION_HOME']}. `lion sql` finds ids.")
+    if as_json:
+        print(json.dumps(life, indent=2, ensure_ascii=False, default=str))
+        return
+    for what, rows in life.items():
+        out.print(f"\n[bold]{what}[/bold]" + ("" if rows else "  none"))
+        _print_rows(rows) if rows else None
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Really delete. Without it only say what would go.")] = False,
+    home: Home = None,
+) -> None:
+    """Find what no run refers to: old snapshots, checkpoints, half-done jobs."""
+    _use(home)
+    from storage.gc import collect
+
+    found = collect(delete=delete)
+    for path, size in found:
+        out.print(f"{size / 1e6:10.1f} MB  {path}", soft_wrap=True)
+    total = sum(size for _, size in found) / 1e6
+    out.print(f"{len(found)} things, {total:.1f} MB " + ("deleted" if delete else "would go; --delete does it"))
+
+
+@app.command()
+def config(preset: Preset = None, file: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Print the complete settings that a run would have, with the meaning of each."""
+    from flows.config import explain, resolve
+
+    out.print(explain(resolve(preset, overrides or [], file)), soft_wrap=True, markup=False)
+
+
+class Refusal(ValueError):
+    """What was asked cannot be done. The message says what can."""
+
+
+def main() -> None:
+    """Run the command line. Bad input ends in one clear message and exit code 2."""
+    from duckdb import Error as DuckDBError
+
+    from storage.files import StorageError
+
+    try:
+        app()
+    except (ValueError, StorageError, DuckDBError) as error:
+        note.print(f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        note.print("Interrupted. The same command goes on from here.")
+        sys.exit(130)
+    except RuntimeError as error:  # a job that failed: its message has the log's last lines and where the whole is
+        note.print(f"[red]failed:[/red] {_escaped(str(error))}", soft_wrap=True)
+        note.print("Nothing that was finished is lost: the same command goes on from here.")
+        sys.exit(1)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _use(home: Path | None) -> None:
+    """Settle the home, and keep Prefect quiet and to itself; before anything of Prefect is imported."""
+    os.environ["LION_HOME"] = str((home or Path(os.environ.get("LION_HOME") or ".lion")).resolve())
+    for name, value in QUIET_PREFECT.items():
+        os.environ.setdefault(name, value)
+    if "PREFECT_API_URL" not in os.environ:  # a server of our own, gone with the process
+        os.environ.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:///:memory:")
+
+
+QUIET_PREFECT = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "50",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+}
+
+
+def _find(run_id: str | None) -> Any:
+    from storage.runs import list_manifests
+
+    manifests = list_manifests()
+    if not manifests:
+        raise Refusal(f"no run in {os.environ['LION_HOME']} yet. Start one: lion run --preset offline")
+    found = [manifest for manifest in manifests if manifest.run_id.startswith(run_id or "")]
+    if not found:
+        raise Refusal(f"no run {run_id!r}. There are: {', '.join(manifest.run_id for manifest in manifests)}.")
+    return found[0]
+
+
+def _print_run(manifest: Any) -> None:
+    from tasks.report import progress_rows
+
+    table = Table(title=f"{manifest.run_id} · {manifest.state_now()}", title_justify="left", title_style="bold")
+    for name in ("iteration", "rows", "hard/easy/undecided", "accepted/rejected", "loss", "score", "seconds", "slowest stages"):
+        table.add_column(name, justify="left" if name in {"iteration", "slowest stages"} else "right")
+    for line in progress_rows(manifest):
+        record, cached = line["record"], line["cached"]
+        worked = {name: seconds for name, seconds in line["seconds"].items() if not cached[name]}
+        slowest = sorted(worked.items(), key=lambda item: -item[1])[:3]
+        table.add_row(
+            str(line["iteration"] or "0 (before)"),
+            f"{record.trained_rows} of {record.train_rows}" if record else "",
+            f"{record.hard}/{record.easy}/{record.undecided}" if record else "",
+            f"{record.generated.accepted}/{sum(record.generated.rejected.values())}" if record else "",
+            _figure(line["loss"], 3),
+            _figure(line["score"], 2),
+            f"{sum(worked.values()):.0f}" if worked else "cached",
+            ", ".join(f"{name} {seconds:.0f}" for name, seconds in slowest) or "all cached",
+        )
+    out.print(table)
+    for record in manifest.iterations:
+        for line in record.generated.notes:
+            out.print(f"Iteration {record.iteration}: {line}")
+    if manifest.error:
+        out.print(f"Last error: {manifest.error}", markup=False)
+    out.print(f"Report: {manifest.folder / 'report.html'}", soft_wrap=True)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: bool = False) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
+    elif as_csv:
+        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    elif rows:
+        table = Table(*rows[0])
+        for line in rows:
+            table.add_row(*("" if value is None else _shown(value) for value in line.values()))
+        out.print(table)
+    else:
+        out.print("no rows")
+
+
+def _shown(value: Any) -> str:
+    return _escaped(f"{value:.4g}" if isinstance(value, float) else str(value))
