@@ -1,6 +1,6 @@
 """The command `lion`. Settings and words for people; everything it does is a call into flows or storage.
 
-    lion run --preset offline
+lion run --preset offline
 """
 
 import csv
@@ -27,7 +27,9 @@ note = Console(stderr=True, highlight=False)
 Home = Annotated[Path | None, typer.Option("--home", help="Where everything is kept. [LION_HOME, default ./.lion]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")]
-Preset = Annotated[str | None, typer.Option("--preset", help="offline, smoke or lion-7b; without it the paper's defaults.")]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="offline, smoke or lion-7b; without it the paper's defaults.")
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings from a YAML file, on top of the preset.")]
 SeedFile = Annotated[
     str | None,
@@ -77,7 +79,9 @@ def run(
 
 @app.command()
 def show(
-    run_id: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")] = None,
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")
+    ] = None,
     as_json: AsJson = False,
     home: Home = None,
 ) -> None:
@@ -127,7 +131,12 @@ def pools(as_json: AsJson = False, home: Home = None) -> None:
 
 @app.command()
 def sql(
-    statement: Annotated[str, typer.Argument(help="A SELECT over train_pool, cache_pool, responses, reviews, verdicts, candidates, evaluations.")],
+    statement: Annotated[
+        str,
+        typer.Argument(
+            help="A SELECT over train_pool, cache_pool, responses, reviews, verdicts, candidates, evaluations."
+        ),
+    ],
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     home: Home = None,
@@ -246,7 +255,16 @@ def _print_run(manifest: Any) -> None:
     from tasks.report import progress_rows
 
     table = Table(title=f"{manifest.run_id} · {manifest.state_now()}", title_justify="left", title_style="bold")
-    for name in ("iteration", "rows", "hard/easy/undecided", "accepted/rejected", "loss", "score", "seconds", "slowest stages"):
+    for name in (
+        "iteration",
+        "rows",
+        "hard/easy/undecided",
+        "accepted/rejected",
+        "loss",
+        "score",
+        "seconds",
+        "slowest stages",
+    ):
         table.add_column(name, justify="left" if name in {"iteration", "slowest stages"} else "right")
     for line in progress_rows(manifest):
         record, cached = line["record"], line["cached"]

@@ -1,7 +1,7 @@
 """The whole configuration of a run, composed from the stages' own; presets, and overrides on top of them.
 
-    >>> resolve("offline", ["iterations=1", "discriminate.threshold=0.4"]).iterations
-    1
+>>> resolve("offline", ["iterations=1", "discriminate.threshold=0.4"]).iterations
+1
 """
 
 import json
@@ -18,7 +18,7 @@ from tasks.evaluate import EvaluationConfig
 from tasks.finetune import FinetuneConfig
 from tasks.generate import GenerateConfig
 from tasks.policies import identity
-from tasks.referee import ReferenceReferee, RefereeConfig
+from tasks.referee import RefereeConfig, ReferenceReferee
 from tasks.seed import SeedConfig, digest_of_source
 from tasks.student import StudentConfig
 from tasks.teacher import TeacherConfig
@@ -35,7 +35,9 @@ class DistillConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="Distillation")
 
-    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="The run's name: small letters, digits, -.")
+    name: str = Field(
+        "run", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="The run's name: small letters, digits, -."
+    )
     iterations: int = Field(3, ge=1, le=100, description="How often the loop turns (the paper: 3).")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Of everything random. The same seed gives the same result.")
     seeds: SeedConfig = Field(SeedConfig(), description="The first instructions, and the held-out ones.")
@@ -116,9 +118,9 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        both = isinstance(value, dict) and isinstance(old, dict)
-        other_kind = both and value.get("kind", old.get("kind")) != old.get("kind")
-        result[key] = _merged(old, value) if both and not other_kind else value
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            value = _merged(old, value)
+        result[key] = value
     return result
 
 

@@ -14,7 +14,7 @@ from flows.config import DistillConfig
 from flows.steps import Steps, recorded
 from storage import catalog
 from storage.files import Checkpoint, Snapshot
-from storage.runs import IterationRecord, Manifest
+from storage.runs import Evaluation, IterationRecord, Manifest
 from tasks.discriminate import discriminate
 from tasks.evaluate import evaluate_student
 from tasks.finetune import finetune_student
@@ -56,7 +56,10 @@ class Run:
         config, record = self.config, self.manifest.baseline
         step = Steps(self.manifest, record)
 
-        sources = (digest_of_source(config.seeds.path, "seeds.jsonl"), digest_of_source(config.seeds.heldout, "heldout.jsonl"))
+        sources = (
+            digest_of_source(config.seeds.path, "seeds.jsonl"),
+            digest_of_source(config.seeds.heldout, "heldout.jsonl"),
+        )
         seeds = step(load_seeds, config.seeds, *sources)
         self.manifest.seeds = {"path": config.seeds.path, "rows": seeds.pool.rows, "duplicates": seeds.duplicates}
         self.heldout: Snapshot = seeds.heldout
@@ -69,9 +72,7 @@ class Run:
         pruned = config.student.start.init == "pruned"
         self.base = step(prune_student, config.student.start, base, seeds.pool) if pruned else base
 
-        self.heldout_answers = step(
-            answer_with_teacher, config.teacher, self.teacher, self.heldout, [], config.seed
-        )
+        self.heldout_answers = step(answer_with_teacher, config.teacher, self.teacher, self.heldout, [], config.seed)
         record.student, record.teacher = self.base, self.teacher.checkpoint
         record.snapshots = {"seeds": seeds.pool, "heldout": self.heldout, "heldout_answers": self.heldout_answers}
         record.evaluation = self._evaluate(step, self.base)
@@ -117,7 +118,7 @@ class Run:
         record.evaluation = self._evaluate(step, trained.checkpoint)
         return following, trained.checkpoint
 
-    def _evaluate(self, step: Steps, checkpoint: Checkpoint):
+    def _evaluate(self, step: Steps, checkpoint: Checkpoint) -> Evaluation:
         config = self.config
         return step(
             evaluate_student, config.evaluation, self._student(checkpoint), self.heldout, self.heldout_answers,

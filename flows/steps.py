@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
+from prefect.client.schemas.objects import State
 from prefect.tasks import Task
 from rich.console import Console
 
@@ -37,7 +38,7 @@ class Steps:
             tags={f"stage:{stage.name}", self.where.replace(" ", ":")},
             result_storage=home() / "results",
         )
-        state = named(*inputs, return_state=True)
+        state: State[Any] = named(*inputs, return_state=True)  # type: ignore[assignment]
         result = state.result()
         cached = state.name == "Cached"
         seconds = time.perf_counter() - started
@@ -49,8 +50,6 @@ class Steps:
         self.manifest.save()
         console.print(f"  {self.where:<12} {name:<18} {'cached' if cached else f'{seconds:6.1f} s'}")
         return result
-
-
 
 
 @contextmanager

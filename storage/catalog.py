@@ -126,7 +126,7 @@ def life_of(instruction_id: str) -> dict[str, list[dict[str, Any]]]:
         "parent": "select distinct on (instruction_id) * exclude (run_id, iteration) from cache_pool "
         "where instruction_id in (select parent_id from cache_pool where instruction_id = $id)",
         "responses": "select run_id, iteration, role, status, response from responses where instruction_id = $id",
-        "reviews": "select run_id, iteration, \"order\", vote, outcome, teacher_score, student_score, evidence "
+        "reviews": 'select run_id, iteration, "order", vote, outcome, teacher_score, student_score, evidence '
         "from reviews where instruction_id = $id",
         "verdicts": "select run_id, iteration, score_gap, threshold, difficulty, reason from verdicts "
         "where instruction_id = $id",

@@ -17,7 +17,12 @@ def collect(*, delete: bool) -> list[tuple[Path, int]]:
     manifests = list_manifests()
     kept = {pointer.path for manifest in manifests for pointer in manifest.pointers()}
     kept |= {home() / "results" / key for manifest in manifests for key in manifest.keys}
-    places = [*home().glob("objects/*/*"), *home().glob("checkpoints/*"), *home().glob("results/*"), *home().glob("jobs/*")]
+    places = [
+        *home().glob("objects/*/*"),
+        *home().glob("checkpoints/*"),
+        *home().glob("results/*"),
+        *home().glob("jobs/*"),
+    ]
     found = sorted((path, _size(path)) for path in places if path not in kept)
     if delete:
         for path, _ in found:

@@ -84,5 +84,7 @@ def evaluate_student(
         score=sum(scores) / len(scores) if scores else None,
         rows=heldout.rows,
         scored=len(scores),
-        details=write_snapshot("evaluations", rows, step="evaluate", version=VERSION, inputs=[heldout, teacher_answers]),
+        details=write_snapshot(
+            "evaluations", rows, step="evaluate", version=VERSION, inputs=[heldout, teacher_answers]
+        ),
     )

@@ -103,7 +103,9 @@ def generate_instructions(
                 parent, draw = next(queue[side])
                 asked[f"{side}/{parent}/{draw}"] = (side, parent, draw)
                 left[side] -= 1
-        requests = [_request(key, config.method, side, pool[parent], draw) for key, (side, parent, draw) in asked.items()]
+        requests = [
+            _request(key, config.method, side, pool[parent], draw) for key, (side, parent, draw) in asked.items()
+        ]
         with progress("new instructions") as on_progress:
             replies = answer(model, requests, config.sampling, seed=seed, on_progress=on_progress)
         for reply in replies:
@@ -152,9 +154,7 @@ def _request(key: str, method: str, side: str, parent: dict[str, Any], draw: int
     text = PROMPTS[method, side].render(instruction=parent["instruction"], input=parent["input"])
     if method == "continuation":
         return Request(id=key, prompt=text, draw=draw)
-    return Request(
-        id=key, messages=({"role": "user", "content": text},), draw=draw, response_schema=CANDIDATE_SCHEMA
-    )
+    return Request(id=key, messages=({"role": "user", "content": text},), draw=draw, response_schema=CANDIDATE_SCHEMA)
 
 
 class _Judge:
@@ -222,4 +222,7 @@ def _candidate(text: str) -> dict[str, Any]:
     if not isinstance(said, dict) or not isinstance(said.get("instruction"), str):
         return {"instruction": text.strip(), "input": None}
     given = said.get("input")
-    return {"instruction": said["instruction"].strip(), "input": given.strip() or None if isinstance(given, str) else None}
+    return {
+        "instruction": said["instruction"].strip(),
+        "input": given.strip() or None if isinstance(given, str) else None,
+    }

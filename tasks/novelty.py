@@ -45,6 +45,7 @@ class Rejection(StrEnum):
     TOO_LONG = "too_long"
     REPETITIVE = "repetitive"  # a loop, as small models fall into
     NEAR_DUPLICATE = "near_duplicate"  # ROUGE-L above the threshold: `NoveltyIndex` finds these
+    SURPLUS = "surplus"  # good, but its side was full already
 
 
 # Tokens and ROUGE-L
@@ -256,7 +257,10 @@ def _signature(ids: list[int]) -> tuple[int, list[int]]:
 
 def _common_bits(column: "array[int]", rows: Rows, word: int) -> npt.NDArray[np.uint8]:
     """How many bits the words of these rows have in common with `word`."""
-    return np.bitwise_count(np.frombuffer(column, dtype=np.uint64).take(rows) & np.uint64(word))
+    counts: npt.NDArray[np.uint8] = np.bitwise_count(
+        np.frombuffer(column, dtype=np.uint64).take(rows) & np.uint64(word)
+    )
+    return counts
 
 
 def _least_lcs(total: int, threshold: float) -> int:
@@ -314,22 +318,17 @@ REMARK = re.compile(
 )
 
 
-def check_text(
-    text: str | None, status: str = "ok", *, min_tokens: int = 2, max_tokens: int = 1024
-) -> Rejection | None:
+def check_text(text: str, *, min_tokens: int = 2, max_tokens: int = 1024) -> Rejection | None:
     """What makes a candidate unusable by itself, or None. Near duplicates are `NoveltyIndex`'s business.
 
     Neither the word "instruction" nor a leading quote nor a letter outside a-z is a reason.
 
     Args:
-        text: the candidate, as cut out of the generator's reply.
-        status: what became of that reply, a `tasks.models.chat.Status`; all but "ok" reject.
+        text: the candidate, as cut out of a whole reply; what became of other replies is the caller's to say.
         min_tokens: fewer tokens (`tokens_of`: words, mostly) are too short. "Explain photosynthesis." has two.
         max_tokens: more are too long: generous, since long tasks are wanted and a runaway is cut anyway.
     """
-    if status != "ok":
-        return Rejection(status)
-    if text is None or not text.strip():
+    if not text.strip():
         return Rejection.EMPTY
     lowered = " ".join(text.lower().replace("’", "'").split())
     if any(phrase in lowered for phrase in LEAKS) or SPECIAL_TOKEN.search(text):

@@ -21,11 +21,14 @@ from prefect.serializers import JSONSerializer, Serializer
 from prefect.tasks import Task
 from prefect.transactions import IsolationLevel
 from pydantic import BaseModel
+from pydantic.config import JsonDict
 
 from storage.files import Pointer, digest_of, flock, home
 from storage.runs import pointers_in
 
-OPERATIONAL = {"operational": True}  # for Field(json_schema_extra=...): changes how, never what; not in any key
+OPERATIONAL: JsonDict = {
+    "operational": True
+}  # for Field(json_schema_extra=...): changes how, never what; not in any key
 
 
 def identity(value: Any) -> Any:
@@ -58,7 +61,7 @@ def stage_key(name: str, version: int, prompts: Iterable[str], parameters: dict[
     return f"{name}-{digest_of({'stage': name, 'version': version, 'prompts': list(prompts), 'parameters': kept})}"
 
 
-class WholeResult(Serializer):  # type: ignore[type-arg]  # a parametrised base breaks its registry
+class WholeResult(Serializer):  # no parameter: its registry cannot take one
     """JSON that does not load when what it points to is missing or damaged: Prefect then runs the stage again."""
 
     type: Literal["lion-whole-result"] = "lion-whole-result"
@@ -134,7 +137,7 @@ def may_pass(task: Any, task_run: Any, state: Any) -> bool:
 def stage_key_of(stage: Task[..., Any], inputs: tuple[Any, ...]) -> str:
     """The cache key that a stage has for these inputs."""
     parameters = inspect.signature(stage.fn).bind(*inputs).arguments
-    return stage.cache_policy.compute_key(None, parameters, {})  # type: ignore[arg-type, union-attr, return-value]
+    return stage.cache_policy.compute_key(None, parameters, {})  # type: ignore[arg-type, return-value]
 
 
 def stage(
@@ -163,7 +166,6 @@ def stage(
 
     def decorate(function: Callable[..., Any]) -> Task[..., Any]:
         return task(
-            function,
             name=name,
             cache_policy=policy,
             persist_result=True,
@@ -171,6 +173,6 @@ def stage(
             retries=retries,
             retry_delay_seconds=5,
             retry_condition_fn=may_pass,
-        )
+        )(function)
 
     return decorate

@@ -52,10 +52,16 @@ def _lines(what: str) -> Iterator[OnProgress]:
         if now - last >= SECONDS_BETWEEN_LINES and 0 < done < total:
             last = now
             remaining = (now - started) / done * (total - done)
-            print(f"  {what} {done}/{total}, about {remaining:.0f} s left {_written(figures)}", file=sys.stderr, flush=True)
+            print(
+                f"  {what} {done}/{total}, about {remaining:.0f} s left {_written(figures)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     yield show
 
 
 def _written(figures: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items())
+    return "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
+    )

@@ -85,7 +85,7 @@ def review_responses(
         assert model is not None, "an llm referee has a model"
         reviews = _review_with_model(config, model, pairs, seed)
     else:
-        reviews = _review_by_reference(pairs)
+        reviews = list(_review_by_reference(pairs))
     return write_snapshot(
         "reviews", reviews, step="referee", version=VERSION, inputs=[pool, teacher_responses, student_responses]
     )
@@ -115,9 +115,7 @@ def _review_by_reference(pairs: list[Pair]) -> Iterator[dict[str, Any]]:
             yield _row(pair, "unordered", 0, Outcome.OK, teacher_score=BEST_SCORE, student_score=score)
 
 
-def _review_with_model(
-    config: LLMReferee, model: ReadyModel, pairs: list[Pair], seed: int
-) -> list[dict[str, Any]]:
+def _review_with_model(config: LLMReferee, model: ReadyModel, pairs: list[Pair], seed: int) -> list[dict[str, Any]]:
     """Ask for every order and vote; ask again, as a new draw, for those that came back unusable."""
     rows: dict[str, dict[str, Any]] = {}
     asked: dict[str, tuple[Pair, str, int]] = {}
@@ -165,6 +163,4 @@ def _parsed(pair: Pair, order: str, vote: int, status: Status, text: str | None)
         return _row(pair, order, vote, parsed.outcome, evidence=text)
     first, second = parsed.first_score, parsed.second_score
     teacher, student = (first, second) if order == "teacher_first" else (second, first)
-    return _row(
-        pair, order, vote, Outcome.OK, teacher_score=teacher, student_score=student, evidence=parsed.evidence
-    )
+    return _row(pair, order, vote, Outcome.OK, teacher_score=teacher, student_score=student, evidence=parsed.evidence)

@@ -56,7 +56,7 @@ def write_report(manifest: Manifest) -> Path:
 def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
     """The table of a run, the student before training as iteration 0: for the terminal and for the report."""
     start = manifest.baseline.evaluation
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "iteration": 0,
             "loss": start.loss if start else None,
@@ -170,7 +170,9 @@ def _candidates(rows: list[dict[str, Any]]) -> alt.Chart:
         .encode(
             y=alt.Y("outcome:N", sort="-x", title=None),
             x=alt.X("candidates:Q", title="candidates"),
-            color=alt.Color("iteration:N", title="iteration", scale=alt.Scale(range=[STUDENT, HARD, "#2b8a3e", "#9c36b5"])),
+            color=alt.Color(
+                "iteration:N", title="iteration", scale=alt.Scale(range=[STUDENT, HARD, "#2b8a3e", "#9c36b5"])
+            ),
         )
     )
 

@@ -1,6 +1,6 @@
 """Seed instructions: read a file of any usual form, write the first pool and the held-out set.
 
-    lion run --seeds my_tasks.jsonl
+lion run --seeds my_tasks.jsonl
 """
 
 import csv
@@ -17,7 +17,9 @@ from tasks.policies import OPERATIONAL, stage
 
 VERSION = 1
 BUNDLED = Path(__file__).parent / "data"
-ACCEPTED = "Accepted: .json or .jsonl (Alpaca, self-instruct, messages), .csv, .parquet, .txt (a line each), hf:NAME[:SPLIT]"
+ACCEPTED = (
+    "Accepted: .json or .jsonl (Alpaca, self-instruct, messages), .csv, .parquet, .txt (a line each), hf:NAME[:SPLIT]"
+)
 
 
 class SeedError(ValueError):
@@ -112,7 +114,9 @@ def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> Se
 
 
 def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:
-    full = ({"instruction_id": instruction_id(row["instruction"], row["input"]), "origin": origin, **row} for row in rows)
+    full = (
+        {"instruction_id": instruction_id(row["instruction"], row["input"]), "origin": origin, **row} for row in rows
+    )
     return write_snapshot("instructions", full, step="seed", version=VERSION)
 
 

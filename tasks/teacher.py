@@ -39,10 +39,7 @@ def answer_with_teacher(
         JobError: the model's process ended without a result.
     """
     answered = {
-        key: row
-        for snapshot in known
-        for key, row in by_id(snapshot).items()
-        if row["status"] != Status.FAILED
+        key: row for snapshot in known for key, row in by_id(snapshot).items() if row["status"] != Status.FAILED
     }
     rows = read_rows(pool, ["instruction_id", "instruction", "input"])
     requests = [

@@ -9,14 +9,35 @@ be tried on it in milliseconds.
 from pathlib import Path
 
 # Words enough for about a thousand merges; what they say does not matter.
-TOPICS = (
-    "the history of bridges, the water cycle, sorting a list in Python, photosynthesis in green plants, "
-    "healthy breakfast ideas, the capital of Australia, prime numbers, writing a polite letter, black holes, "
-    "the rules of chess, learning to swim, electric vehicles, renewable energy, the human heart, compound interest, "
-    "baking sourdough bread, growing tomatoes on a balcony, planning a journey through Scandinavia, "
-    "the difference between weather and climate, negotiating a salary, musical scales, volcanoes, "
-    "a database index, public libraries, recycling plastic bottles, ancient Roman architecture, jealousy in drama"
-).split(", ")
+TOPICS = [
+    "the history of bridges",
+    "the water cycle",
+    "sorting a list in Python",
+    "photosynthesis in green plants",
+    "healthy breakfast ideas",
+    "the capital of Australia",
+    "prime numbers",
+    "writing a polite letter",
+    "black holes",
+    "the rules of chess",
+    "learning to swim",
+    "electric vehicles",
+    "renewable energy",
+    "the human heart",
+    "compound interest",
+    "baking sourdough bread",
+    "growing tomatoes on a balcony",
+    "planning a journey through Scandinavia",
+    "the difference between weather and climate",
+    "negotiating a salary",
+    "musical scales",
+    "volcanoes",
+    "a database index",
+    "public libraries",
+    "recycling plastic bottles",
+    "ancient Roman architecture",
+    "jealousy in drama",
+]
 QUESTIONS = (
     "Explain {} to a child of ten years.",
     "Write a short poem about {}, with exactly four lines!",

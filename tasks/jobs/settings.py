@@ -33,7 +33,9 @@ class SftSettings(BaseModel):
     packing: Literal["none", "grouped"] = Field(
         "grouped", description="grouped: rows of like length share a batch, so that little of it is padding."
     )
-    save_steps: int = Field(0, ge=0, description="Checkpoint to go on from after a crash, every so many steps; 0: none.")
+    save_steps: int = Field(
+        0, ge=0, description="Checkpoint to go on from after a crash, every so many steps; 0: none."
+    )
     report_to: tuple[str, ...] = Field(
         (), description="Trackers besides TensorBoard: wandb, mlflow, trackio.", json_schema_extra={"operational": True}
     )

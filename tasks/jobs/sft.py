@@ -96,7 +96,9 @@ class SftTrainer(Trainer):
         generator = torch.Generator().manual_seed(self.args.data_seed)
         return LengthGroupedSampler(rows, lengths=self.train_dataset.lengths, generator=generator)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         labels = inputs.pop("labels")
         self.real_tokens += int(inputs["attention_mask"].sum())
         self.computed_tokens += inputs["attention_mask"].numel()
@@ -155,7 +157,9 @@ def preflight(examples: Examples, tokenizer: Any, data_rows: int) -> dict[str, A
         if example.input_ids[: example.prompt_length] != encode_prompt(tokenizer, row["messages"]):
             wrong_prompt.append(row["instruction_id"])
     if wrong_end or wrong_prompt:
-        raise SystemExit(f"error: no end of turn in the loss of {wrong_end}, another prompt than at inference in {wrong_prompt}")
+        raise SystemExit(
+            f"error: no end of turn in the loss of {wrong_end}, another prompt than at inference in {wrong_prompt}"
+        )
     return {
         "rows": len(examples),
         "left_out_no_label": examples.no_label,
@@ -215,13 +219,13 @@ def train(job: dict[str, Any], directory: Path) -> None:
         seed=job["seed"],
         data_seed=job["seed"],
         fsdp=settings.strategy == "fsdp",
-        fsdp_config={"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} if settings.strategy == "fsdp" else None,
+        fsdp_config={"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+        if settings.strategy == "fsdp"
+        else None,
     )
     tokens = sum(examples.lengths)
     watch = Watch(directory, tokens * settings.num_train_epochs / max(steps, 1))
-    trainer = SftTrainer(
-        model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[watch]
-    )
+    trainer = SftTrainer(model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[watch])
     trainer.grouped = settings.packing == "grouped"
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_complete(Path(arguments.output_dir)))

@@ -30,11 +30,16 @@ class LocalModel(BaseModel):
         "auto", description="Of the weights at inference. auto: the best this machine computes natively."
     )
     max_batch_rows: int = Field(
-        64, ge=1, le=4096, description="Rows computed together. More is faster, until memory is full.",
+        64,
+        ge=1,
+        le=4096,
+        description="Rows computed together. More is faster, until memory is full.",
         json_schema_extra={"operational": True},
     )
     max_batch_tokens: int = Field(
-        65_536, ge=256, description="Tokens, prompt and answer, held for all rows of a batch together.",
+        65_536,
+        ge=256,
+        description="Tokens, prompt and answer, held for all rows of a batch together.",
         json_schema_extra={"operational": True},
     )
 

@@ -36,7 +36,9 @@ def parse_review(text: str) -> Parsed:
         scores = [said["first_score"], said["second_score"]]
     except (ValueError, KeyError, TypeError):
         return Parsed(Outcome.UNPARSABLE)
-    if any(isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score) for score in scores):
+    if any(
+        isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score) for score in scores
+    ):
         return Parsed(Outcome.UNPARSABLE)
     if any(not 1 <= score <= 10 for score in scores):
         return Parsed(Outcome.OUT_OF_RANGE)

