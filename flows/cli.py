@@ -199,13 +199,11 @@ class Refusal(ValueError):
 
 def main() -> None:
     """Run the command line. Bad input ends in one clear message and exit code 2."""
-    from duckdb import Error as DuckDBError
-
     from storage.files import StorageError
 
     try:
         app()
-    except (ValueError, StorageError, DuckDBError) as error:
+    except (ValueError, StorageError) as error:
         note.print(f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -233,6 +231,7 @@ def _use(home: Path | None) -> None:
 QUIET_PREFECT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "50",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
@@ -265,20 +264,20 @@ def _print_run(manifest: Any) -> None:
         "seconds",
         "slowest stages",
     ):
-        table.add_column(name, justify="left" if name in {"iteration", "slowest stages"} else "right")
+        table.add_column(name, justify="left" if name in {"iter", "of which"} else "right")
     for line in progress_rows(manifest):
         record, cached = line["record"], line["cached"]
         worked = {name: seconds for name, seconds in line["seconds"].items() if not cached[name]}
-        slowest = sorted(worked.items(), key=lambda item: -item[1])[:3]
+        slowest = sorted(worked.items(), key=lambda item: -item[1])[:2]
         table.add_row(
-            str(line["iteration"] or "0 (before)"),
+            str(line["iteration"] or "start"),
             f"{record.trained_rows} of {record.train_rows}" if record else "",
             f"{record.hard}/{record.easy}/{record.undecided}" if record else "",
             f"{record.generated.accepted}/{sum(record.generated.rejected.values())}" if record else "",
             _figure(line["loss"], 3),
             _figure(line["score"], 2),
             f"{sum(worked.values()):.0f}" if worked else "cached",
-            ", ".join(f"{name} {seconds:.0f}" for name, seconds in slowest) or "all cached",
+            ", ".join(f"{name} {seconds:.0f}" for name, seconds in slowest),
         )
     out.print(table)
     for record in manifest.iterations:

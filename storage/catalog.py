@@ -18,7 +18,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from storage.files import Snapshot, home
+from storage.files import Snapshot, StorageError, home
 from storage.runs import Manifest, list_manifests
 from storage.tables import SCHEMAS
 
@@ -43,10 +43,17 @@ def query(sql: str, parameters: Mapping[str, Any] | None = None, **snapshots: Sn
 
 
 def ask(sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Run one SQL statement over the views of all runs of this home; rows as dicts."""
+    """Run one SQL statement over the views of all runs of this home; rows as dicts.
+
+    Raises:
+        StorageError: DuckDB cannot run it; the message is DuckDB's own.
+    """
     with duckdb.connect() as connection:
         _define_views(connection, list_manifests())
-        return _rows(connection, sql, parameters)
+        try:
+            return _rows(connection, sql, parameters)
+        except duckdb.Error as error:
+            raise StorageError(f"{error}\nViews: {', '.join(VIEWS)}.") from error
 
 
 def publish() -> Path:

@@ -133,7 +133,7 @@ def _run(
     )
     try:
         assert child.stdout is not None
-        with log.open("a") as file:
+        with log.open("a", buffering=1) as file:  # a line at a time: it is read while the job runs
             for line in child.stdout:
                 if line.startswith(PROGRESS):
                     on_progress(json.loads(line.removeprefix(PROGRESS)))

@@ -36,6 +36,7 @@ from tasks.novelty import NoveltyIndex, rouge_tokens
 
 SMALL, LARGE = 52_000, 1_000_000
 CANDIDATES = 1_000
+BATCH = 50  # of the candidates, for cdist
 VOCABULARY = 200_000
 THRESHOLD = 0.7
 SEEDS = Path(__file__).parents[2] / "tasks" / "data" / "seeds.jsonl"
@@ -78,19 +79,24 @@ def make_candidates(known: list[str], rng: np.random.Generator) -> list[str]:
     return candidates
 
 
-def seconds(function: Callable[[], Any], times: int = 3) -> float:
-    """The shortest of some runs: other work on the machine only ever adds."""
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def seconds(*functions: Callable[[], Any], rounds: int = 5) -> list[float]:
+    """Processor time of each function: the least of some rounds, in which they take turns.
+
+    Not the time on the clock, and in turns, so that a machine busy for a while does not favour one of them.
+    """
+    taken: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, times in zip(functions, taken, strict=True):
+            start = time.process_time()
+            function()
+            times.append(time.process_time() - start)
+    return [min(times) for times in taken]
 
 
 def too_close_by_lcs_loop(candidate: list[str], known: list[list[str]]) -> bool:
     """The original's way. The margin takes out the rounding of rouge_score at the very threshold."""
-    return max(rouge_scorer._score_lcs(tokens, candidate).fmeasure for tokens in known) > THRESHOLD + 1e-9
+    best = max(rouge_scorer._score_lcs(tokens, candidate).fmeasure for tokens in known)
+    return bool(best > THRESHOLD + 1e-9)
 
 
 def too_close_by_cdist(candidates: list[str], known: list[str]) -> list[bool]:
@@ -111,27 +117,32 @@ def run() -> list[dict[str, Any]]:
         "".join(chr(ids.setdefault(token, len(ids))) for token in text.split()) for text in known + candidates
     ]
 
-    index = NoveltyIndex(THRESHOLD)
-    ours, by_cdist = {}, {}
-    for size, batch in ((SMALL, 100), (LARGE, 20)):
-        index.add_many((str(row), known[row]) for row in range(len(index), size))
-        ours[size] = seconds(lambda: index.nearest_many(candidates)) / CANDIDATES
-        decisions = [near is not None for near in index.nearest_many(candidates)]
-        if size == SMALL:
-            decisions_at_small = decisions
-
-        some, pool = as_characters[LARGE : LARGE + batch], as_characters[:size]
-        if too_close_by_cdist(some, pool) != decisions[:batch]:
-            raise AssertionError(f"the index and rapidfuzz cdist decide differently at {size:,}")
-        by_cdist[size] = seconds(lambda some=some, pool=pool: too_close_by_cdist(some, pool)) / batch  # type: ignore[misc]
-
+    small, large = NoveltyIndex(THRESHOLD), NoveltyIndex(THRESHOLD)
+    small.add_many((str(row), known[row]) for row in range(SMALL))
+    large.add_many((str(row), known[row]) for row in range(LARGE))
+    batch, pool = as_characters[LARGE : LARGE + BATCH], as_characters[:LARGE]
+    pool_small = pool[:SMALL]
     tokens = [rouge_tokens(text) for text in known[:SMALL]]
     few = [rouge_tokens(text) for text in candidates[:3]]
-    start = time.perf_counter()
-    by_loop = [too_close_by_lcs_loop(candidate, tokens) for candidate in few]
-    loop = (time.perf_counter() - start) / len(few)
-    if by_loop != decisions_at_small[: len(few)]:
-        raise AssertionError("the index and the pure-Python LCS loop decide differently")
+
+    close = [near is not None for near in small.nearest_many(candidates)]
+    close_in_large = [near is not None for near in large.nearest_many(candidates)]
+    checks = {
+        "rapidfuzz cdist at 52,000": (too_close_by_cdist(batch, pool_small), close[:BATCH]),
+        "rapidfuzz cdist at 1,000,000": (too_close_by_cdist(batch, pool), close_in_large[:BATCH]),
+        "the pure-Python LCS loop": ([too_close_by_lcs_loop(one, tokens) for one in few], close[: len(few)]),
+    }
+    for other, (theirs, decisions) in checks.items():
+        if theirs != decisions:
+            raise AssertionError(f"the index and {other} decide differently")
+
+    our_times = seconds(lambda: small.nearest_many(candidates), lambda: large.nearest_many(candidates))
+    ours = {size: taken / CANDIDATES for size, taken in zip((SMALL, LARGE), our_times, strict=True)}
+    cdist_times = seconds(
+        lambda: too_close_by_cdist(batch, pool_small), lambda: too_close_by_cdist(batch, pool), rounds=3
+    )
+    by_cdist = {size: taken / BATCH for size, taken in zip((SMALL, LARGE), cdist_times, strict=True)}
+    loop = seconds(lambda: [too_close_by_lcs_loop(one, tokens) for one in few], rounds=1)[0] / len(few)
 
     def figure(name: str, value: float, unit: str, against: str, ratio: float) -> dict[str, Any]:
         return {"name": name, "value": value, "unit": unit, "against": against, "ratio": ratio}

@@ -121,6 +121,11 @@ def test_first_added_wins_among_equals() -> None:
     assert index.nearest("a b c d h") == Near("0", 0.8)
 
 
+def test_first_added_wins_even_if_a_later_equal_looked_more_promising() -> None:
+    # The second has all words of the candidate, so that its bound is 1.0, but not their order.
+    assert index_of("a b c d x", "b a c d e").nearest("a b c d e") == Near("0", 0.8)
+
+
 def test_most_similar_wins_over_first_added() -> None:
     assert index_of("a b c d x", "a b c d e").nearest("a b c d e") == Near("1", 1.0)
 

@@ -1,0 +1,39 @@
+"""What all tests share: a home of their own, a quiet Prefect, and a tiny model."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ |= {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_API_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///:memory:",
+    "HF_HUB_OFFLINE": "1",
+}
+os.environ.pop("PREFECT_API_URL", None)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home."""
+    monkeypatch.setenv("LION_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised Llama of four layers with a tokenizer of its own."""
+    from tests.tiny import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Public instruction sets beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the public instruction sets in ../shared/data")
+    return SHARED

@@ -1,0 +1,62 @@
+"""The views: readable with DuckDB alone, with run and iteration in front."""
+
+from pathlib import Path
+
+import duckdb
+
+from storage.catalog import ask, life_of, publish
+from storage.files import Snapshot
+from storage.pools import write_snapshot
+from storage.runs import IterationRecord, Manifest
+
+
+def instructions(*names: str, parent: str | None = None) -> Snapshot:
+    rows = [
+        {"instruction_id": name, "instruction": f"Do {name}.", "origin": "hard" if parent else "seed", "parent_id": parent}
+        for name in names
+    ]
+    return write_snapshot("instructions", rows, step="test", version=1)
+
+
+def a_run(run_id: str, pool: Snapshot, grown: Snapshot) -> Manifest:
+    candidate = {"instruction_id": "c", "parent_id": "a", "side": "hard", "draw": 0, "instruction": "Do c."}
+    candidates = write_snapshot("candidates", [candidate], step="test", version=1)
+    manifest = Manifest(run_id=run_id, next_pools={"train_pool": grown, "cache_pool": grown})
+    made = {"train_pool": pool, "cache_pool": pool, "candidates": candidates}
+    manifest.iterations.append(IterationRecord(iteration=1, snapshots=made))
+    manifest.save()
+    return manifest
+
+
+def test_any_duckdb_client_opens_the_catalog(home: Path) -> None:
+    a_run("one", instructions("a", "b"), instructions("c", parent="a"))
+    with duckdb.connect(str(publish()), read_only=True) as connection:
+        rows = connection.execute("select run_id, iteration, instruction_id from train_pool order by all").fetchall()
+    assert rows == [("one", 1, "a"), ("one", 1, "b"), ("one", 2, "c")]
+
+
+def test_an_object_that_two_runs_share_is_seen_in_both(home: Path) -> None:
+    pool, grown = instructions("a"), instructions("c", parent="a")
+    a_run("one", pool, grown)
+    a_run("two", pool, grown)
+    counted = ask("select run_id, count(*) as n from train_pool where iteration = 1 group by all order by all")
+    assert counted == [{"run_id": "one", "n": 1}, {"run_id": "two", "n": 1}]
+
+
+def test_views_without_rows_are_there_with_their_columns(home: Path) -> None:
+    assert ask("select run_id, difficulty from verdicts") == []
+    assert ask("select count(*) as n from reviews") == [{"n": 0}]
+
+
+def test_publishing_does_not_disturb_a_client_that_has_it_open(home: Path) -> None:
+    a_run("one", instructions("a"), instructions("c", parent="a"))
+    with duckdb.connect(str(publish())) as client:
+        publish()
+        assert client.execute("select count(*) from train_pool").fetchone() == (2,)
+
+
+def test_the_life_of_a_row_shows_parent_and_children(home: Path) -> None:
+    pool = instructions("a")
+    a_run("one", pool, instructions("c", parent="a"))
+    assert [row["instruction_id"] for row in life_of("a")["children"]] == ["c"]
+    assert [row["instruction_id"] for row in life_of("c")["parent"]] == ["a"]

@@ -1,0 +1,95 @@
+"""Jobs: complete means result.json; a failed one says why; nothing outlives its parent."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.jobs.launch import JobError, make_checkpoint, run_job
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tasks.jobs.launch import finish, report_progress
+directory = Path(sys.argv[1]).parent
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Write a program that `python -m a_job` runs."""
+
+    def write(body: str) -> str:
+        (tmp_path / "a_job.py").write_text(PROGRAM + body)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[3]}")
+        return "a_job"
+
+    return write
+
+
+def test_a_finished_job_is_not_run_again(program, tmp_path: Path) -> None:
+    module = program("(directory / 'ran').open('a').write('x'); finish(directory, {'answer': 7})")
+    for _ in range(2):
+        assert run_job(module, {}, tmp_path / "job")["answer"] == 7
+    assert (tmp_path / "job" / "ran").read_text() == "x"
+
+
+def test_a_failed_job_says_its_exit_code_and_last_lines(program, tmp_path: Path) -> None:
+    module = program("print('half way'); sys.exit('out of luck')")
+    with pytest.raises(JobError, match=r"exit code 1(.|\n)*half way(.|\n)*out of luck") as failure:
+        run_job(module, {}, tmp_path / "job")
+    assert str(pickle.loads(pickle.dumps(failure.value))) == str(failure.value)
+
+
+def test_exit_zero_without_a_result_is_a_failure(program, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="exit code 0 and no result"):
+        run_job(program("pass"), {}, tmp_path / "job")
+
+
+def test_progress_reaches_the_parent_and_stays_out_of_the_log(program, tmp_path: Path) -> None:
+    seen = []
+    module = program("report_progress(1, 2, loss=0.5); print('a line'); finish(directory, {})")
+    run_job(module, {}, tmp_path / "job", on_progress=seen.append)
+    assert seen == [{"done": 1, "total": 2, "loss": 0.5}]
+    assert (tmp_path / "job" / "log.txt").read_text() == "a line\n"
+
+
+def test_a_damaged_model_is_made_again_and_a_whole_one_is_not(home: Path, program) -> None:
+    module = program(
+        "(directory / 'model.safetensors').write_text('w'); print('made'); finish(directory, {})"
+    )
+    checkpoint, _ = make_checkpoint(module, {}, {"of": 1})
+    make_checkpoint(module, {}, {"of": 1})
+    assert (checkpoint.path / "log.txt").read_text() == "made\n"
+    (checkpoint.path / "model.safetensors").write_text("x")
+    again, _ = make_checkpoint(module, {}, {"of": 1})
+    again.verify()
+    assert again == checkpoint
+
+
+def test_a_child_dies_with_its_parent(program, tmp_path: Path) -> None:
+    module = program("import os, time; print(os.getpid()); time.sleep(60)")
+    code = f"from pathlib import Path\nfrom tasks.jobs.launch import run_job\nrun_job({module!r}, {{}}, Path({str(tmp_path / 'job')!r}))"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    log = tmp_path / "job" / "log.txt"
+    while not (log.exists() and log.read_text().strip()):
+        time.sleep(0.05)
+        assert parent.poll() is None
+    child = int(log.read_text())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+            state = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0]
+            if state == "Z":
+                return
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        time.sleep(0.05)
+    pytest.fail("the child is still alive five seconds after its parent")

@@ -1,0 +1,45 @@
+"""The one prompt format: what inference sends is the beginning of what training shows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from tasks.jobs.template import encode_example, encode_prompt, end_of_turn
+
+ASK = [{"role": "user", "content": "Why is the sky blue?"}]
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def test_the_prompt_of_inference_begins_the_training_example(tokenizer: Any) -> None:
+    example = encode_example(tokenizer, ASK, "Because of scattering.", whole=True, max_length=512)
+    assert example.input_ids[: example.prompt_length] == encode_prompt(tokenizer, ASK)
+
+
+def test_a_whole_answer_ends_with_the_end_of_turn(tokenizer: Any) -> None:
+    example = encode_example(tokenizer, ASK, "Scattering.", whole=True, max_length=512)
+    assert example.input_ids[-1] == end_of_turn(tokenizer)
+
+
+def test_an_answer_the_teacher_never_ended_teaches_no_end(tokenizer: Any) -> None:
+    example = encode_example(tokenizer, ASK, "Scattering and", whole=False, max_length=512)
+    assert example.input_ids[-1] != end_of_turn(tokenizer)
+
+
+def test_an_answer_too_long_is_cut_before_its_end_of_turn(tokenizer: Any) -> None:
+    example = encode_example(tokenizer, ASK, "word " * 1000, whole=True, max_length=100)
+    assert example.cut
+    assert len(example.input_ids) == 100
+    assert example.input_ids[-1] == end_of_turn(tokenizer)
+
+
+def test_a_base_model_without_a_template_gets_the_instruction_format(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    text = tokenizer.decode(encode_prompt(tokenizer, ASK))
+    assert "### Instruction:" in text
+    assert text.rstrip().endswith("### Response:")

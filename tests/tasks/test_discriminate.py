@@ -1,0 +1,85 @@
+"""The split: what is hard, what is easy, and what nobody may say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.files import Snapshot
+from storage.pools import by_id, write_snapshot
+from tasks.discriminate import DiscriminateConfig, TooManyUndecided, discriminate
+
+
+def reviews(*rows: tuple[str, str, float | None, float | None]) -> Snapshot:
+    """(instruction_id, order, teacher's score, student's score); no score: the review could not be parsed."""
+    full = [
+        {
+            "instruction_id": key,
+            "order": order,
+            "vote": number,
+            "outcome": "ok" if teacher is not None else "unparsable",
+            "teacher_score": teacher,
+            "student_score": student,
+        }
+        for number, (key, order, teacher, student) in enumerate(rows)
+    ]
+    return write_snapshot("reviews", full, step="referee", version=1)
+
+
+def verdicts(snapshot: Snapshot, **settings: Any) -> dict[str, dict[str, Any]]:
+    config = DiscriminateConfig(max_undecided_share=1, **settings)
+    return by_id(discriminate.fn(config, snapshot).verdicts)
+
+
+def test_scores_are_the_mean_over_both_orders(home: Path) -> None:
+    (row,) = verdicts(reviews(("a", "teacher_first", 8, 6), ("a", "student_first", 9, 8))).values()
+    assert (row["teacher_score"], row["student_score"], row["score_gap"]) == (8.5, 7.0, 1.5)
+
+
+def test_a_gap_at_the_threshold_is_hard(home: Path) -> None:
+    found = verdicts(reviews(("a", "unordered", 8, 7), ("b", "unordered", 8, 7.01)), threshold=1.0)
+    assert [found[key]["difficulty"] for key in "ab"] == ["hard", "easy"]
+
+
+def test_a_row_with_one_valid_order_is_undecided_and_has_no_score(home: Path) -> None:
+    (row,) = verdicts(reviews(("a", "teacher_first", 9, 2), ("a", "student_first", None, None))).values()
+    assert (row["difficulty"], row["reason"], row["score_gap"]) == ("undecided", "missing_review", None)
+
+
+def test_an_order_with_more_valid_votes_does_not_weigh_more(home: Path) -> None:
+    rows = [("a", "teacher_first", 10, 4), ("a", "teacher_first", 10, 4), ("a", "student_first", 4, 10)]
+    (row,) = verdicts(reviews(*rows)).values()
+    assert row["score_gap"] == 0
+
+
+def test_a_weak_teacher_answer_is_not_worth_learning(home: Path) -> None:
+    (row,) = verdicts(reviews(("a", "unordered", 3, 1)), min_teacher_score=5).values()
+    assert (row["difficulty"], row["reason"]) == ("undecided", "weak_teacher")
+
+
+def test_a_quantile_splits_by_the_gaps_of_this_iteration_alone(home: Path) -> None:
+    gaps = reviews(*[(str(number), "unordered", 10, 10 - number) for number in range(9)])
+    found = verdicts(gaps, threshold_kind="quantile", threshold=0.5)
+    assert [key for key, row in found.items() if row["difficulty"] == "hard"] == ["4", "5", "6", "7", "8"]
+    assert {row["threshold"] for row in found.values()} == {4.0}
+
+
+def test_undecided_rows_do_not_move_the_quantile(home: Path) -> None:
+    gaps = reviews(("a", "unordered", 10, 8), ("b", "unordered", 10, 6), ("c", "unordered", None, None))
+    assert verdicts(gaps, threshold_kind="quantile", threshold=0.5)["a"]["threshold"] == 3.0
+
+
+def test_too_many_undecided_rows_fail_with_their_reasons(home: Path) -> None:
+    snapshot = reviews(("a", "unordered", 8, 7), ("b", "unordered", None, None))
+    with pytest.raises(TooManyUndecided, match=r"1 of 2 rows .* 1 ok, 1 unparsable"):
+        discriminate.fn(DiscriminateConfig(max_undecided_share=0.4), snapshot)
+
+
+def test_when_nothing_is_decided_nothing_is_hard(home: Path) -> None:
+    split = discriminate.fn(DiscriminateConfig(max_undecided_share=1), reviews(("a", "unordered", None, None)))
+    assert (split.hard, split.easy, split.undecided) == (0, 0, 1)
+
+
+def test_a_quantile_above_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="a share from 0 to 1"):
+        DiscriminateConfig(threshold_kind="quantile", threshold=2)

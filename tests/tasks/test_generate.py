@@ -1,0 +1,124 @@
+"""New instructions: what is taken, what is rejected and why, how parents are chosen, when it ends."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.files import Checkpoint, Snapshot
+from storage.pools import instruction_id, read_rows, write_snapshot
+from tasks import generate
+from tasks.generate import GenerateConfig, Generation, generate_instructions
+from tasks.models.chat import Reply, Request, Status
+from tasks.models.local import LocalModel
+from tasks.models.ready import ReadyModel
+
+MODEL = ReadyModel(settings=LocalModel(), checkpoint=Checkpoint(digest="m", content="c"))
+WORDS = "river copper violin glacier lantern orchard satellite pepper bridge falcon marble tunnel velvet comet".split()
+
+
+def pool_of(texts: list[str], origin: str = "seed") -> Snapshot:
+    rows = [{"instruction_id": instruction_id(text, None), "instruction": text, "origin": origin} for text in texts]
+    return write_snapshot("instructions", rows, step="test", version=1)
+
+
+def split_of(pool: Snapshot, hard: int) -> Snapshot:
+    rows = [
+        {"instruction_id": row["instruction_id"], "difficulty": "hard" if number < hard else "easy"}
+        for number, row in enumerate(read_rows(pool))
+    ]
+    return write_snapshot("verdicts", rows, step="test", version=1)
+
+
+def fresh(request: Request) -> str:
+    """A new instruction for every request, unlike all others."""
+    digits = f"{abs(hash(request.id)) % 14**4:05d}"
+    picked = [WORDS[(int(digit) * 3 + place) % len(WORDS)] for place, digit in enumerate(digits)]
+    return f"Describe {' and '.join(picked)} number {request.id[-12:].replace('/', ' ')} {hash(request.id)}"
+
+
+@pytest.fixture
+def generated(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Generation]:
+    """Run the stage with a generator that says what the test wants."""
+
+    def run(say: Callable[[Request], str | Reply], pool: Snapshot, hard: int, **settings: Any) -> Generation:
+        def answer(model: Any, requests: list[Request], sampling: Any, **rest: Any) -> list[Reply]:
+            said = [(request, say(request)) for request in requests]
+            return [text if isinstance(text, Reply) else Reply(key.id, Status.OK, text) for key, text in said]
+
+        monkeypatch.setattr(generate, "answer", answer)
+        config = GenerateConfig(**({"hard_rows": 4, "easy_rows": 4} | settings))
+        heldout = pool_of(["Name the tallest mountain in the whole solar system."], "heldout")
+        return generate_instructions.fn(config, MODEL, pool, split_of(pool, hard), heldout, seed=0)
+
+    return run
+
+
+SEEDS = [f"Explain how a {word} works in two short sentences." for word in WORDS[:8]]
+
+
+def test_each_side_gets_its_share_of_new_instructions(generated: Any) -> None:
+    result = generated(fresh, pool_of(SEEDS), hard=4)
+    rows = [row for row in read_rows(result.candidates) if row["rejection"] is None]
+    assert sorted(row["side"] for row in rows) == ["easy"] * 4 + ["hard"] * 4
+    assert result.generated.accepted == 8
+
+
+def test_every_candidate_is_kept_with_the_reason_of_its_rejection(generated: Any) -> None:
+    result = generated(lambda request: SEEDS[0], pool_of(SEEDS), hard=4)
+    rows = read_rows(result.candidates)
+    assert {row["rejection"] for row in rows} == {"near_duplicate"}
+    assert {row["near_id"] for row in rows} == {instruction_id(SEEDS[0], None)}
+    assert result.generated.rejected == {"near_duplicate": len(rows)}
+
+
+def test_a_candidate_near_a_heldout_instruction_is_rejected(generated: Any) -> None:
+    result = generated(lambda _: "Name the tallest mountain in the whole solar system!", pool_of(SEEDS), hard=4)
+    assert set(result.generated.rejected) == {"near_duplicate"}
+
+
+def test_a_candidate_near_one_accepted_before_it_is_rejected(generated: Any) -> None:
+    result = generated(lambda _: "Compare the taste of raw and of cooked onions.", pool_of(SEEDS), hard=4)
+    assert result.generated.accepted == 1
+
+
+def test_the_stage_ends_at_its_cap_and_says_what_is_missing(generated: Any) -> None:
+    result = generated(lambda request: SEEDS[0], pool_of(SEEDS), hard=4, max_attempts=2)
+    assert len(read_rows(result.candidates)) == 16
+    assert result.generated.notes == [
+        "hard: 0 of 4 accepted, cap on attempts reached",
+        "easy: 0 of 4 accepted, cap on attempts reached",
+    ]
+
+
+def test_an_empty_side_gives_its_share_to_the_other_and_says_so(generated: Any) -> None:
+    result = generated(fresh, pool_of(SEEDS), hard=8)
+    rows = [row for row in read_rows(result.candidates) if row["rejection"] is None]
+    assert [row["side"] for row in rows] == ["hard"] * 8
+    assert result.generated.notes == ["no easy parents: their 4 rows are asked of the hard side"]
+
+
+def test_each_parent_is_used_before_any_is_used_twice(generated: Any) -> None:
+    result = generated(lambda request: SEEDS[0], pool_of(SEEDS), hard=4, max_attempts=2)
+    hard = [row["parent_id"] for row in read_rows(result.candidates) if row["side"] == "hard"]
+    assert [len(set(hard[start : start + 4])) for start in (0, 4)] == [4, 4]
+
+
+def test_a_cut_reply_is_no_instruction(generated: Any) -> None:
+    cut = lambda request: Reply(request.id, Status.TRUNCATED, "Write a very long")  # noqa: E731
+    assert set(generated(cut, pool_of(SEEDS), hard=4).generated.rejected) == {"truncated"}
+
+
+def test_a_json_reply_brings_instruction_and_input(generated: Any) -> None:
+    def say(request: Request) -> str:
+        return "```json\n" + json.dumps({"instruction": fresh(request), "input": "Some text."}) + "\n```"
+
+    rows = read_rows(generated(say, pool_of(SEEDS), hard=4).candidates)
+    assert {row["input"] for row in rows if row["rejection"] is None} == {"Some text."}
+
+
+def test_the_same_answers_give_the_same_candidates(generated: Any) -> None:
+    first, second = (generated(fresh, pool_of(SEEDS), hard=4) for _ in range(2))
+    assert first.candidates.digest == second.candidates.digest

@@ -1,0 +1,109 @@
+"""Seed files of every form are read, and every fault is named with file, place and way out."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tasks.novelty import NoveltyIndex
+from tasks.seed import SeedError, read_seeds
+
+ALPACA = [
+    {"instruction": "Übersetze «Haus» ins Französische.", "input": "", "output": "maison"},
+    {"instruction": "Summarise.", "input": "A long text.", "output": "Short."},
+]
+
+
+def written(folder: Path, name: str, text: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_bundled_seeds_are_at_least_two_hundred_of_ten_categories() -> None:
+    seeds = read_seeds("bundled")
+    assert len(seeds.rows) >= 200
+    assert len({row["category"] for row in seeds.rows}) == 10
+    assert all((row["input"] is not None) == (row["category"] == "with-input") for row in seeds.rows)
+
+
+def test_no_bundled_heldout_instruction_is_near_a_seed() -> None:
+    index = NoveltyIndex(0.5)
+    joined = lambda row: f"{row['instruction']}\n{row['input'] or ''}"  # noqa: E731
+    index.add_many((str(number), joined(row)) for number, row in enumerate(read_seeds("bundled").rows))
+    heldout = read_seeds("bundled", bundled="heldout.jsonl").rows
+    assert len(heldout) == 80
+    assert [row for row in heldout if index.nearest(joined(row))] == []
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "parquet"])
+def test_alpaca_rows_read_the_same_from_every_form(tmp_path: Path, form: str) -> None:
+    if form == "json":
+        path = written(tmp_path, "s.json", json.dumps(ALPACA, ensure_ascii=False))
+    elif form == "jsonl":
+        path = written(tmp_path, "s.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in ALPACA))
+    elif form == "csv":
+        lines = [f'"{row["instruction"]}","{row["input"]}","{row["output"]}"' for row in ALPACA]
+        path = written(tmp_path, "s.csv", "instruction,input,output\n" + "\n".join(lines))
+    else:
+        path = str(tmp_path / "s.parquet")
+        pq.write_table(pa.Table.from_pylist(ALPACA), path)
+    rows = read_seeds(path).rows
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in ALPACA]
+    assert [row["input"] for row in rows] == [None, "A long text."]
+    assert [row["output"] for row in rows] == ["maison", "Short."]
+
+
+def test_plain_lines_keep_order_and_unicode(tmp_path: Path) -> None:
+    path = written(tmp_path, "s.txt", "Напиши стих.\n\n请解释重力。\u2028Kurz.\n")
+    assert [row["instruction"] for row in read_seeds(path).rows] == ["Напиши стих.", "请解释重力。\u2028Kurz."]
+
+
+def test_exact_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
+    seeds = read_seeds(written(tmp_path, "s.txt", "One.\nTwo.\nOne.\nOne.\n"))
+    assert [row["instruction"] for row in seeds.rows] == ["One.", "Two."]
+    assert seeds.duplicates == 2
+
+
+def test_messages_become_instruction_and_output(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    (row,) = read_seeds(written(tmp_path, "s.jsonl", json.dumps({"messages": said}))).rows
+    assert (row["instruction"], row["output"]) == ("Hi?", "Yes.")
+
+
+def test_self_instruct_seed_tasks_are_read(shared_data: Path) -> None:
+    rows = read_seeds(str(shared_data / "self_instruct_seed_175.jsonl")).rows
+    assert len(rows) == 175
+    assert sum(row["input"] is not None for row in rows) > 50
+    assert all(row["output"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("s.jsonl", '{"instruction": "a"}\n{"instruction": ', r"s\.jsonl, line 2, column \d+: not JSON"),
+        ("s.json", '[{"instruction": "a"},\n oops]', r"s\.json, line 2, column 2: not JSON"),
+        ("s.json", '{"instruction": "a"}', "expected a list"),
+        ("s.jsonl", '{"prompt": "a"}', r"line 1: no `instruction` \(found: prompt\)"),
+        ("s.jsonl", '{"instruction": "a"}\n{"instruction": " "}', "line 2: `instruction` is empty"),
+        ("s.jsonl", '{"instruction": 7}', "`instruction` must be a text, found a number"),
+        ("s.csv", "question\nWhy?\n", r"line 2: no `instruction` \(found: question\)"),
+        ("s.txt", b"good\nna\xefve\n", r"s\.txt, line 2: not UTF-8 \(byte 0xef\)"),
+        ("s.txt", "\n\n", "no instruction in it"),
+        ("s.json", "", "no instruction in it"),
+        ("s.docx", "x", "cannot tell its form"),
+        ("s.parquet", "x", "not Parquet"),
+    ],
+)
+def test_a_fault_is_named_with_file_and_place(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(SeedError, match=message):
+        read_seeds(written(tmp_path, name, content))
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SeedError, match="no such file"):
+        read_seeds(str(tmp_path / "none.jsonl"))
+    with pytest.raises(SeedError, match="is a folder"):
+        read_seeds(str(tmp_path))
