@@ -51,13 +51,17 @@ def test_imports_run_only_downward(path: Path) -> None:
 def test_no_stage_imports_another() -> None:
     stages = {path.stem for path in (ROOT / "tasks").glob("*.py")} - SHARED - {"__init__", "report"}
     for stage in stages:
-        imported = {name.split(".")[1] for name in imports_of(ROOT / "tasks" / f"{stage}.py") if name.startswith("tasks.")}
+        imported = {
+            name.split(".")[1] for name in imports_of(ROOT / "tasks" / f"{stage}.py") if name.startswith("tasks.")
+        }
         others = {other for other in imported & stages if other != stage and (stage, other) not in SHARED_CONFIG}
         assert not others, f"tasks/{stage}.py imports the stages {others}"
 
 
 def test_the_orchestrating_process_never_imports_torch() -> None:
-    code = "import sys, flows.cli, flows.distill, storage.gc; print(sorted(set(sys.modules) & {'torch', 'transformers'}))"
+    code = (
+        "import sys, flows.cli, flows.distill, storage.gc; print(sorted(set(sys.modules) & {'torch', 'transformers'}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -12,7 +12,12 @@ from storage.runs import IterationRecord, Manifest
 
 def instructions(*names: str, parent: str | None = None) -> Snapshot:
     rows = [
-        {"instruction_id": name, "instruction": f"Do {name}.", "origin": "hard" if parent else "seed", "parent_id": parent}
+        {
+            "instruction_id": name,
+            "instruction": f"Do {name}.",
+            "origin": "hard" if parent else "seed",
+            "parent_id": parent,
+        }
         for name in names
     ]
     return write_snapshot("instructions", rows, step="test", version=1)

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from storage.files import Checkpoint, Snapshot, StorageError, digest_of, digest_of_model, is_locked, locked, write_atomic
+from storage.files import (
+    Checkpoint,
+    Snapshot,
+    StorageError,
+    digest_of,
+    digest_of_model,
+    is_locked,
+    locked,
+    write_atomic,
+)
 from storage.pools import read_lineage, read_rows, write_snapshot
 
 
@@ -72,7 +81,9 @@ def test_a_row_that_does_not_fit_its_table_is_refused(home: Path) -> None:
     with pytest.raises(StorageError, match=r"verdicts\.difficulty must not be null"):
         write_snapshot("verdicts", [{"instruction_id": "a"}], step="x", version=1)
     with pytest.raises(StorageError, match="does not fit"):
-        write_snapshot("verdicts", [{"instruction_id": "a", "difficulty": "hard", "score_gap": "wide"}], step="x", version=1)
+        write_snapshot(
+            "verdicts", [{"instruction_id": "a", "difficulty": "hard", "score_gap": "wide"}], step="x", version=1
+        )
 
 
 def test_a_checkpoint_is_whole_only_with_its_result_and_its_weights(home: Path) -> None:
@@ -90,7 +101,9 @@ def test_a_checkpoint_is_whole_only_with_its_result_and_its_weights(home: Path) 
 
 
 def test_a_lock_dies_with_its_holder(home: Path) -> None:
-    code = "from storage.files import locked\nimport time\nwith locked('x'):\n print('held', flush=True); time.sleep(60)"
+    code = (
+        "from storage.files import locked\nimport time\nwith locked('x'):\n print('held', flush=True); time.sleep(60)"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ.copy())
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"

@@ -16,7 +16,22 @@ from tasks.models.local import LocalModel
 from tasks.models.ready import ReadyModel
 
 MODEL = ReadyModel(settings=LocalModel(), checkpoint=Checkpoint(digest="m", content="c"))
-WORDS = "river copper violin glacier lantern orchard satellite pepper bridge falcon marble tunnel velvet comet".split()
+WORDS = [
+    "river",
+    "copper",
+    "violin",
+    "glacier",
+    "lantern",
+    "orchard",
+    "satellite",
+    "pepper",
+    "bridge",
+    "falcon",
+    "marble",
+    "tunnel",
+    "velvet",
+    "comet",
+]
 
 
 def pool_of(texts: list[str], origin: str = "seed") -> Snapshot:

@@ -60,9 +60,7 @@ def test_progress_reaches_the_parent_and_stays_out_of_the_log(program, tmp_path:
 
 
 def test_a_damaged_model_is_made_again_and_a_whole_one_is_not(home: Path, program) -> None:
-    module = program(
-        "(directory / 'model.safetensors').write_text('w'); print('made'); finish(directory, {})"
-    )
+    module = program("(directory / 'model.safetensors').write_text('w'); print('made'); finish(directory, {})")
     checkpoint, _ = make_checkpoint(module, {}, {"of": 1})
     make_checkpoint(module, {}, {"of": 1})
     assert (checkpoint.path / "log.txt").read_text() == "made\n"

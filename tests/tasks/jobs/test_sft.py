@@ -98,7 +98,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(home: Path, tiny_model: P
     directory = home / "killed"
     directory.mkdir(parents=True)
     (directory / "job.json").write_text(json.dumps(settings))
-    child = subprocess.Popen([sys.executable, "-m", "tasks.jobs.sft", str(directory / "job.json")], env=os.environ.copy())
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tasks.jobs.sft", str(directory / "job.json")], env=os.environ.copy()
+    )
     while not list(directory.glob("trainer/checkpoint-*/complete")):
         time.sleep(0.02)
         assert child.poll() is None, "the training ended before it could be killed"

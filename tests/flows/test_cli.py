@@ -1,0 +1,142 @@
+"""The whole loop on a tiny model through the command line: run, look, go on, change, damage, refuse."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from tests.lion import arguments, digests, environment, lion, shown
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A home in which one iteration has been run."""
+    home = tmp_path_factory.mktemp("ran")
+    lion(home, *arguments(tiny_model, "--set", "iterations=1"))
+    return home
+
+
+def test_show_tells_what_each_iteration_did(ran: Path) -> None:
+    run = shown(ran)
+    (iteration,) = run["iterations"]
+    assert run["state"] == "completed"
+    assert iteration["train_rows"] == iteration["cache_rows"] == 12
+    assert iteration["hard"] + iteration["easy"] + iteration["undecided"] == 12
+    assert iteration["generated"]["accepted"] + sum(iteration["generated"]["rejected"].values()) > 0
+    assert iteration["evaluation"]["loss"] < run["baseline"]["evaluation"]["loss"]
+    assert set(iteration["seconds"]) == set(iteration["cached"]) >= {"teacher", "finetune", "student", "generate"}
+    assert run["config"]["discriminate"]["threshold_kind"] == "quantile"
+
+
+def test_the_report_needs_no_network(ran: Path) -> None:
+    page = (ran / "runs" / shown(ran)["run_id"] / "report.html").read_text()
+    assert page.count("<svg") >= 4
+    assert "widest gaps" in page
+    fetched = re.findall(r"""(?:src|href)=["'](?!#)([^"']+)""", page)
+    assert [link for link in fetched if not link.startswith("#")] == []
+
+
+def test_the_same_command_again_does_nothing_and_starts_no_server(ran: Path, tiny_model: Path) -> None:
+    code = (
+        "import sys; from flows.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        "print(sorted(set(sys.modules) & {'torch', 'flows.distill', 'prefect.server.api.server'}))"
+    )
+    command = [sys.executable, "-c", code, *arguments(tiny_model, "--set", "iterations=1")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(ran), check=True)
+    assert "nothing to do" in done.stderr
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_duckdb_alone_reads_the_pools(ran: Path) -> None:
+    with duckdb.connect(str(ran / "catalog.duckdb"), read_only=True) as connection:
+        (counted,) = connection.execute("select count(*) from train_pool where iteration = 1").fetchall()
+    assert counted == (12,)
+
+
+def test_sql_row_runs_and_pools_answer(ran: Path) -> None:
+    rows = json.loads(lion(ran, "sql", "--json", "select instruction_id from verdicts order by 1").stdout)
+    assert len(rows) == 12
+    life = json.loads(lion(ran, "row", rows[0]["instruction_id"], "--json").stdout)
+    assert len(life["responses"]) == 2
+    assert len(life["verdicts"]) == 1
+    assert lion(ran, "sql", "--csv", "select 1 as one").stdout.split() == ["one", "1"]
+    assert json.loads(lion(ran, "runs", "--json").stdout)[0]["state"] == "completed"
+    assert json.loads(lion(ran, "pools", "--json").stdout)[0]["rows"] == 12
+
+
+def test_gc_finds_nothing_to_take_from_a_finished_run_but_its_job_folders(ran: Path) -> None:
+    lines = lion(ran, "gc").stdout.splitlines()
+    assert all("/jobs/" in line for line in lines[:-1])
+    assert "would go" in lines[-1]
+
+
+def test_a_changed_threshold_reruns_discrimination_and_what_follows_alone(ran: Path, tiny_model: Path) -> None:
+    lion(ran, *arguments(tiny_model, "--set", "iterations=1", "--set", "discriminate.threshold=0.9"))
+    cached = shown(ran)["iterations"][0]["cached"]
+    assert all(cached[stage] for stage in ("teacher", "finetune", "student", "referee", "evaluate"))
+    assert not cached["discriminate"]
+
+
+def test_a_lost_and_a_damaged_object_are_made_again_and_nothing_else(ran: Path, tiny_model: Path) -> None:
+    command = arguments(tiny_model, "--set", "iterations=1")
+    lion(ran, *command)
+    before, made = digests(ran), shown(ran)["iterations"][0]["snapshots"]
+    lost, damaged = (
+        ran / "objects" / made[name]["table"] / f"{made[name]['digest']}.parquet"
+        for name in ("student_responses", "reviews")
+    )
+    lost.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    lion(ran, *command)
+    run = shown(ran)
+    assert [stage for stage, cached in run["iterations"][0]["cached"].items() if not cached] == ["student", "referee"]
+    assert all(run["baseline"]["cached"].values())
+    assert digests(ran) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run"], "Say what to run"),
+        (["run", "--preset", "ofline"], "no preset 'ofline'. There are: lion-7b, offline, smoke."),
+        (
+            ["run", "--preset", "smoke", "--set", "iterations=0"],
+            "iterations: input should be greater than or equal to 1",
+        ),
+        (["run", "--preset", "smoke", "--set", "teacher.modle=1"], "teacher.modle: no such setting"),
+        (["run", "--preset", "smoke", "--set", "iterations"], "write it as key.path=value"),
+        (["run", "--preset", "smoke", "--seeds", "gone.jsonl"], "gone.jsonl: no such file"),
+        (["run", "--preset", "smoke", "--set", "finetune.training.global_batch_size=3"], "no multiple of the 4 rows"),
+        (["run", "--config", "gone.yaml"], "gone.yaml: no such file"),
+        (["run", "--preset", "smoke", "--set", "teacher.model.model_name_or_path=./gone"], "./gone: no such folder"),
+        (["show"], "no run in"),
+        (["row", "abc"], "no instruction 'abc'"),
+        (["sql", "select * from nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_two_and_writes_nothing(
+    tmp_path: Path, args: list[str], message: str
+) -> None:
+    done = lion(tmp_path / "home", *args, code=2)
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_settings_that_lion_config_prints_are_the_settings(tmp_path: Path) -> None:
+    from flows.config import resolve
+
+    file = tmp_path / "mine.yaml"
+    file.write_text(lion(tmp_path, "config", "--preset", "offline").stdout)
+    assert resolve(file=file) == resolve("offline")
+
+
+@pytest.mark.parametrize("preset", ["offline", "smoke", "lion-7b"])
+def test_every_preset_is_valid(preset: str) -> None:
+    from flows.config import resolve
+
+    assert resolve(preset).name == preset

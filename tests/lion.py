@@ -1,0 +1,46 @@
+"""Runs the command `lion` as a user does: a process of its own, a home of its own, the tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+COMMAND = [sys.executable, "-c", "from flows.cli import main; main()"]
+
+
+def arguments(tiny: Path, *more: str) -> list[str]:
+    """`lion run --preset smoke` with the tiny model in every role."""
+    roles = ("teacher", "student", "generate")
+    models = [f"--set={role}.model.model_name_or_path={tiny}" for role in roles]
+    return ["run", "--preset", "smoke", *models, *more]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {"LION_HOME": str(home), "COLUMNS": "160"}
+
+
+def lion(home: Path, *args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and check its exit code."""
+    done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, env=environment(home))
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def shown(home: Path, *args: str) -> dict[str, Any]:
+    """`lion show --json`."""
+    return json.loads(lion(home, "show", "--json", *args).stdout)
+
+
+def digests(home: Path) -> dict[str, Any]:
+    """All that a run made, by content: what must not depend on when it was interrupted."""
+    run = shown(home)
+    return {
+        "evaluation": run["baseline"]["evaluation"],
+        "iterations": [
+            {key: record[key] for key in ("snapshots", "student", "evaluation", "generated", "threshold")}
+            for record in run["iterations"]
+        ],
+        "next": run["next_pools"],
+    }
