@@ -52,12 +52,15 @@ def run(
         raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
     from flows.config import resolve
     from storage.runs import load_manifest
+    from tasks.prepare import source_digest
     from tasks.seed import read_seeds
 
     given = {"seeds": {"path": seeds}} if seeds else {}
     settings = resolve(preset, overrides or [], config, **given)
     read_seeds(settings.seeds.path)
     read_seeds(settings.seeds.heldout, bundled="heldout.jsonl")
+    for role in (settings.teacher, settings.student, settings.generate):
+        source_digest(role.model)  # a name that leads nowhere is refused before anything is written
     run_id = settings.run_id
     manifest = load_manifest(run_id)
     if fresh and manifest:
