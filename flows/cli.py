@@ -256,22 +256,12 @@ def _find(run_id: str | None) -> Any:
 def _print_run(manifest: Any) -> None:
     from tasks.report import progress_rows
 
+    lines = progress_rows(manifest)
     table = Table(title=f"{manifest.run_id} · {manifest.state_now()}", title_justify="left", title_style="bold")
-    for name in (
-        "iteration",
-        "rows",
-        "hard/easy/undecided",
-        "accepted/rejected",
-        "loss",
-        "score",
-        "seconds",
-        "slowest stages",
-    ):
-        table.add_column(name, justify="left" if name in {"iter", "of which"} else "right")
-    for line in progress_rows(manifest):
-        record, cached = line["record"], line["cached"]
-        worked = {name: seconds for name, seconds in line["seconds"].items() if not cached[name]}
-        slowest = sorted(worked.items(), key=lambda item: -item[1])[:2]
+    for name in ("iteration", "trained on", "hard/easy/undecided", "new/rejected", "loss", "score"):
+        table.add_column(name, justify="right")
+    for line in lines:
+        record = line["record"]
         table.add_row(
             str(line["iteration"] or "start"),
             f"{record.trained_rows} of {record.train_rows}" if record else "",
@@ -279,16 +269,27 @@ def _print_run(manifest: Any) -> None:
             f"{record.generated.accepted}/{sum(record.generated.rejected.values())}" if record else "",
             _figure(line["loss"], 3),
             _figure(line["score"], 2),
-            f"{sum(worked.values()):.0f}" if worked else "cached",
-            ", ".join(f"{name} {seconds:.0f}" for name, seconds in slowest),
         )
     out.print(table)
+    times = Table(title="Seconds by stage", title_justify="left", title_style="bold")
+    times.add_column("stage")
+    for line in lines:
+        times.add_column(str(line["iteration"] or "start"), justify="right")
+    for stage in dict.fromkeys(name for line in lines for name in line["seconds"]):
+        times.add_row(stage, *(_time(line, stage) for line in lines))
+    out.print(times)
     for record in manifest.iterations:
         for line in record.generated.notes:
             out.print(f"Iteration {record.iteration}: {line}")
     if manifest.error:
         out.print(f"Last error: {manifest.error}", markup=False)
     out.print(f"Report: {manifest.folder / 'report.html'}", soft_wrap=True)
+
+
+def _time(line: dict[str, Any], stage: str) -> str:
+    if stage not in line["seconds"]:
+        return ""
+    return "cached" if line["cached"][stage] else f"{line['seconds'][stage]:.1f}"
 
 
 def _figure(value: float | None, digits: int) -> str:

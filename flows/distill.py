@@ -42,6 +42,8 @@ def distill(config: DistillConfig) -> str:
             if not pools.train.rows:
                 break  # nothing new was found to learn from; the manifest's notes say why
         manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}
+    write_report(manifest)
+    catalog.publish()
     return manifest.run_id
 
 

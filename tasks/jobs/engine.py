@@ -1,10 +1,15 @@
 """Answers many prompts with one causal language model, as fast as one machine allows, and scores given answers.
 
-Rows share every step: waiting prompts take the places of finished rows, so no step computes a row that is done.
-What a row answers depends on its prompt and its own seed alone, not on the rows that happen to share its steps:
-see `Row.random` for the sampling and `PAD_ROWS` for the arithmetic.
+Waiting prompts take the places of finished rows, so no step computes a row that is done. All tokens of a step go
+through the network as one flat sequence, without padding: linear layers do not care whose token is whose. Only
+attention does, and it is computed here: `Prefill` for the prompts of new rows, `Decode` for one token of each row.
 
-Knows nothing of jobs, files of requests or progress: `tasks.jobs.infer` does.
+What a row answers depends on its prompt and its own random numbers alone, not on the rows that happen to share its
+steps. In fp32 on CPU that holds to the last bit, as every kernel used here gives a row the same numbers in any
+company: oneDNN's linear layers, matmul of a fixed layout for decoding, each prompt's attention by itself.
+
+Works with any model that lets its attention be chosen (transformers' `AttentionInterface`) and attends fully or in
+a sliding window. Knows nothing of jobs, files of requests or progress: `tasks.jobs.infer` does.
 
     engine = Engine(Path("model"))
     for replies in engine.generate([{"id": "a", "messages": [...]}], Sampling(max_tokens=64)):
@@ -16,21 +21,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch.nn import functional
+from transformers.modeling_utils import AttentionInterface
 
-from tasks.jobs.template import encode_example, encode_prompt, end_of_turn
+from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
 
-# Matrix kernels may sum in another order for few rows than for many. Batches of a multiple of 8 rows, and keys
-# padded to a multiple of 64, always meet the same kernels, so a row's numbers do not depend on its company.
-PAD_ROWS = 8
-PAD_KEYS = 64
+ATTENTION = "lion"  # our attention's name in transformers
+PAD_TOKENS = 8  # a step's tokens come in multiples of this: matrix kernels treat a few rows differently
+PAD_KEYS = 64  # the keys that a decoding row is shown come in multiples of this, so its sums are split alike
 REFILL_SHARE = 8  # prefill once this part (1/8) of the places is free: few large prefills, few empty places
+SHORTEST_PREFIX = 8  # tokens; computing fewer for each row costs less than looking them up
 TOP_P_CANDIDATES = 512  # the nucleus is looked for among these; a row that needs more is sorted whole
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,97 +65,192 @@ class Row:
     answer: list[int] = field(default_factory=list)
 
     @property
-    def length(self) -> int:
-        """Tokens whose keys and values are in the cache: all but the newest, which is computed next."""
+    def cached(self) -> int:
+        """Tokens whose keys and values are in the row's slot: all but the newest, which is computed next."""
         return len(self.prompt) + len(self.answer) - 1
 
 
 @dataclass(slots=True)
 class Statistics:
-    """What was computed so far. A position is one token of one row going through the network."""
+    """What was computed so far. A position is one token going through the network."""
 
     positions: int = 0
-    useful_positions: int = 0
+    padded_positions: int = 0
     generated_tokens: int = 0
 
     @property
     def padded_share(self) -> float:
-        """Share of the positions that were padding."""
-        return 1 - self.useful_positions / self.positions if self.positions else 0.0
+        """Share of the positions that were computed for no row."""
+        return self.padded_positions / self.positions if self.positions else 0.0
 
 
-class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer: one slot a row, written in place and read as a view, never concatenated."""
+class Slots:
+    """The cache: for each layer, keys and values of every row in a slot of its own, written in place.
 
-    is_sliding = False  # a sliding window is a matter of the mask here
+    The rows in use are the first ones, so a step reads them as a view; nothing is ever concatenated.
+    """
 
-    def __init__(self, cache: "SlotCache"):
-        super().__init__()
-        self.cache = cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        for name, states in (("keys", key_states), ("values", value_states)):
-            shape = (self.cache.slots, states.shape[1], self.cache.capacity, states.shape[3])
-            setattr(self, name, states.new_zeros(shape))  # zeros: a masked NaN would still poison a sum
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        rows, positions, visible = self.cache.rows, self.cache.positions, self.cache.visible
-        if positions is None:  # prefill: new rows see nothing but themselves
-            self.keys[rows, :, : key_states.shape[2]] = key_states
-            self.values[rows, :, : key_states.shape[2]] = value_states
-            return key_states, value_states
-        self.keys[rows, :, positions] = key_states[:, :, 0]
-        self.values[rows, :, positions] = value_states[:, :, 0]
-        return self.keys[: len(rows), :, :visible], self.values[: len(rows), :, :visible]
-
-    def grow(self, capacity: int) -> None:
-        """Make room for longer rows."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros((old.shape[0], old.shape[1], capacity, old.shape[3]))
-            new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a row to another slot."""
-        self.keys[target, :, :length] = self.keys[source, :, :length]
-        self.values[target, :, :length] = self.values[source, :, :length]
-
-    def get_seq_length(self) -> int:
-        return 0 if self.cache.positions is None else self.cache.visible - 1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (query_length, 0) if self.cache.positions is None else (self.cache.visible, 0)
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class SlotCache(Cache):
-    """The keys and values of all layers, and where this step's tokens go."""
-
-    def __init__(self, layers: int, slots: int):
+    def __init__(self, slots: int):
         self.slots, self.capacity = slots, 0
-        self.rows: Tensor = torch.empty(0)  # the slots of this step's rows
-        self.positions: Tensor | None = None  # where each row's token goes; None in a prefill
-        self.visible = 0  # how many keys a decoding row is shown, most of them masked for a short one
-        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        self.keys: dict[int, Tensor] = {}  # layer -> (slots, kv heads, capacity, size)
+        self.values: dict[int, Tensor] = {}
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` tokens."""
         if length > self.capacity:
             self.capacity = _round_up(length, PAD_KEYS)
-            for layer in self.layers:
-                if layer.is_initialized:
-                    layer.grow(self.capacity)
+            for store in (self.keys, self.values):
+                for layer, old in store.items():
+                    store[layer] = functional.pad(old, (0, 0, 0, self.capacity - old.shape[2]))
+
+    def of_layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, made at first use from the shape (kv heads, tokens, size) of `like`."""
+        if layer not in self.keys:
+            shape = (self.slots, like.shape[0], self.capacity, like.shape[2])
+            # Zeros, as what is masked must still be a number: 0 x NaN is NaN.
+            self.keys[layer], self.values[layer] = like.new_zeros(shape), like.new_zeros(shape)
+        return self.keys[layer], self.values[layer]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy a row to another slot."""
-        for layer in self.layers:
-            layer.move(source, target, length)
+        """Copy a row of `length` tokens to another slot."""
+        for store in (self.keys, self.values):
+            for tensor in store.values():
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What every prompt of a chat template begins with, computed once: layer -> (kv heads, tokens, size)."""
+
+    tokens: list[int]
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+
+
+class Step(Protocol):
+    """What one pass through the network does for attention."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
+        """The output (tokens, heads, size) for a query (heads, tokens, size). A window of 0 is no window."""
+        ...
+
+
+class Prefill:
+    """New rows: each token sees the earlier ones of its own row, and the prefix if the row begins with it.
+
+    Row by row, since a row by itself meets the same kernels whatever the lengths of the others.
+    """
+
+    def __init__(self, lengths: Sequence[int], prefixes: Sequence[Prefix | None], slots: Slots | None, first_slot: int):
+        self.slots, self.first_slot = slots, first_slot
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        self.parts = list(zip([0, *ends], ends, prefixes))
+        self.masks: dict[tuple[int, int, int], Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
+        group = query.shape[0] // key.shape[0]
+        outputs = []
+        for row, (begin, end, prefix) in enumerate(self.parts):
+            k, v = key[:, begin:end], value[:, begin:end]
+            if prefix:
+                k, v = torch.cat([prefix.keys[layer], k], 1), torch.cat([prefix.values[layer], v], 1)
+            if self.slots:
+                keys, values = self.slots.of_layer(layer, key)
+                keys[self.first_slot + row, :, : k.shape[1]] = k
+                values[self.first_slot + row, :, : k.shape[1]] = v
+            mask = self._mask(end - begin, k.shape[1], window, key.device)
+            output = functional.scaled_dot_product_attention(
+                query[None, :, begin:end],
+                k.repeat_interleave(group, 0)[None],
+                v.repeat_interleave(group, 0)[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+            )
+            outputs.append(output[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    def _mask(self, queries: int, keys: int, window: int, device: torch.device) -> Tensor | None:
+        """Which key each query sees; None where that is the causal triangle and nothing else."""
+        if queries == keys and not 0 < window < keys:
+            return None
+        if (queries, keys, window) not in self.masks:
+            position = torch.arange(keys, device=device)
+            back = position[keys - queries :, None] - position[None]
+            self.masks[queries, keys, window] = (back >= 0) & (back < (window or keys))
+        return self.masks[queries, keys, window]
+
+
+class Decode:
+    """One token of each row: it goes into the row's slot and sees all that is there."""
+
+    def __init__(self, cached: Sequence[int], slots: Slots, device: torch.device):
+        self.slots = slots
+        self.rows = torch.arange(len(cached), device=device)
+        self.cached = torch.tensor(cached, device=device)  # tokens already in each row's slot
+        self.visible = _round_up(max(cached) + 1, PAD_KEYS)
+        self.masks: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
+        keys, values = self.slots.of_layer(layer, key)
+        rows, (heads, _, size), kv_heads = len(self.rows), query.shape, key.shape[0]
+        keys[self.rows, :, self.cached] = key[:, :rows].transpose(0, 1)
+        values[self.rows, :, self.cached] = value[:, :rows].transpose(0, 1)
+        # Not scaled_dot_product_attention: on CPU it is slower here, and its sums depend on the number of rows.
+        q = (query[:, :rows] * scaling).view(kv_heads, heads // kv_heads, rows, size).permute(2, 0, 1, 3)
+        scores = torch.matmul(q, keys[:rows, :, : self.visible].transpose(2, 3))  # (rows, kv heads, group, keys)
+        scores += self._mask(window, scores.dtype)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
+        return torch.matmul(weights, values[:rows, :, : self.visible]).reshape(rows, heads, size)
+
+    def _mask(self, window: int, dtype: torch.dtype) -> Tensor:
+        """(rows, 1, 1, keys): 0 for a key that the row sees, else -inf."""
+        if window not in self.masks:
+            back = self.cached[:, None] - torch.arange(self.visible, device=self.cached.device)
+            seen = (back >= 0) & (back < (window or self.visible))
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+            self.masks[window] = mask[:, None, None]
+        return self.masks[window]
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    step: Step,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer; `step` reaches it through the arguments of the model's forward."""
+    if softcap or s_aux is not None:
+        raise NotImplementedError(f"{type(module).__name__}: attention with a soft cap or with sinks is not supported")
+    output = step.attend(module.layer_idx, query[0], key[0], value[0], scaling, sliding_window or 0)
+    padding = query.shape[2] - output.shape[0]
+    return functional.pad(output, (0, 0, 0, 0, 0, padding))[None], None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on CPU whose weight is laid out once for oneDNN, and not again at every call.
+
+    Half as fast again as `nn.Linear` on a few dozen rows. And a row's result is the same, to the last bit, for any
+    number of rows, which MKL does not promise.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 class Engine:
@@ -156,7 +258,7 @@ class Engine:
 
     Args:
         path: folder of the model, with its tokenizer.
-        precision: bf16, fp16, fp32, or auto: the best that this machine computes natively.
+        precision: bf16, fp16, fp32, or auto: the fastest that this machine itself computes in.
         max_batch_rows: rows computed together.
         max_batch_tokens: tokens, prompt and answer, held in the cache for all rows together.
     """
@@ -167,16 +269,14 @@ class Engine:
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self.statistics = Statistics()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[self.precision], attn_implementation="sdpa"
-        )
-        self.model.eval().to(self.device)
-        self.config = self.model.config.get_text_config()
-        self.stop_tokens = frozenset(stop_tokens_of(self.model, self.tokenizer))
-        # Positions of one prefill or one scoring batch: enough to keep the cores busy, little enough for memory.
+        self.model = load_model(path, self.precision, self.device)
+        self.context = self.model.config.get_text_config().max_position_embeddings
+        self.stop_tokens = stop_tokens_of(self.model, self.tokenizer)
+        # Tokens of one prefill or scoring step: enough to keep the cores busy, few enough for memory.
         self.block = 1024 if self.device.type == "cpu" else 16_384
+        self.prefix = self._template_prefix()
 
-    # ------------------------------------------------------------------ answering
+    # ---- answering
 
     @torch.inference_mode()
     def generate(self, requests: Iterable[dict[str, Any]], sampling: Sampling) -> Iterator[list[dict[str, Any]]]:
@@ -188,36 +288,38 @@ class Engine:
         Yields:
             `{"id", "text", "finish_reason", "prompt_tokens", "completion_tokens", "error"}`.
         """
-        rows = [self._row(request, sampling) for request in requests]
-        room = self.config.max_position_embeddings - sampling.max_tokens
-        refused = [_refusal(row, room) for row in rows if not 0 < len(row.prompt) <= room]
+        room = self.context - sampling.max_tokens
+        fitting, refused = [], []
+        for request in requests:
+            row = self._row(request, sampling)
+            fits = 0 < len(row.prompt) <= room
+            (fitting if fits else refused).append(row)
         if refused:
-            yield refused
-        # Longest first: rows of like length share a prefill, and too little memory shows at once.
-        fitting = (row for row in rows if 0 < len(row.prompt) <= room)
+            yield [_refusal(row, room) for row in refused]
+        # Longest first: rows of like length are neighbours, and too little memory shows at once.
         waiting = deque(sorted(fitting, key=lambda row: len(row.prompt), reverse=True))
-        slots = min(self.max_batch_rows, len(waiting))
-        cache = SlotCache(self.config.num_hidden_layers, _round_up(slots, PAD_ROWS))
+        places = min(self.max_batch_rows, len(waiting))
+        slots = Slots(places)
         active: list[Row] = []  # the row in slot i
 
         while waiting or active:
-            free = min(slots, self._rows_that_fit(active, waiting, sampling)) - len(active)
-            if waiting and free > 0 and (not active or free * REFILL_SHARE >= slots):
-                new = self._take(waiting, free)
-                logits = self._prefill(cache, new, len(active))
-                active += new
+            free = min(places, self._rows_that_fit(active, waiting, sampling)) - len(active)
+            if waiting and free > 0 and (not active or free * REFILL_SHARE >= places):
+                stepped = self._take(waiting, free)
+                logits = self._prefill(slots, stepped, len(active))
+                active += stepped
             else:
-                new = active
-                logits = self._decode(cache, active)
-            for row, token in zip(new, draw_tokens(logits, new, sampling)):
+                stepped = active
+                logits = self._decode(slots, active)
+            for row, token in zip(stepped, draw_tokens(logits, stepped, sampling)):
                 row.answer.append(token)
-            self.statistics.generated_tokens += len(new)
-            done = self._remove_finished(cache, active, sampling)
+            self.statistics.generated_tokens += len(stepped)
+            done = self._remove_finished(slots, active, sampling)
             if done:
                 yield done
 
     def _row(self, request: dict[str, Any], sampling: Sampling) -> Row:
-        if "prompt" in request:
+        if request.get("prompt") is not None:
             prompt = self.tokenizer(request["prompt"])["input_ids"]
         else:
             prompt = encode_prompt(self.tokenizer, request["messages"])
@@ -229,43 +331,25 @@ class Engine:
         return max(1, self.max_batch_tokens // (max(prompts) + sampling.max_tokens))
 
     def _take(self, waiting: deque[Row], free: int) -> list[Row]:
-        """The next rows for one prefill: at most `free`, and at most a block of positions."""
-        longest = len(waiting[0].prompt)
-        count = min(free, len(waiting), max(1, self.block // longest))
+        """The next rows for one prefill: at most `free`, and about a block of tokens."""
+        count = min(free, len(waiting), max(1, self.block // len(waiting[0].prompt)))
         return [waiting.popleft() for _ in range(count)]
 
-    def _prefill(self, cache: SlotCache, rows: Sequence[Row], first_slot: int) -> Tensor:
-        """Logits of each row's first new token; keys and values go into the slots from `first_slot` on."""
-        longest = max(len(row.prompt) for row in rows)
-        cache.reserve(longest + 1)
-        cache.rows, cache.positions = torch.arange(first_slot, first_slot + len(rows), device=self.device), None
-        ids, last = self._padded([row.prompt for row in rows], [len(row.prompt) - 1 for row in rows])
-        logits = self.model(
-            input_ids=ids, attention_mask=self._prefill_mask(longest), past_key_values=cache, logits_to_keep=last
-        ).logits
-        self._count(ids.numel(), sum(len(row.prompt) for row in rows))
-        return logits
+    def _prefill(self, slots: Slots, rows: Sequence[Row], first_slot: int) -> Tensor:
+        """Logits (rows, vocabulary) of each row's first new token; the rows go into the slots from `first_slot` on."""
+        slots.reserve(max(len(row.prompt) for row in rows))
+        return self._forward_whole(
+            [row.prompt for row in rows], [[len(row.prompt) - 1] for row in rows], slots, first_slot
+        )
 
-    def _decode(self, cache: SlotCache, rows: Sequence[Row]) -> Tensor:
-        """Logits of each row's next token."""
-        computed = _round_up(len(rows), PAD_ROWS)
-        idle = [0] * (computed - len(rows))  # rows that are computed only to fill up: they write to their first place
-        lengths = torch.tensor([row.length for row in rows] + idle, device=self.device)
-        ids = torch.tensor([row.answer[-1] for row in rows] + idle, device=self.device)[:, None]
-        longest = max(row.length for row in rows) + 1
-        cache.reserve(longest)
-        cache.visible = _round_up(longest, PAD_KEYS)
-        cache.rows, cache.positions = torch.arange(computed, device=self.device), lengths
-        logits = self.model(
-            input_ids=ids,
-            position_ids=lengths[:, None],
-            attention_mask=self._decode_mask(lengths, cache.visible),
-            past_key_values=cache,
-        ).logits[: len(rows), 0]
-        self._count(computed, len(rows))
-        return logits
+    def _decode(self, slots: Slots, rows: Sequence[Row]) -> Tensor:
+        """Logits (rows, vocabulary) of each row's next token."""
+        cached = [row.cached for row in rows]
+        slots.reserve(max(cached) + 1)
+        step = Decode(cached, slots, self.device)
+        return self._forward([row.answer[-1] for row in rows], cached, list(range(len(rows))), step)
 
-    def _remove_finished(self, cache: SlotCache, active: list[Row], sampling: Sampling) -> list[dict[str, Any]]:
+    def _remove_finished(self, slots: Slots, active: list[Row], sampling: Sampling) -> list[dict[str, Any]]:
         """Take finished rows out of `active`, the last row moving into each gap; their replies."""
         done = []
         for slot in reversed(range(len(active))):
@@ -276,7 +360,7 @@ class Engine:
             done.append(_reply(row, text, finish_reason))
             last = active.pop()
             if last is not row:
-                cache.move(len(active), slot, last.length)
+                slots.move(len(active), slot, last.cached)
                 active[slot] = last
         return done
 
@@ -285,7 +369,7 @@ class Engine:
         if row.answer[-1] in self.stop_tokens:
             return self._text(row.answer[:-1]), "stop"
         if sampling.stop:
-            # A stop text is at most as many tokens long as it has bytes: enough to look at the newest few tokens.
+            # A stop text has at most as many tokens as bytes, so the newest few tokens hold it if it is there.
             tail = max(len(stop.encode()) for stop in sampling.stop) + 4
             newest = self._text(row.answer[-tail:])
             if any(stop in newest for stop in sampling.stop):
@@ -300,7 +384,7 @@ class Engine:
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    # ------------------------------------------------------------------ scoring
+    # ---- scoring
 
     @torch.inference_mode()
     def score(self, items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -312,90 +396,110 @@ class Engine:
         Yields:
             `{"id", "loss_sum", "tokens"}`: nats, summed over the answer's tokens.
         """
-        examples = []
-        for item in items:
-            example = encode_example(
-                self.tokenizer,
-                item["messages"],
-                item["answer"],
-                whole=item.get("whole", True),
-                max_length=self.config.max_position_embeddings,
-            )
-            examples.append((item["id"], example))
+        examples = [(item["id"], self._example(item)) for item in items]
         examples.sort(key=lambda pair: len(pair[1].input_ids), reverse=True)
         while examples:
-            count = max(1, self.block // max(1, len(examples[0][1].input_ids)))
+            count = max(1, self.block // len(examples[0][1].input_ids))
             batch, examples = examples[:count], examples[count:]
-            yield self._score([name for name, _ in batch], [example for _, example in batch])
+            losses = self._losses([example for _, example in batch])
+            yield [
+                {"id": id, "loss_sum": loss.double().sum().item(), "tokens": len(loss)}
+                for (id, _), loss in zip(batch, losses)
+            ]
 
-    def _score(self, names: Sequence[str], examples: Sequence[Any]) -> list[dict[str, Any]]:
-        # The token at i is predicted at i - 1, so the answer is predicted from its prompt's last token on.
-        ids, _ = self._padded([example.input_ids for example in examples], [0] * len(examples))
-        predicting = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, example in enumerate(examples):
-            predicting[row, example.prompt_length - 1 : len(example.input_ids) - 1] = True
-        predicting = predicting.to(self.device)
-        counts = [max(0, len(example.input_ids) - example.prompt_length) for example in examples]
+    def _example(self, item: dict[str, Any]) -> Example:
+        whole = item.get("whole", True)
+        return encode_example(self.tokenizer, item["messages"], item["answer"], whole=whole, max_length=self.context)
+
+    def _losses(self, examples: Sequence[Example]) -> Sequence[Tensor]:
+        """For each example the loss of each of its answer's tokens."""
+        # The token at i is predicted at i - 1: an answer is predicted from its prompt's last token on.
+        predicting = [list(range(x.prompt_length - 1, len(x.input_ids) - 1)) for x in examples]
+        answers = [token for x in examples for token in x.input_ids[x.prompt_length :]]
+        logits = self._forward_whole([x.input_ids for x in examples], predicting)
+        losses = functional.cross_entropy(logits.float(), torch.tensor(answers, device=self.device), reduction="none")
+        return losses.split([len(positions) for positions in predicting])
+
+    # ---- through the network
+
+    def _forward_whole(
+        self, rows: Sequence[list[int]], keep: Sequence[list[int]], slots: Slots | None = None, first_slot: int = 0
+    ) -> Tensor:
+        """Logits at the positions `keep` of whole rows, one row after the other."""
+        prefixes = [self.prefix if self._begins_with_prefix(row) else None for row in rows]
+        ids: list[int] = []
+        positions: list[int] = []
+        kept: list[int] = []
+        lengths = []
+        for row, prefix, wanted in zip(rows, prefixes, keep):
+            known = len(prefix.tokens) if prefix else 0
+            kept += [len(ids) + position - known for position in wanted]
+            ids += row[known:]
+            positions += range(known, len(row))
+            lengths.append(len(row) - known)
+        return self._forward(ids, positions, kept, Prefill(lengths, prefixes, slots, first_slot))
+
+    def _forward(self, ids: list[int], positions: list[int], keep: list[int], step: Step) -> Tensor:
+        """Logits (kept, vocabulary) at the places `keep` of a flat sequence of tokens."""
+        padding = -len(ids) % PAD_TOKENS
+        kept = keep + [0] * (-len(keep) % PAD_TOKENS)
+        self.statistics.positions += len(ids) + padding
+        self.statistics.padded_positions += padding
         logits = self.model(
-            input_ids=ids,
-            attention_mask=self._prefill_mask(ids.shape[1]),
+            input_ids=torch.tensor([ids + [0] * padding], device=self.device),
+            position_ids=torch.tensor([positions + [0] * padding], device=self.device),
+            logits_to_keep=torch.tensor(kept, dtype=torch.long, device=self.device),
             use_cache=False,
-            logits_to_keep=predicting,
+            step=step,
         ).logits
-        losses = nn.functional.cross_entropy(logits.float(), ids.roll(-1, 1)[predicting], reduction="none")
-        self._count(ids.numel(), sum(len(example.input_ids) for example in examples))
-        sums = [part.double().sum().item() for part in losses.split(counts)]
-        return [{"id": name, "loss_sum": s, "tokens": n} for name, s, n in zip(names, sums, counts)]
+        return logits[0, : len(keep)]
 
-    # ------------------------------------------------------------------ tensors of a step
+    @torch.inference_mode()
+    def _template_prefix(self) -> Prefix | None:
+        """What the chat template puts before every question, often a system prompt, computed once for all rows.
 
-    def _padded(self, rows: Sequence[list[int]], picked: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids padded at the right, and a mask that picks one position of each row."""
-        longest = max(map(len, rows))
-        ids = torch.zeros((len(rows), longest), dtype=torch.long)
-        mask = torch.zeros((len(rows), longest), dtype=torch.bool)
-        for i, (row, position) in enumerate(zip(rows, picked)):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, position] = True
-        return ids.to(self.device), mask.to(self.device)
-
-    def _prefill_mask(self, length: int) -> Any:
-        """None where causal is all there is to say: padding is at the right, where no token looks."""
-        if not self._window:
+        It is the template's own and not what the rows at hand have in common, which would change with the rows.
+        """
+        a, b = (encode_prompt(self.tokenizer, [{"role": "user", "content": text}]) for text in ("a", "b"))
+        length = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0)
+        if length < SHORTEST_PREFIX:
             return None
-        position = torch.arange(length, device=self.device)
-        causal = position[:, None] >= position[None]
-        near = position[:, None] - position[None] < self._window
-        return self._masks(causal[None, None], (causal & near)[None, None])
+        slots = Slots(1)
+        slots.reserve(length)
+        self._forward(a[:length], list(range(length)), [0], Prefill([length], [None], slots, 0))
+        keys = {layer: tensor[0, :, :length] for layer, tensor in slots.keys.items()}
+        values = {layer: tensor[0, :, :length] for layer, tensor in slots.values.items()}
+        return Prefix(a[:length], keys, values)
 
-    def _decode_mask(self, lengths: Tensor, visible: int) -> Any:
-        """Each row sees the keys up to its own newest token."""
-        keys = torch.arange(visible, device=self.device)
-        seen = keys[None] <= lengths[:, None]
-        near = seen if not self._window else seen & (keys[None] > lengths[:, None] - self._window)
-        return self._masks(seen[:, None, None], near[:, None, None])
-
-    def _masks(self, full: Tensor, sliding: Tensor) -> Any:
-        """The mask as this model takes it: one, or one for each type of layer."""
-        kinds = set(getattr(self.config, "layer_types", None) or ())
-        if kinds == {"full_attention", "sliding_attention"}:
-            return {"full_attention": full, "sliding_attention": sliding}
-        return sliding if self._window else full
-
-    @property
-    def _window(self) -> int | None:
-        """How far back a layer of sliding attention looks; None where the model has no such layer."""
-        kinds = getattr(self.config, "layer_types", None) or ()
-        if kinds and "sliding_attention" not in kinds:
-            return None
-        return getattr(self.config, "sliding_window", None)
-
-    def _count(self, positions: int, useful: int) -> None:
-        self.statistics.positions += positions
-        self.statistics.useful_positions += useful
+    def _begins_with_prefix(self, row: list[int]) -> bool:
+        """Whether a row's first tokens need not be computed again. At least one token of its own must remain."""
+        if self.prefix is None:
+            return False
+        return len(row) > len(self.prefix.tokens) and row[: len(self.prefix.tokens)] == self.prefix.tokens
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+def load_model(path: Path, precision: str, device: torch.device) -> Any:
+    """The model with our attention, and on a CPU with packed linear layers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=DTYPES[precision], attn_implementation=ATTENTION
+    )
+    model.eval().to(device)
+    if device.type == "cpu" and can_pack(precision):
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, PackedLinear(child))
+    return model
+
+
+def can_pack(precision: str) -> bool:
+    """Whether oneDNN multiplies in this precision on this CPU."""
+    able = {
+        "fp32": torch.backends.mkldnn.is_available,
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return torch.backends.mkldnn.is_available() and able[precision]()
 
 
 def best_precision(device: torch.device) -> str:
@@ -406,11 +510,11 @@ def best_precision(device: torch.device) -> str:
     return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
 
 
-def stop_tokens_of(model: Any, tokenizer: Any) -> set[int]:
+def stop_tokens_of(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end an answer: of the generation config, of the tokenizer, of the chat template."""
     configured = model.generation_config.eos_token_id
     tokens = configured if isinstance(configured, list) else [configured]
-    return {t for t in (*tokens, tokenizer.eos_token_id, end_of_turn(tokenizer)) if t is not None}
+    return frozenset(t for t in (*tokens, tokenizer.eos_token_id, end_of_turn(tokenizer)) if t is not None)
 
 
 def draw_tokens(logits: Tensor, rows: Sequence[Row], sampling: Sampling) -> list[int]:
@@ -449,14 +553,13 @@ def _reply(row: Row, text: str, finish_reason: str) -> dict[str, Any]:
 
 
 def _refusal(row: Row, room: int) -> dict[str, Any]:
-    error = f"the prompt has {len(row.prompt)} tokens; between 1 and {room} fit into the context beside the answer"
     return {
         "id": row.id,
         "text": None,
         "finish_reason": None,
         "prompt_tokens": len(row.prompt),
         "completion_tokens": 0,
-        "error": error,
+        "error": f"the prompt has {len(row.prompt)} tokens; 1 to {room} fit into the context beside the answer",
     }
 
 

@@ -4,8 +4,8 @@
 
 `job.json`: {"model", "precision", "max_batch_rows", "max_batch_tokens", "seed", "sampling": {"temperature",
 "top_p", "max_tokens", "stop"}, "requests": file or null, "score": file or null}, the files being JSON lines
-beside it. Replies are appended to `replies.jsonl` and scores to `scores.jsonl`, in no particular order, and made
-durable every few seconds. A job that was killed goes on where it stopped and gives the same replies as one that
+beside it. Replies are appended to `replies.jsonl` and scores to `scores.jsonl` as they come, in no particular order,
+and made durable every few seconds. A job that was killed goes on where it stopped and gives the same replies as one that
 was not, because a row's answer does not depend on the other rows of its batch.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from tasks.jobs.engine import Engine, Sampling
 from tasks.jobs.launch import finish, report_progress
 
-DURABLE_SECONDS = 5  # what a kill may cost at most, beside the rows in flight
+DURABLE_SECONDS = 5  # what a power cut may cost at most, beside the rows in flight; a kill costs those alone
 PROGRESS_SECONDS = 1
 
 
@@ -37,16 +37,16 @@ class Lines:
         self._durable = time.monotonic()
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write rows; to disk when the last time is a while ago."""
+        """Hand rows to the system, which a kill of this process cannot undo; to disk when the last time is a while ago."""
         for row in rows:
             self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             self.done.add(row["id"])
+        self._file.flush()
         if time.monotonic() - self._durable >= DURABLE_SECONDS:
             self.make_durable()
 
     def make_durable(self) -> None:
-        """All that was appended is on disk when this returns."""
-        self._file.flush()
+        """All that was appended is on disk when this returns: not even a power cut can undo it."""
         os.fsync(self._file.fileno())
         self._durable = time.monotonic()
 

@@ -14,7 +14,8 @@ million. Decisions are checked against the alternatives in the same run.
 Of the 1,000 candidates a quarter are known instructions with one word changed; the rest are drawn like the known
 ones, and some of them come too close by themselves, the short ones by their opening alone.
 
-All run on one core, and processor time is what is measured. The alternatives get the known texts already split into tokens:
+All run on one core, and processor time is what is measured. The alternatives get the known texts already split
+into tokens:
 
 - *pure-Python LCS*: rouge_score's `_score_lcs` against every known text, one candidate at a time, which is what
   the original hands to its process pool. Timed on three candidates.

@@ -1,0 +1,135 @@
+"""How fast the engine answers and scores, with the embedded SmolLM2-135M on this machine.
+
+    python -m tests.benchmarks.inference
+
+256 prompts are the bundled seeds, some twice, at most 128 new tokens, greedy. Rates are generated tokens (the end
+of turn counts) per second of generation, prefill included, loading excluded. The alternatives:
+
+- *batch 1, fp32 and bf16*: `model.generate`, one prompt after the other, which is what the original does. Timed on
+  every 32nd prompt in fp32 and on every 128th in bf16, which few processors compute natively.
+- *batch 32*: `model.generate` on prompts as they come, padded at the left. Timed on the first 64.
+- *single forwards*: for scoring, one forward with labels for each answer. Timed on every 8th.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tasks.jobs.convert import EMBEDDED, convert
+from tasks.jobs.engine import Engine, Sampling
+from tasks.jobs.template import encode_example, encode_prompt
+
+PROMPTS, MAX_TOKENS = 256, 128
+SEEDS = Path(__file__).parents[2] / "tasks" / "data" / "seeds.jsonl"
+
+
+def make_requests() -> list[dict[str, Any]]:
+    """256 requests from the bundled seeds."""
+    seeds = [json.loads(line) for line in SEEDS.read_bytes().splitlines()]
+    texts = ["\n\n".join(filter(None, (seed["instruction"], seed["input"]))) for seed in seeds]
+    return [{"id": str(i), "messages": [{"role": "user", "content": texts[i % len(texts)]}]} for i in range(PROMPTS)]
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """How long it takes, and what it gives."""
+    begin = time.perf_counter()
+    result = work()
+    return time.perf_counter() - begin, result
+
+
+@torch.inference_mode()
+def generate_plainly(model: Any, tokenizer: Any, requests: Sequence[dict[str, Any]], batch: int) -> int:
+    """Answer with `model.generate`; the number of new tokens."""
+    prompts = [encode_prompt(tokenizer, request["messages"]) for request in requests]
+    tokens = 0
+    for start in range(0, len(prompts), batch):
+        rows = prompts[start : start + batch]
+        width = max(map(len, rows))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=MAX_TOKENS, do_sample=False)[:, width:]
+        for row in output.tolist():
+            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            tokens += end
+    return tokens
+
+
+@torch.inference_mode()
+def score_plainly(model: Any, tokenizer: Any, items: Sequence[dict[str, Any]]) -> list[float]:
+    """The loss of each answer by one forward each."""
+    losses = []
+    for item in items:
+        example = encode_example(tokenizer, item["messages"], item["answer"], whole=True, max_length=8192)
+        labels = [-100] * example.prompt_length + example.input_ids[example.prompt_length :]
+        losses.append(model(torch.tensor([example.input_ids]), labels=torch.tensor([labels])).loss.item())
+    return losses
+
+
+def run() -> list[dict[str, Any]]:
+    requests = make_requests()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        convert(EMBEDDED, folder)
+        start_up, engine = seconds(lambda: Engine(folder))
+        list(engine.generate(requests[:8], Sampling(max_tokens=8)))  # warm up
+        engine.statistics.positions = engine.statistics.padded_positions = 0
+        taken, batches = seconds(lambda: list(engine.generate(requests, Sampling(max_tokens=MAX_TOKENS))))
+        replies = {reply["id"]: reply for batch in batches for reply in batch}
+        ours = sum(reply["completion_tokens"] for reply in replies.values()) / taken
+        padded = engine.statistics.padded_share
+
+        plain = {}
+        for label, dtype, subset, batch in (
+            ("batch 1, fp32", torch.float32, requests[::32], 1),
+            ("batch 1, bf16", torch.bfloat16, requests[::128], 1),
+            ("batch 32, fp32", torch.float32, requests[:64], 32),
+        ):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            generate_plainly(model, engine.tokenizer, requests[:1], 1)  # warm up
+            took, tokens = seconds(partial(generate_plainly, model, engine.tokenizer, subset, batch))
+            plain[label] = tokens / took
+
+        items = [{**request, "answer": replies[request["id"]]["text"], "whole": True} for request in requests]
+        taken, batches = seconds(lambda: list(engine.score(items)))
+        scores = {score["id"]: score for batch in batches for score in batch}
+        scoring = len(items) / taken
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        score_plainly(model, engine.tokenizer, items[:1])  # warm up
+        took, losses = seconds(lambda: score_plainly(model, engine.tokenizer, items[::8]))
+        plain_scoring = len(items[::8]) / took
+        if engine.precision == "fp32":
+            for item, loss in zip(items[::8], losses, strict=True):
+                score = scores[item["id"]]
+                if abs(score["loss_sum"] / score["tokens"] - loss) > 1e-3:
+                    raise AssertionError(f"the engine and a single forward disagree on answer {item['id']}")
+
+    def rate(name: str, label: str) -> dict[str, Any]:
+        against = f"generate, {label} ({plain[label]:.0f}/s)"
+        return {"name": name, "value": ours, "unit": "tokens/s", "against": against, "ratio": ours / plain[label]}
+
+    return [
+        rate("inference-vs-batch1", "batch 1, fp32"),
+        rate("inference-vs-batch1-bf16", "batch 1, bf16"),
+        rate("inference-vs-batch32", "batch 32, fp32"),
+        {"name": "inference-padded", "value": 100 * padded, "unit": "% of positions", "against": None, "ratio": None},
+        {"name": "inference-load", "value": start_up, "unit": "s", "against": None, "ratio": None},
+        {
+            "name": "scoring",
+            "value": scoring,
+            "unit": "answers/s",
+            "against": f"single forwards ({plain_scoring:.1f}/s)",
+            "ratio": scoring / plain_scoring,
+        },
+    ]
+
+
+if __name__ == "__main__":
+    for row in run():
+        print(json.dumps(row))

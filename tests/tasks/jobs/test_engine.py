@@ -1,0 +1,223 @@
+"""The engine gives a row the same answer in any company, and the answer that transformers would give."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tasks.jobs.engine import Engine, Sampling, best_precision
+from tasks.jobs.template import encode_example, encode_prompt
+from tests.tiny import CHATML, TEXTS
+
+REQUESTS = [{"id": f"r{i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(TEXTS[::11])]
+GREEDY, SAMPLED = Sampling(max_tokens=40), Sampling(temperature=1.0, top_p=0.9, max_tokens=40, seed=7)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Engine:
+    return Engine(tiny_model, "fp32")
+
+
+def answers(engine: Engine, requests: list[dict[str, Any]], sampling: Sampling) -> dict[str, dict[str, Any]]:
+    return {reply["id"]: reply for replies in engine.generate(requests, sampling) for reply in replies}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_a_row_answers_the_same_in_batches_of_any_size(tiny_model: Path, engine: Engine, sampling, rows) -> None:
+    assert answers(Engine(tiny_model, "fp32", max_batch_rows=rows), REQUESTS, sampling) == answers(
+        engine, REQUESTS, sampling
+    )
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_answers_the_same_in_any_shard(engine: Engine, sampling: Sampling) -> None:
+    shards = [answers(engine, list(reversed(REQUESTS[part::3])), sampling) for part in range(3)]
+    assert shards[0] | shards[1] | shards[2] == answers(engine, REQUESTS, sampling)
+
+
+def test_logits_do_not_depend_on_the_company_to_the_last_bit(engine: Engine) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    forward = engine._forward
+
+    def spy(ids: list[int], positions: list[int], keep: list[int], step: Any) -> torch.Tensor:
+        logits = forward(ids, positions, keep, step)
+        seen.setdefault(",".join(map(str, ids)), []).append(logits.clone())
+        return logits
+
+    engine._forward = spy  # type: ignore[method-assign]
+    try:
+        rows = [encode_prompt(engine.tokenizer, request["messages"]) for request in REQUESTS]
+        alone = [engine._forward_whole([row], [[len(row) - 1]]) for row in rows]
+        together = engine._forward_whole(rows, [[len(row) - 1] for row in rows])
+    finally:
+        del engine._forward
+    assert torch.equal(torch.cat(alone), together)
+
+
+def test_greedy_answers_are_those_of_transformers(tiny_model: Path, engine: Engine) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ours = answers(engine, REQUESTS, GREEDY)
+    for request in REQUESTS:
+        prompt = encode_prompt(engine.tokenizer, request["messages"])
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :]
+        assert ours[request["id"]]["text"] == engine.tokenizer.decode(output, skip_special_tokens=True)
+        assert ours[request["id"]]["completion_tokens"] == len(output)
+        assert ours[request["id"]]["prompt_tokens"] == len(prompt)
+
+
+def test_a_system_prompt_of_the_template_is_computed_once_and_changes_no_answer(tiny_model: Path) -> None:
+    with_preamble = Engine(tiny_model, "fp32")
+    preamble = "<|im_start|>system\nExplain renewable energy in public libraries.<|im_end|>\n"
+    with_preamble.tokenizer.chat_template = preamble.replace("\n", "{{ '\\n' }}") + CHATML
+    without = answers(with_preamble, REQUESTS, GREEDY)
+    positions = with_preamble.statistics.positions
+    with_preamble.prefix = with_preamble._template_prefix()
+    assert with_preamble.prefix is not None
+    with_preamble.statistics.positions = 0
+    assert {id: reply["text"] for id, reply in answers(with_preamble, REQUESTS, GREEDY).items()} == {
+        id: reply["text"] for id, reply in without.items()
+    }
+    assert with_preamble.statistics.positions < positions
+
+
+def test_another_draw_or_another_seed_is_another_answer(engine: Engine) -> None:
+    first = answers(engine, REQUESTS, SAMPLED)
+    other_draw = answers(engine, [{**request, "draw": 1} for request in REQUESTS], SAMPLED)
+    other_seed = answers(engine, REQUESTS, Sampling(temperature=1.0, top_p=0.9, max_tokens=40, seed=8))
+    assert all(first[id]["text"] not in (other_draw[id]["text"], other_seed[id]["text"]) for id in first)
+
+
+def test_sampling_follows_the_models_probabilities(engine: Engine) -> None:
+    request = REQUESTS[0]
+    draws = [{**request, "id": f"d{draw}", "draw": draw} for draw in range(2000)]
+    replies = answers(engine, draws, Sampling(temperature=0.5, max_tokens=1))
+    prompt = encode_prompt(engine.tokenizer, request["messages"])
+    with torch.inference_mode():
+        probabilities = torch.softmax(engine._forward_whole([prompt], [[len(prompt) - 1]])[0] / 0.5, -1)
+    token = int(probabilities.argmax())
+    text = engine.tokenizer.decode([token])
+    same_text = [t for t in range(len(probabilities)) if engine.tokenizer.decode([t], skip_special_tokens=True) == text]
+    expected = float(probabilities[same_text].sum())
+    drawn = sum(reply["text"] == text for reply in replies.values()) / len(replies)
+    assert abs(drawn - expected) < 4 * (expected * (1 - expected) / len(replies)) ** 0.5
+
+
+def test_a_narrow_nucleus_is_the_likeliest_token(engine: Engine) -> None:
+    narrow = answers(engine, REQUESTS, Sampling(temperature=1.0, top_p=1e-6, max_tokens=10))
+    greedy = answers(engine, REQUESTS, Sampling(max_tokens=10))
+    assert {id: reply["text"] for id, reply in narrow.items()} == {id: reply["text"] for id, reply in greedy.items()}
+
+
+def test_five_rows_in_many_places_work(engine: Engine) -> None:
+    replies = answers(engine, REQUESTS[:5], GREEDY)
+    assert sorted(replies) == sorted(request["id"] for request in REQUESTS[:5])
+
+
+def test_no_rows_are_no_replies(engine: Engine) -> None:
+    assert answers(engine, [], GREEDY) == {}
+    assert list(engine.score([])) == []
+
+
+def test_a_stop_text_ends_the_answer_and_is_left_out(engine: Engine) -> None:
+    whole = answers(engine, REQUESTS[:1], GREEDY)["r0"]
+    stop = whole["text"][10:13]
+    cut = answers(engine, REQUESTS[:1], Sampling(max_tokens=40, stop=(stop,)))["r0"]
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert cut["finish_reason"] == "stop"
+    assert cut["completion_tokens"] < whole["completion_tokens"]
+
+
+def test_the_end_of_turn_ends_the_answer_and_is_left_out(engine: Engine) -> None:
+    replies = answers(engine, REQUESTS, Sampling(temperature=1.5, max_tokens=400, seed=1))
+    stopped = [reply for reply in replies.values() if reply["finish_reason"] == "stop"]
+    assert stopped
+    assert all("<|im_end|>" not in reply["text"] and reply["completion_tokens"] < 400 for reply in stopped)
+
+
+def test_an_answer_without_an_end_is_cut_and_says_so(engine: Engine) -> None:
+    reply = answers(engine, REQUESTS[:1], Sampling(max_tokens=3))["r0"]
+    assert (reply["finish_reason"], reply["completion_tokens"]) == ("length", 3)
+
+
+def test_a_prompt_beyond_the_context_is_refused_by_id_and_the_others_are_answered(engine: Engine) -> None:
+    long = {"id": "long", "messages": [{"role": "user", "content": "bridges " * 500}]}
+    replies = answers(engine, [*REQUESTS[:2], long], GREEDY)
+    assert replies["long"]["text"] is None and replies["long"]["finish_reason"] is None
+    assert "472 fit" in replies["long"]["error"]  # a context of 512 less 40 for the answer
+    assert replies["r0"]["error"] is None and replies["r1"]["text"]
+
+
+def test_a_plain_prompt_is_continued_without_a_template(engine: Engine) -> None:
+    reply = answers(engine, [{"id": "p", "prompt": "1. Explain the water cycle\n2."}], GREEDY)["p"]
+    assert reply["prompt_tokens"] == len(engine.tokenizer("1. Explain the water cycle\n2.")["input_ids"])
+
+
+def test_few_tokens_of_cache_make_small_batches_and_the_same_answers(tiny_model: Path, engine: Engine) -> None:
+    narrow = Engine(tiny_model, "fp32", max_batch_tokens=256)
+    assert answers(narrow, REQUESTS, GREEDY) == answers(engine, REQUESTS, GREEDY)
+
+
+def test_little_of_what_is_computed_is_padding(tiny_model: Path) -> None:
+    engine = Engine(tiny_model, "fp32", max_batch_rows=16)
+    answers(engine, REQUESTS, Sampling(temperature=1.0, max_tokens=200))
+    assert engine.statistics.padded_share < 0.15
+
+
+def test_the_loss_of_an_answer_is_that_of_single_forwards(tiny_model: Path, engine: Engine) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    items = [
+        {"id": request["id"], "messages": request["messages"], "answer": TEXTS[i][: 5 * i], "whole": i % 2 == 0}
+        for i, request in enumerate(REQUESTS)
+    ]
+    scores = {score["id"]: score for batch in engine.score(items) for score in batch}
+    for item in items:
+        example = encode_example(
+            engine.tokenizer, item["messages"], item["answer"], whole=item["whole"], max_length=512
+        )
+        labels = [-100] * example.prompt_length + example.input_ids[example.prompt_length :]
+        tokens = len(example.input_ids) - example.prompt_length
+        with torch.inference_mode():
+            loss = model(torch.tensor([example.input_ids]), labels=torch.tensor([labels])).loss.item() if tokens else 0
+        assert scores[item["id"]]["tokens"] == tokens
+        assert scores[item["id"]]["loss_sum"] == pytest.approx(loss * tokens, abs=1e-4, rel=1e-4)
+
+
+def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, precision in (({}, "fp32"), ({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert best_precision(torch.device("cpu")) == precision
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM"])
+def test_other_architectures_answer_as_in_transformers(architecture: str, tiny_model: Path, tmp_path: Path) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    common = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 2, "bos_token_id": None}
+    layers = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+    }
+    config = {
+        "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(**common, **layers),
+        # A window shorter than the prompts, so that it matters.
+        "MistralForCausalLM": lambda: transformers.MistralConfig(**common, **layers, sliding_window=8),
+        "GPT2LMHeadModel": lambda: transformers.GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=512),
+    }[architecture]()
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture)(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = Engine(tmp_path, "fp32")
+    ours = answers(engine, REQUESTS[:6], Sampling(max_tokens=20))
+    for request in REQUESTS[:6]:
+        prompt = encode_prompt(tokenizer, request["messages"])
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :]
+        assert ours[request["id"]]["text"] == tokenizer.decode(output, skip_special_tokens=True)
