@@ -45,8 +45,8 @@ class Steps:
         self.record.seconds[name] = round(seconds, 2)
         self.record.cached[name] = cached
         key = stage_key_of(stage, inputs)
-        if key not in self.manifest.keys:
-            self.manifest.keys.append(key)
+        if key not in self.manifest.stage_keys:
+            self.manifest.stage_keys.append(key)
         self.manifest.save()
         console.print(f"  {self.where:<12} {name:<18} {'cached' if cached else f'{seconds:6.1f} s'}")
         return result
@@ -63,7 +63,7 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
             started=before.started if before else now(),
             config=config.model_dump(mode="json"),
             versions={name: version(name) for name in ("lion-distill", "prefect", "duckdb", "pyarrow")},
-            keys=before.keys if before else [],
+            stage_keys=before.stage_keys if before else [],
         )
         manifest.save()
         try:

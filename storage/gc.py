@@ -16,7 +16,7 @@ def collect(*, delete: bool) -> list[tuple[Path, int]]:
     """
     manifests = list_manifests()
     kept = {pointer.path for manifest in manifests for pointer in manifest.pointers()}
-    kept |= {home() / "results" / key for manifest in manifests for key in manifest.keys}
+    kept |= {home() / "results" / key for manifest in manifests for key in manifest.stage_keys}
     places = [
         *home().glob("objects/*/*"),
         *home().glob("checkpoints/*"),

@@ -82,7 +82,7 @@ class Manifest(BaseModel):
     baseline: Baseline = Field(default_factory=Baseline)
     iterations: list[IterationRecord] = Field(default_factory=list)
     next_pools: dict[str, Snapshot] = Field(default_factory=dict)  # what an iteration more would start from
-    keys: list[str] = Field(default_factory=list)  # cache keys of the stages, for --fresh and gc
+    stage_keys: list[str] = Field(default_factory=list)  # cache keys of the stages, for --fresh and gc
 
     @property
     def folder(self) -> Path:
@@ -135,7 +135,7 @@ def load_manifest(run_id: str) -> Manifest | None:
 
 def forget(manifest: Manifest) -> None:
     """Take away what makes a run's stages count as done: their records, and the models they trained."""
-    for key in manifest.keys:
+    for key in manifest.stage_keys:
         (home() / "results" / key).unlink(missing_ok=True)
     for pointer in manifest.pointers():
         if isinstance(pointer, Checkpoint):
@@ -154,7 +154,7 @@ def pointers_in(value: Any) -> list[Pointer]:
     if isinstance(value, Pointer):
         return [value]
     if isinstance(value, BaseModel):
-        value = dict(value)
+        value = {name: getattr(value, name) for name in type(value).model_fields}  # dict() trips over a field `keys`
     if isinstance(value, dict):
         value = list(value.values())
     return [pointer for item in value for pointer in pointers_in(item)] if isinstance(value, list | tuple) else []
