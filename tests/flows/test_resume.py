@@ -1,5 +1,6 @@
 """Killed at any moment and started again, a run ends as an undisturbed one; two at once do no work twice."""
 
+import os
 import random
 import signal
 import subprocess
@@ -10,12 +11,17 @@ import pytest
 
 from tests.lion import COMMAND, arguments, digests, environment, lion, shown
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def start(home: Path, *args: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [*COMMAND, *args], env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *args],
+        env=environment(home),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -32,6 +38,8 @@ def test_a_run_killed_ten_times_ends_as_an_undisturbed_one(tmp_path: Path, tiny_
             child.wait(timeout=rng.uniform(0.1, 0.45) * whole)
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
+            time.sleep(0.5)  # whatever survives its parent survives it here too
+            os.killpg(child.pid, signal.SIGKILL)  # the temporary Prefect server does
         child.communicate()
     lion(tmp_path / "killed", *command)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
