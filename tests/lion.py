@@ -33,9 +33,9 @@ def shown(home: Path, *args: str) -> dict[str, Any]:
     return json.loads(lion(home, "show", "--json", *args).stdout)
 
 
-def digests(home: Path) -> dict[str, Any]:
+def digests(home: Path, *run_id: str) -> dict[str, Any]:
     """All that a run made, by content: what must not depend on when it was interrupted."""
-    run = shown(home)
+    run = shown(home, *run_id)
     return {
         "evaluation": run["baseline"]["evaluation"],
         "iterations": [

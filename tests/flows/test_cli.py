@@ -83,8 +83,8 @@ def test_a_changed_threshold_reruns_discrimination_and_what_follows_alone(ran: P
 
 def test_a_lost_and_a_damaged_object_are_made_again_and_nothing_else(ran: Path, tiny_model: Path) -> None:
     command = arguments(tiny_model, "--set", "iterations=1")
-    lion(ran, *command)
-    before, made = digests(ran), shown(ran)["iterations"][0]["snapshots"]
+    (run_id,) = re.findall(r"runs/([\w-]+)/report", lion(ran, *command).stdout)
+    before, made = digests(ran, run_id), shown(ran, run_id)["iterations"][0]["snapshots"]
     lost, damaged = (
         ran / "objects" / made[name]["table"] / f"{made[name]['digest']}.parquet"
         for name in ("student_responses", "reviews")
@@ -92,10 +92,10 @@ def test_a_lost_and_a_damaged_object_are_made_again_and_nothing_else(ran: Path, 
     lost.unlink()
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     lion(ran, *command)
-    run = shown(ran)
+    run = shown(ran, run_id)
     assert [stage for stage, cached in run["iterations"][0]["cached"].items() if not cached] == ["student", "referee"]
     assert all(run["baseline"]["cached"].values())
-    assert digests(ran) == before
+    assert digests(ran, run_id) == before
 
 
 @pytest.mark.parametrize(
