@@ -69,7 +69,7 @@ def test_the_orchestrating_process_never_imports_torch() -> None:
 def test_the_readme_shows_every_file_of_the_house() -> None:
     readme = (ROOT / "README.md").read_text()
     tree = readme.split("## The tree")[1].split("```")[1]
-    named = set(re.findall(r"[\w-]+\.(?:py|yaml|md|txt|jinja|jsonl)", tree))
+    named = set(re.findall(r"[\w.-]+\.(?:py|yaml|md|txt|jinja|jsonl)", tree))
     files = {path.name for path in modules() if path.name != "__init__.py"}
     assert not files - named, "missing from the README's tree"
     there = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts and ".lion" not in path.parts}

@@ -11,8 +11,8 @@ from tasks.jobs.engine import Engine, Sampling, best_precision
 from tasks.jobs.template import encode_example, encode_prompt
 from tests.tiny import CHATML, TEXTS
 
-REQUESTS = [{"id": f"r{i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(TEXTS[::11])]
-GREEDY, SAMPLED = Sampling(max_tokens=40), Sampling(temperature=1.0, top_p=0.9, max_tokens=40, seed=7)
+REQUESTS = [{"id": f"r{i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(TEXTS[::18])]
+GREEDY, SAMPLED = Sampling(max_tokens=24), Sampling(temperature=1.0, top_p=0.9, max_tokens=24, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +39,10 @@ def test_a_row_answers_the_same_in_any_shard(engine: Engine, sampling: Sampling)
 
 
 def test_logits_do_not_depend_on_the_company_to_the_last_bit(engine: Engine) -> None:
-    seen: dict[str, list[torch.Tensor]] = {}
-    forward = engine._forward
-
-    def spy(ids: list[int], positions: list[int], keep: list[int], step: Any) -> torch.Tensor:
-        logits = forward(ids, positions, keep, step)
-        seen.setdefault(",".join(map(str, ids)), []).append(logits.clone())
-        return logits
-
-    engine._forward = spy  # type: ignore[method-assign]
-    try:
-        rows = [encode_prompt(engine.tokenizer, request["messages"]) for request in REQUESTS]
+    rows = [encode_prompt(engine.tokenizer, request["messages"]) for request in REQUESTS]
+    with torch.inference_mode():
         alone = [engine._forward_whole([row], [[len(row) - 1]]) for row in rows]
         together = engine._forward_whole(rows, [[len(row) - 1] for row in rows])
-    finally:
-        del engine._forward
     assert torch.equal(torch.cat(alone), together)
 
 
@@ -62,7 +51,7 @@ def test_greedy_answers_are_those_of_transformers(tiny_model: Path, engine: Engi
     ours = answers(engine, REQUESTS, GREEDY)
     for request in REQUESTS:
         prompt = encode_prompt(engine.tokenizer, request["messages"])
-        output = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :]
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
         assert ours[request["id"]]["text"] == engine.tokenizer.decode(output, skip_special_tokens=True)
         assert ours[request["id"]]["completion_tokens"] == len(output)
         assert ours[request["id"]]["prompt_tokens"] == len(prompt)
@@ -86,13 +75,13 @@ def test_a_system_prompt_of_the_template_is_computed_once_and_changes_no_answer(
 def test_another_draw_or_another_seed_is_another_answer(engine: Engine) -> None:
     first = answers(engine, REQUESTS, SAMPLED)
     other_draw = answers(engine, [{**request, "draw": 1} for request in REQUESTS], SAMPLED)
-    other_seed = answers(engine, REQUESTS, Sampling(temperature=1.0, top_p=0.9, max_tokens=40, seed=8))
+    other_seed = answers(engine, REQUESTS, Sampling(temperature=1.0, top_p=0.9, max_tokens=24, seed=8))
     assert all(first[id]["text"] not in (other_draw[id]["text"], other_seed[id]["text"]) for id in first)
 
 
 def test_sampling_follows_the_models_probabilities(engine: Engine) -> None:
     request = REQUESTS[0]
-    draws = [{**request, "id": f"d{draw}", "draw": draw} for draw in range(2000)]
+    draws = [{**request, "id": f"d{draw}", "draw": draw} for draw in range(800)]
     replies = answers(engine, draws, Sampling(temperature=0.5, max_tokens=1))
     prompt = encode_prompt(engine.tokenizer, request["messages"])
     with torch.inference_mode():
@@ -124,17 +113,17 @@ def test_no_rows_are_no_replies(engine: Engine) -> None:
 def test_a_stop_text_ends_the_answer_and_is_left_out(engine: Engine) -> None:
     whole = answers(engine, REQUESTS[:1], GREEDY)["r0"]
     stop = whole["text"][10:13]
-    cut = answers(engine, REQUESTS[:1], Sampling(max_tokens=40, stop=(stop,)))["r0"]
+    cut = answers(engine, REQUESTS[:1], Sampling(max_tokens=24, stop=(stop,)))["r0"]
     assert cut["text"] == whole["text"][: whole["text"].index(stop)]
     assert cut["finish_reason"] == "stop"
     assert cut["completion_tokens"] < whole["completion_tokens"]
 
 
 def test_the_end_of_turn_ends_the_answer_and_is_left_out(engine: Engine) -> None:
-    replies = answers(engine, REQUESTS, Sampling(temperature=1.5, max_tokens=400, seed=1))
+    replies = answers(engine, REQUESTS, Sampling(temperature=1.5, max_tokens=300, seed=1))
     stopped = [reply for reply in replies.values() if reply["finish_reason"] == "stop"]
     assert stopped
-    assert all("<|im_end|>" not in reply["text"] and reply["completion_tokens"] < 400 for reply in stopped)
+    assert all("<|im_end|>" not in reply["text"] and reply["completion_tokens"] < 300 for reply in stopped)
 
 
 def test_an_answer_without_an_end_is_cut_and_says_so(engine: Engine) -> None:
@@ -146,7 +135,7 @@ def test_a_prompt_beyond_the_context_is_refused_by_id_and_the_others_are_answere
     long = {"id": "long", "messages": [{"role": "user", "content": "bridges " * 500}]}
     replies = answers(engine, [*REQUESTS[:2], long], GREEDY)
     assert replies["long"]["text"] is None and replies["long"]["finish_reason"] is None
-    assert "472 fit" in replies["long"]["error"]  # a context of 512 less 40 for the answer
+    assert "488 fit" in replies["long"]["error"]  # a context of 512 less 24 for the answer
     assert replies["r0"]["error"] is None and replies["r1"]["text"]
 
 
