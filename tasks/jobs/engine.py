@@ -32,7 +32,7 @@ from transformers.modeling_utils import AttentionInterface
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
 
 ATTENTION = "lion"  # our attention's name in transformers
-PAD_TOKENS = 8  # a step's tokens come in multiples of this: matrix kernels treat a few rows differently
+PAD_TOKENS = 8  # without packed layers tokens come in multiples of this: other kernels treat a few rows differently
 PAD_KEYS = 64  # the keys that a decoding row is shown come in multiples of this, so its sums are split alike
 REFILL_SHARE = 8  # prefill once this part (1/8) of the places is free: few large prefills, few empty places
 SHORTEST_PREFIX = 8  # tokens; computing fewer for each row costs less than looking them up
@@ -269,7 +269,14 @@ class Engine:
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self.statistics = Statistics()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        self.model = load_model(path, self.precision, self.device)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[self.precision], attn_implementation=ATTENTION
+        )
+        self.model.eval().to(self.device)
+        packed = self.device.type == "cpu" and can_pack(self.precision)
+        if packed:
+            pack_linear_layers(self.model)
+        self.pad_tokens = 1 if packed else PAD_TOKENS
         self.context = self.model.config.get_text_config().max_position_embeddings
         self.stop_tokens = stop_tokens_of(self.model, self.tokenizer)
         # Tokens of one prefill or scoring step: enough to keep the cores busy, few enough for memory.
@@ -441,8 +448,8 @@ class Engine:
 
     def _forward(self, ids: list[int], positions: list[int], keep: list[int], step: Step) -> Tensor:
         """Logits (kept, vocabulary) at the places `keep` of a flat sequence of tokens."""
-        padding = -len(ids) % PAD_TOKENS
-        kept = keep + [0] * (-len(keep) % PAD_TOKENS)
+        padding = -len(ids) % self.pad_tokens
+        kept = keep + [0] * (-len(keep) % self.pad_tokens)
         self.statistics.positions += len(ids) + padding
         self.statistics.padded_positions += padding
         logits = self.model(
@@ -478,18 +485,12 @@ class Engine:
         return len(row) > len(self.prefix.tokens) and row[: len(self.prefix.tokens)] == self.prefix.tokens
 
 
-def load_model(path: Path, precision: str, device: torch.device) -> Any:
-    """The model with our attention, and on a CPU with packed linear layers."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=DTYPES[precision], attn_implementation=ATTENTION
-    )
-    model.eval().to(device)
-    if device.type == "cpu" and can_pack(precision):
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(parent, name, PackedLinear(child))
-    return model
+def pack_linear_layers(model: nn.Module) -> None:
+    """Put a `PackedLinear` in the place of each linear layer."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))
 
 
 def can_pack(precision: str) -> bool:
