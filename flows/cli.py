@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,8 @@ def run(
         raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
     from flows.config import resolve
     from storage.runs import load_manifest
+    from tasks.models.endpoint import key_of
+    from tasks.models.prices import price_of
     from tasks.prepare import source_digest
     from tasks.seed import read_seeds
 
@@ -60,7 +63,10 @@ def run(
     read_seeds(settings.seeds.path)
     read_seeds(settings.seeds.heldout, bundled="heldout.jsonl")
     for role in (settings.teacher, settings.student, settings.generate):
-        source_digest(role.model)  # a name that leads nowhere is refused before anything is written
+        if role.model.kind == "local":
+            source_digest(role.model)  # a name that leads nowhere is refused before anything is written
+        else:
+            key_of(role.model), price_of(role.model.model, role.model.price)  # and so is a missing key or price
     run_id = settings.run_id
     manifest = load_manifest(run_id)
     if fresh and manifest:
@@ -173,6 +179,20 @@ def row(
 
 
 @app.command()
+def spend(
+    run_id: Annotated[str | None, typer.Option("--run", help="Only this run.")] = None,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Say what was paid: by run, role, iteration, model and day, straight from the journal."""
+    _use(home)
+    from storage.journal import Journal
+
+    with Journal() as journal:
+        _print_rows([asdict(line) for line in journal.spend(run_id)], as_json=as_json)
+
+
+@app.command()
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Really delete. Without it only say what would go.")] = False,
     home: Home = None,
@@ -203,16 +223,23 @@ class Refusal(ValueError):
 def main() -> None:
     """Run the command line. Bad input ends in one clear message and exit code 2."""
     from storage.files import StorageError
+    from tasks.models.errors import BudgetReached, FatalEndpointError, ModelError, UnknownPrice
 
     try:
         app()
-    except (ValueError, StorageError) as error:
+    except (ValueError, StorageError, FatalEndpointError, UnknownPrice) as error:
         note.print(f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         note.print("Interrupted. The same command goes on from here.")
         sys.exit(130)
-    except RuntimeError as error:  # a job that failed: its message has the log's last lines and where the whole is
+    except BudgetReached as error:
+        note.print(f"[yellow]paused:[/yellow] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(3)
+    except (
+        RuntimeError,
+        ModelError,
+    ) as error:  # a job that failed: its message has the log's last lines and where the whole is
         note.print(f"[red]failed:[/red] {_escaped(str(error))}", soft_wrap=True)
         note.print("Nothing that was finished is lost: the same command goes on from here.")
         sys.exit(1)
@@ -233,7 +260,7 @@ def _use(home: Path | None) -> None:
 
 QUIET_PREFECT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "50",

@@ -17,7 +17,8 @@ from tasks.discriminate import DiscriminateConfig
 from tasks.evaluate import EvaluationConfig
 from tasks.finetune import FinetuneConfig
 from tasks.generate import GenerateConfig
-from tasks.policies import identity
+from tasks.models.budget import Budget
+from tasks.policies import OPERATIONAL, identity
 from tasks.referee import RefereeConfig, ReferenceReferee
 from tasks.seed import SeedConfig, digest_of_source
 from tasks.student import StudentConfig
@@ -47,6 +48,7 @@ class DistillConfig(BaseModel):
     referee: RefereeConfig = Field(ReferenceReferee(), description="Who compares the two models' answers.")
     discriminate: DiscriminateConfig = Field(DiscriminateConfig(), description="Where hard begins.")
     generate: GenerateConfig = Field(GenerateConfig(), description="Who writes new instructions, and how many.")
+    budget: Budget = Field(Budget(), description="What a run may spend at most.", json_schema_extra=OPERATIONAL)
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="The held-out check after each iteration.")
 
     @property

@@ -19,6 +19,8 @@ from tasks.discriminate import discriminate
 from tasks.evaluate import evaluate_student
 from tasks.finetune import finetune_student
 from tasks.generate import generate_instructions
+from tasks.models.budget import Account
+from tasks.models.endpoint import OpenAIModel
 from tasks.models.ready import ModelSettings, ReadyModel
 from tasks.prepare import prepare_model, prune_student, source_digest
 from tasks.referee import LLMReferee, review_responses
@@ -71,10 +73,19 @@ class Run:
         referee = config.referee
         self.referee = self._ready(step, referee.model, "prepare referee") if isinstance(referee, LLMReferee) else None
         base = self._ready(step, config.student.model, "prepare student").checkpoint
+        assert base is not None, "a student is a model of this machine"
         pruned = config.student.start.init == "pruned"
-        self.base = step(prune_student, config.student.start, base, seeds.pool) if pruned else base
+        self.base: Checkpoint = step(prune_student, config.student.start, base, seeds.pool) if pruned else base
 
-        self.heldout_answers = step(answer_with_teacher, config.teacher, self.teacher, self.heldout, [], config.seed)
+        self.heldout_answers = step(
+            answer_with_teacher,
+            config.teacher,
+            self.teacher,
+            self.heldout,
+            [],
+            config.seed,
+            self._account("teacher", 0),
+        )
         record.student, record.teacher = self.base, self.teacher.checkpoint
         record.snapshots = {"seeds": seeds.pool, "heldout": self.heldout, "heldout_answers": self.heldout_answers}
         record.evaluation = self._evaluate(step, self.base)
@@ -92,7 +103,15 @@ class Run:
 
         # IMITATION: the teacher answers, the student learns the answers. The train pool is part of the cache
         # pool, so one call answers both; what earlier iterations asked is not asked again.
-        answers = step(answer_with_teacher, config.teacher, self.teacher, pools.cache, self.answers, seed)
+        answers = step(
+            answer_with_teacher,
+            config.teacher,
+            self.teacher,
+            pools.cache,
+            self.answers,
+            seed,
+            self._account("teacher", iteration),
+        )
         made["teacher_responses"], self.answers = answers, [answers]
         start = student if config.student.init_from == "previous" else self.base
         trained = step(
@@ -104,7 +123,16 @@ class Run:
         # DISCRIMINATION: where does the student still fall behind?
         own = step(answer_with_student, config.student, self._student(trained.checkpoint), pools.cache, seed)
         made["student_responses"] = own
-        made["reviews"] = step(review_responses, config.referee, self.referee, pools.cache, answers, own, seed)
+        made["reviews"] = step(
+            review_responses,
+            config.referee,
+            self.referee,
+            pools.cache,
+            answers,
+            own,
+            seed,
+            self._account("referee", iteration),
+        )
         split = step(discriminate, config.discriminate, made["reviews"])
         made["verdicts"], record.threshold = split.verdicts, split.threshold
         record.hard, record.easy, record.undecided = split.hard, split.easy, split.undecided
@@ -112,7 +140,7 @@ class Run:
         # GENERATION: more like the hard ones, rarer ones like the easy ones. They are what is learned next.
         generation = step(
             generate_instructions, config.generate, self.generator, pools.cache, split.verdicts, self.heldout,
-            seed + iteration,
+            seed + iteration, self._account('generator', iteration),
         )  # fmt: skip
         made["candidates"], record.generated = generation.candidates, generation.generated
         following = step(refresh_pools, pools.cache, generation.candidates)
@@ -131,5 +159,10 @@ class Run:
         return ReadyModel(settings=self.config.student.model, checkpoint=checkpoint)
 
     def _ready(self, step: Steps, settings: ModelSettings, label: str) -> ReadyModel:
+        if isinstance(settings, OpenAIModel):
+            return ReadyModel(settings=settings)
         checkpoint = step(prepare_model, settings, source_digest(settings), label=label)
         return ReadyModel(settings=settings, checkpoint=checkpoint)
+
+    def _account(self, role: str, iteration: int) -> Account:
+        return Account(run_id=self.manifest.run_id, role=role, iteration=iteration, budget=self.config.budget)

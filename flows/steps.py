@@ -13,6 +13,7 @@ from rich.console import Console
 from flows.config import DistillConfig
 from storage.files import home, locked
 from storage.runs import Baseline, IterationRecord, Manifest, load_manifest, now
+from tasks.models.errors import BudgetReached
 from tasks.policies import stage_key_of
 
 console = Console(stderr=True, highlight=False)
@@ -68,6 +69,10 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
         manifest.save()
         try:
             yield manifest
+        except BudgetReached as error:
+            manifest.state, manifest.error = "paused", str(error)
+            manifest.save()
+            raise
         except BaseException as error:
             manifest.state, manifest.error = "failed", f"{type(error).__name__}: {error}"
             manifest.save()

@@ -8,7 +8,7 @@ from storage.files import Snapshot
 from storage.pools import by_id, read_rows, write_snapshot
 from storage.runs import Evaluation
 from tasks.models.chat import Request, Sampling, Status, conversation
-from tasks.models.local import infer
+from tasks.models.local import LocalModel, infer
 from tasks.models.ready import ReadyModel
 from tasks.policies import stage
 from tasks.progress import progress
@@ -43,6 +43,7 @@ def evaluate_student(
     Raises:
         JobError: the process ended without a result.
     """
+    assert isinstance(student.settings, LocalModel) and student.checkpoint, "a student is a model of this machine"
     reference = {
         key: row
         for key, row in by_id(teacher_answers, ["status", "response"]).items()

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.files import Snapshot
 from storage.pools import by_id, instruction_id, read_rows, write_snapshot
 from storage.runs import Generated
+from tasks.models.budget import Account
 from tasks.models.chat import Reply, Request, Sampling, Status
 from tasks.models.local import LocalModel
 from tasks.models.prompts import load
@@ -46,7 +47,9 @@ class GenerateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: ModelSettings = Field(LocalModel(), description="The model that does it.")
+    model: ModelSettings = Field(
+        LocalModel(), description="A local model, or an OpenAI-compatible endpoint (kind: openai)."
+    )
     method: Literal["prompt", "continuation"] = Field(
         "prompt",
         description="prompt: a chat model is told what to write. continuation: a small local model continues a list.",
@@ -79,6 +82,7 @@ def generate_instructions(
     verdicts: Snapshot,
     heldout: Snapshot,
     seed: int,
+    account: Account,
 ) -> Generation:
     """Write candidates from hard and easy parents until enough are new, or the cap on attempts is reached.
 
@@ -87,7 +91,7 @@ def generate_instructions(
         heldout: what the student is evaluated on; no candidate may be near one of these either.
 
     Raises:
-        JobError: the model's process ended without a result.
+        JobError, ModelError: as the model raises them.
     """
     pool = by_id(cache_pool)
     difficulty = {key: row["difficulty"] for key, row in by_id(verdicts, ["difficulty"]).items()}
@@ -107,7 +111,7 @@ def generate_instructions(
             _request(key, config.method, side, pool[parent], draw) for key, (side, parent, draw) in asked.items()
         ]
         with progress("new instructions") as on_progress:
-            replies = answer(model, requests, config.sampling, seed=seed, on_progress=on_progress)
+            replies = answer(model, requests, config.sampling, seed=seed, account=account, on_progress=on_progress)
         for reply in replies:
             side, parent, draw = asked[reply.id]
             judge.take(side, pool[parent], draw, reply)

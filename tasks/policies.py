@@ -25,6 +25,8 @@ from pydantic.config import JsonDict
 
 from storage.files import Pointer, digest_of, flock, home
 from storage.runs import pointers_in
+from tasks.models.budget import Account
+from tasks.models.errors import ModelError
 
 OPERATIONAL: JsonDict = {
     "operational": True
@@ -56,8 +58,8 @@ def _is_operational(field: Any) -> bool:
 
 
 def stage_key(name: str, version: int, prompts: Iterable[str], parameters: dict[str, Any]) -> str:
-    """The cache key of a stage for these parameters."""
-    kept = {key: identity(value) for key, value in parameters.items()}
+    """The cache key of a stage for these parameters. Who pays (an Account) is not part of it."""
+    kept = {key: identity(value) for key, value in parameters.items() if not isinstance(value, Account)}
     return f"{name}-{digest_of({'stage': name, 'version': version, 'prompts': list(prompts), 'parameters': kept})}"
 
 
@@ -131,7 +133,7 @@ class KernelLocks(LockManager):
 def may_pass(task: Any, task_run: Any, state: Any) -> bool:
     """Whether trying a failed stage again may help (Prefect's retry condition)."""
     error = state.result(raise_on_failure=False)
-    return not isinstance(error, ValueError)
+    return not isinstance(error, ValueError | ModelError)
 
 
 def stage_key_of(stage: Task[..., Any], inputs: tuple[Any, ...]) -> str:
@@ -153,7 +155,8 @@ def stage(
         name: the stage's word, used in keys, task run names, tags and the manifest.
         version: raise it when the same inputs shall give another result.
         prompts: the prompt texts it uses. Editing one makes the stage run again.
-        retries: of the stage as a whole. A ValueError is not retried: it says that the input is wrong.
+        retries: of the stage as a whole. Not retried: a ValueError, which says that the
+            input is wrong, and a ModelError, whose requests were tried again one by one.
     """
     texts = list(prompts)
 

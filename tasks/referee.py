@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Snapshot
 from storage.pools import by_id, write_snapshot
+from tasks.models.budget import Account
 from tasks.models.chat import Request, Sampling, Status
 from tasks.models.prompts import load
 from tasks.models.ready import ModelSettings, ReadyModel, answer
@@ -48,7 +49,7 @@ class LLMReferee(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["llm"] = "llm"
-    model: ModelSettings = Field(description="The model that does it.")
+    model: ModelSettings = Field(description="A local model, or an OpenAI-compatible endpoint (kind: openai).")
     sampling: Sampling = Field(
         Sampling(temperature=0.2, max_tokens=512), description="The paper: temperature 0.2, at most 512 new tokens."
     )
@@ -67,6 +68,7 @@ def review_responses(
     teacher_responses: Snapshot,
     student_responses: Snapshot,
     seed: int,
+    account: Account,
 ) -> Snapshot:
     """Reviews of every row of the pool. A row without two responses gets a review with the outcome `missing`.
 
@@ -74,7 +76,7 @@ def review_responses(
         model: the referee's; null for the kind `reference`.
 
     Raises:
-        JobError: the model's process ended without a result.
+        JobError, ModelError: as the model raises them.
     """
     teacher, student = (by_id(snapshot, ["status", "response"]) for snapshot in (teacher_responses, student_responses))
     pairs = [
@@ -83,7 +85,7 @@ def review_responses(
     ]
     if isinstance(config, LLMReferee):
         assert model is not None, "an llm referee has a model"
-        reviews = _review_with_model(config, model, pairs, seed)
+        reviews = _review_with_model(config, model, pairs, seed, account)
     else:
         reviews = list(_review_by_reference(pairs))
     return write_snapshot(
@@ -115,7 +117,9 @@ def _review_by_reference(pairs: list[Pair]) -> Iterator[dict[str, Any]]:
             yield _row(pair, "unordered", 0, Outcome.OK, teacher_score=BEST_SCORE, student_score=score)
 
 
-def _review_with_model(config: LLMReferee, model: ReadyModel, pairs: list[Pair], seed: int) -> list[dict[str, Any]]:
+def _review_with_model(
+    config: LLMReferee, model: ReadyModel, pairs: list[Pair], seed: int, account: Account
+) -> list[dict[str, Any]]:
     """Ask for every order and vote; ask again, as a new draw, for those that came back unusable."""
     rows: dict[str, dict[str, Any]] = {}
     asked: dict[str, tuple[Pair, str, int]] = {}
@@ -130,7 +134,7 @@ def _review_with_model(config: LLMReferee, model: ReadyModel, pairs: list[Pair],
     for ask in range(config.max_asks):
         requests = [_request(key, *question, draw=question[2] + ask * config.votes) for key, question in asked.items()]
         with progress("referee reviews" if ask == 0 else f"referee reviews, ask {ask + 1}") as on_progress:
-            replies = answer(model, requests, config.sampling, seed=seed, on_progress=on_progress)
+            replies = answer(model, requests, config.sampling, seed=seed, account=account, on_progress=on_progress)
         for reply in replies:
             pair, order, vote = asked[reply.id]
             rows[reply.id] = _parsed(pair, order, vote, reply.status, reply.text)

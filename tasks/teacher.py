@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Snapshot
 from storage.pools import by_id, read_rows, write_snapshot
+from tasks.models.budget import Account
 from tasks.models.chat import Request, Sampling, Status, conversation, response_row
 from tasks.models.local import LocalModel
 from tasks.models.ready import ModelSettings, ReadyModel, answer
@@ -20,7 +21,9 @@ class TeacherConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: ModelSettings = Field(LocalModel(), description="The model that does it.")
+    model: ModelSettings = Field(
+        LocalModel(), description="A local model, or an OpenAI-compatible endpoint (kind: openai)."
+    )
     sampling: Sampling = Field(Sampling(), description="The paper: temperature 0.7, at most 1,024 new tokens.")
     system_prompt: str | None = Field(None, description="Said before every instruction to the teacher.")
     draw: int = Field(0, ge=0, description="Raise it to buy a new answer to everything, on purpose.")
@@ -28,7 +31,7 @@ class TeacherConfig(BaseModel):
 
 @stage("teacher", version=VERSION)
 def answer_with_teacher(
-    config: TeacherConfig, model: ReadyModel, pool: Snapshot, known: Sequence[Snapshot], seed: int
+    config: TeacherConfig, model: ReadyModel, pool: Snapshot, known: Sequence[Snapshot], seed: int, account: Account
 ) -> Snapshot:
     """The teacher's responses to every row of a pool, in the pool's order.
 
@@ -36,7 +39,7 @@ def answer_with_teacher(
         known: responses of the same teacher from before. A row found there costs nothing.
 
     Raises:
-        JobError: the model's process ended without a result.
+        JobError, ModelError: as the model raises them.
     """
     answered = {
         key: row for snapshot in known for key, row in by_id(snapshot).items() if row["status"] != Status.FAILED
@@ -52,7 +55,7 @@ def answer_with_teacher(
         if row["instruction_id"] not in answered
     ]
     with progress("teacher answers") as on_progress:
-        replies = answer(model, requests, config.sampling, seed=seed, on_progress=on_progress)
+        replies = answer(model, requests, config.sampling, seed=seed, account=account, on_progress=on_progress)
     answered |= {reply.id: response_row(reply, "teacher") for reply in replies}
     return write_snapshot(
         "responses",

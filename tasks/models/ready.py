@@ -1,14 +1,18 @@
-"""A model that can be asked: settings and checkpoint. `answer` is the one way to ask it."""
+"""A model that can be asked: settings, and for a local one the checkpoint. `answer` is the one way to ask it."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Checkpoint
+from tasks.models.budget import Account
 from tasks.models.chat import OnProgress, Reply, Request, Sampling
+from tasks.models.client import answer_all
+from tasks.models.endpoint import OpenAIModel
 from tasks.models.local import LocalModel, answer_locally
 
-ModelSettings = LocalModel  # where other kinds of model join: a union, told apart by `kind`
+ModelSettings = Annotated[LocalModel | OpenAIModel, Field(discriminator="kind")]
 
 
 class ReadyModel(BaseModel):
@@ -17,17 +21,31 @@ class ReadyModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: ModelSettings
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None = None  # null for an endpoint
 
 
 def answer(
-    model: ReadyModel, requests: Sequence[Request], sampling: Sampling, *, seed: int, on_progress: OnProgress
+    model: ReadyModel,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    seed: int,
+    on_progress: OnProgress,
+    account: Account | None = None,
 ) -> list[Reply]:
-    """Replies in the order of the requests.
+    """Replies in the order of the requests, from wherever the model is.
+
+    Args:
+        account: who pays; an endpoint is not asked without one.
 
     Raises:
-        JobError: the model's process ended without a result.
+        JobError: a local model's process ended without a result.
+        ModelError: an endpoint does not answer, or a cap is reached; what had arrived is in the journal.
     """
     if not requests:
         return []
+    if isinstance(model.settings, OpenAIModel):
+        assert account is not None, "an endpoint is asked on somebody's account"
+        return answer_all(model.settings, requests, sampling, account, on_progress)
+    assert model.checkpoint is not None, "a local model is prepared before it is asked"
     return answer_locally(model.settings, model.checkpoint, requests, sampling, seed=seed, on_progress=on_progress)

@@ -11,10 +11,12 @@ from storage.files import Checkpoint, Snapshot
 from storage.pools import instruction_id, read_rows, write_snapshot
 from tasks import generate
 from tasks.generate import GenerateConfig, Generation, generate_instructions
+from tasks.models.budget import Account
 from tasks.models.chat import Reply, Request, Status
 from tasks.models.local import LocalModel
 from tasks.models.ready import ReadyModel
 
+ACCOUNT = Account(run_id="r", role="generate")
 MODEL = ReadyModel(settings=LocalModel(), checkpoint=Checkpoint(digest="m", content="c"))
 WORDS = [
     "river",
@@ -66,7 +68,7 @@ def generated(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Gene
         monkeypatch.setattr(generate, "answer", answer)
         config = GenerateConfig(**({"hard_rows": 4, "easy_rows": 4} | settings))
         heldout = pool_of(["Name the tallest mountain in the whole solar system."], "heldout")
-        return generate_instructions.fn(config, MODEL, pool, split_of(pool, hard), heldout, seed=0)
+        return generate_instructions.fn(config, MODEL, pool, split_of(pool, hard), heldout, seed=0, account=ACCOUNT)
 
     return run
 

@@ -10,12 +10,14 @@ from rouge_score.rouge_scorer import RougeScorer
 from storage.files import Checkpoint, Snapshot
 from storage.pools import read_rows, write_snapshot
 from tasks import referee
+from tasks.models.budget import Account
 from tasks.models.chat import Reply, Request, Status
 from tasks.models.local import LocalModel
 from tasks.models.ready import ReadyModel
 from tasks.referee import LLMReferee, ReferenceReferee, review_responses
 from tasks.scores import reference_score
 
+ACCOUNT = Account(run_id="r", role="referee")
 MODEL = ReadyModel(settings=LocalModel(), checkpoint=Checkpoint(digest="m", content="c"))
 
 
@@ -32,7 +34,7 @@ def response(role: str, text: str | None, status: str = "ok") -> Snapshot:
 
 def review(config: Any, student: Snapshot, teacher: Snapshot | None = None) -> list[dict[str, Any]]:
     teacher = teacher or response("teacher", "Because of gravity.")
-    return read_rows(review_responses.fn(config, MODEL, pool(), teacher, student, seed=0))
+    return read_rows(review_responses.fn(config, MODEL, pool(), teacher, student, seed=0, account=ACCOUNT))
 
 
 def test_the_reference_score_is_rouge_l_on_the_scale_of_the_referee() -> None:

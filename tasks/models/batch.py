@@ -1,0 +1,285 @@
+"""Asks by the Batch API: cheaper, and done within a day. Leaves the answers in the journal and returns nothing.
+
+A batch is written down *before* it is handed in, with a token that goes along as its metadata. So whenever the
+process dies, the next one finds the batch at the endpoint by its token and waits for it; the batch itself holds
+the claims on its requests, and nobody asks them a second time meanwhile. Rows that a batch leaves unanswered go
+into another one, a few times; what is unanswered then, or at the deadline, is the caller's.
+"""
+
+import io
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import httpx2
+import openai
+import tenacity
+
+from storage.files import locked
+from storage.journal import Answer, Batch, Journal, Wish, now
+from tasks.models.budget import Account, budget_reached
+from tasks.models.chat import OnProgress, Request, Sampling, Status
+from tasks.models.endpoint import OpenAIModel, headers_of, key_of
+from tasks.models.errors import FatalEndpointError, ModelError, TransientError, scrubbed
+from tasks.models.pacing import asked_wait
+from tasks.models.prices import Price
+from tasks.models.wire import FILTER_CODES, Said, Usage, answer_of, body_of, dialect_from_text, failure, said, wish_of
+
+MAX_ROWS, MAX_BYTES = 50_000, 200_000_000  # of one batch, as OpenAI publishes them
+MAX_ROUNDS = 3  # how often a row goes into a batch
+CANCEL_SECONDS = 900  # an endpoint may take ten minutes to stop a batch
+ANSWERS_AT_ONCE = 500
+TOKEN = "lion_token"
+ENDED = {"completed", "failed", "expired", "cancelled"}
+
+T = TypeVar("T")
+
+
+def answer_by_batch(
+    model: OpenAIModel,
+    requests: Mapping[str, Request],
+    sampling: Sampling,
+    account: Account,
+    price: Price | None,
+    journal: Journal,
+    on_progress: OnProgress,
+) -> None:
+    """Answer as many requests as batches can within the deadline.
+
+    Args:
+        requests: by key, none of them answered yet.
+        price: by the Batch API.
+
+    Raises:
+        FatalEndpointError: the endpoint does not take the batch.
+        BudgetReached: the next request could pass a cap. Batches under way are collected first.
+    """
+    _Batches(model, requests, sampling, account, price, journal, on_progress).run()
+
+
+class _Batches:
+    """One `answer_by_batch` while it runs."""
+
+    def __init__(
+        self,
+        model: OpenAIModel,
+        requests: Mapping[str, Request],
+        sampling: Sampling,
+        account: Account,
+        price: Price | None,
+        journal: Journal,
+        on_progress: OnProgress,
+    ):
+        self.model, self.requests, self.sampling, self.account = model, requests, sampling, account
+        self.price, self.journal, self.on_progress = price, journal, on_progress
+        self.secret = key_of(model)
+        self.client = openai.OpenAI(
+            api_key=self.secret,
+            base_url=model.base_url,
+            default_headers=headers_of(model),
+            timeout=model.timeout,
+            max_retries=0,
+        )
+        self.deadline = time.monotonic() + model.batch_deadline
+        self.wishes = {key: wish_of(key, request, sampling, price) for key, request in requests.items()}
+        self.rounds = dict.fromkeys(requests, 0)
+        self.answered: set[str] = set()
+
+    def run(self) -> None:
+        """Wait for the batches that are out, hand in the rest, until nothing is left or time is up."""
+        with self.client:
+            out = self._resumed()
+            while time.monotonic() < self.deadline:
+                out += self._submitted({key for batch in out for key in batch.keys})
+                if not out:
+                    break
+                out = [batch for batch in out if not self._collected(batch)]
+                self.on_progress(len(self.answered), len(self.requests), {"batches": len(out)})
+                if out:
+                    time.sleep(min(self.model.batch_poll, max(0.0, self.deadline - time.monotonic())))
+            self._cancel(out)
+
+    # --- handing in -------------------------------------------------------------------------------------------------
+
+    def _resumed(self) -> list[Batch]:
+        """Batches of ours that an earlier process handed in."""
+        with locked("batches"):  # so that nobody is just handing one in
+            found = []
+            for batch in self.journal.open_batches(self.model.base_url, self.model.model):
+                if not self.requests.keys() & set(batch.keys):
+                    continue
+                if batch.batch_id is None and (there := self._at_endpoint(batch.token)):
+                    batch = replace(batch, batch_id=there, state="open")
+                    self.journal.keep_batch(batch)
+                if batch.batch_id is None:  # it was written down and never handed in
+                    self.journal.keep_batch(replace(batch, state="collected"))
+                else:
+                    found.append(batch)
+            return found
+
+    def _submitted(self, under_way: set[str]) -> list[Batch]:
+        """Hand in what is neither answered nor under way, as far as the caps allow."""
+        waiting = [
+            key
+            for key in self.requests
+            if key not in self.answered and key not in under_way and self.rounds[key] < MAX_ROUNDS
+        ]
+        if not waiting:
+            return []
+        with locked("batches"):
+            claimed = self.journal.claim(
+                self.account.run_id, self.account.role, [self.wishes[key] for key in waiting], self.account.caps()
+            )
+            self.answered |= claimed.answered.keys()
+            granted = [key for key in waiting if key in claimed.granted]
+            if claimed.over and not granted and not under_way and claimed.over.reserved.requests == 0:
+                refused = next(k for k in waiting if k not in claimed.answered and k not in claimed.elsewhere)
+                raise budget_reached(claimed.over, self.wishes[refused])
+            return [self._hand_in(keys, data) for keys, data in self._files(granted)]
+
+    def _files(self, keys: list[str]) -> Iterator[tuple[tuple[str, ...], bytes]]:
+        """The rows of batches, split at the limits of one."""
+        dialect = dialect_from_text(self.journal.recall(f"dialect {self.model.base_url} {self.model.model}"))
+        taken: list[str] = []
+        data = io.BytesIO()
+        for key in keys:
+            body = body_of(self.model, self.sampling, self.requests[key], dialect)
+            row = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            if taken and (len(taken) == MAX_ROWS or data.tell() + len(line) > MAX_BYTES):
+                yield tuple(taken), data.getvalue()
+                taken, data = [], io.BytesIO()
+            taken.append(key)
+            data.write(line)
+        if taken:
+            yield tuple(taken), data.getvalue()
+
+    def _hand_in(self, keys: tuple[str, ...], data: bytes) -> Batch:
+        account, token = self.account, uuid.uuid4().hex
+        batch = Batch(
+            token, None, "creating", account.run_id, account.role, self.model.base_url, self.model.model, keys, now()
+        )
+        self.journal.keep_batch(batch)
+        for key in keys:
+            self.rounds[key] += 1
+        try:
+            file = self._patiently(lambda: self.client.files.create(file=(f"{token}.jsonl", data), purpose="batch"))
+            batch_id = self._patiently(lambda: self._at_endpoint(token) or self._create(file.id, token))
+        except FatalEndpointError:
+            self.journal.keep_batch(replace(batch, state="collected"))
+            raise
+        batch = replace(batch, batch_id=batch_id, state="open")
+        self.journal.keep_batch(batch)
+        return batch
+
+    def _create(self, file_id: str, token: str) -> str:
+        return self.client.batches.create(
+            input_file_id=file_id, endpoint="/v1/chat/completions", completion_window="24h", metadata={TOKEN: token}
+        ).id
+
+    def _at_endpoint(self, token: str) -> str | None:
+        """The id of the batch that carries our token, if the endpoint has it."""
+
+        def look() -> str | None:
+            batches = self.client.batches.list(limit=100)
+            return next((batch.id for batch in batches if (batch.metadata or {}).get(TOKEN) == token), None)
+
+        return self._patiently(look)
+
+    # --- collecting -------------------------------------------------------------------------------------------------
+
+    def _collected(self, batch: Batch) -> bool:
+        """Whether the batch has ended; its answers are then in the journal and its claims are gone."""
+        there = self._patiently(self.client.batches.retrieve, batch.batch_id)
+        if there.status not in ENDED:
+            return False
+        for file_id in (there.output_file_id, there.error_file_id):
+            if file_id:
+                content = self._patiently(self.client.files.content, file_id)
+                self._keep(batch, content.content)
+        self.journal.keep_batch(replace(batch, state="collected"))
+        if there.status == "failed":
+            errors = there.errors.data if there.errors and there.errors.data else []
+            reason = "; ".join(str(error.message) for error in errors[:3]) or "no reason given"
+            raise self._fatal(f"the batch {there.id} was refused ({scrubbed(reason, self.secret)})", "Use mode: online")
+        return True
+
+    def _keep(self, batch: Batch, content: bytes) -> None:
+        answers: list[Answer] = []
+        for line in content.splitlines():
+            if line.strip() and (answer := self._answer(batch, json.loads(line))):
+                answers.append(answer)
+        for start in range(0, len(answers), ANSWERS_AT_ONCE):
+            self.journal.add(answers[start : start + ANSWERS_AT_ONCE])
+        self.answered |= {answer.key for answer in answers}
+
+    def _answer(self, batch: Batch, row: dict[str, Any]) -> Answer | None:
+        """A row of a batch's files as an answer, if it is one."""
+        key, response = row["custom_id"], row.get("response") or {}
+        body = response.get("body") or {}
+        error = body.get("error") or {}
+        if response.get("status_code") == 200:
+            try:
+                heard = said(body, self.wishes.get(key) or Wish(key, self.sampling.max_tokens, 0), self.sampling)
+            except TransientError:
+                return None
+        elif error.get("code") in FILTER_CODES:
+            heard = Said("", None, Status.FILTERED, "content_filter", Usage(0, 0, 0))
+        else:
+            return None
+        return answer_of(
+            heard,
+            key=key,
+            run_id=batch.run_id,
+            role=batch.role,
+            iteration=self.account.iteration,
+            model=self.model,
+            price=self.price,
+            latency_seconds=0,
+            attempts=self.rounds.get(key) or 1,
+        )
+
+    def _cancel(self, out: list[Batch]) -> None:
+        """Stop what is still out: its rows go by ordinary requests, and are not to be paid here as well."""
+        for batch in out:
+            self._patiently(self.client.batches.cancel, batch.batch_id)
+        give_up = time.monotonic() + CANCEL_SECONDS
+        while out := [batch for batch in out if not self._collected(batch)]:
+            if time.monotonic() > give_up:
+                ids = ", ".join(str(batch.batch_id) for batch in out)
+                raise self._fatal(f"the batches {ids} do not stop", "Run the same command later: it finds them again")
+            time.sleep(min(self.model.batch_poll, 10))
+
+    # --- talking ----------------------------------------------------------------------------------------------------
+
+    def _patiently(self, ask: Callable[..., T], *args: Any) -> T:
+        """The endpoint's answer to `ask(*args)`, asked for again while it may still come."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(TransientError),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+            stop=tenacity.stop_before_delay(self.model.deadline),
+            reraise=True,
+        )
+        try:
+            return retrying(self._once, ask, *args)
+        except TransientError as error:
+            trouble = self._fatal(str(error), "Run the same command later: batches under way are found again")
+        raise trouble
+
+    def _once(self, ask: Callable[..., T], *args: Any) -> T:
+        trouble: ModelError  # raised outside of the handlers: the SDK's errors know the key
+        try:
+            return ask(*args)
+        except openai.APIStatusError as error:
+            message = scrubbed(error.message, self.secret)
+            code, wait = error.code or error.type or "", asked_wait(error.response.headers)
+            trouble = failure(self.model, error.status_code, code, message, wait)
+        except (openai.APIConnectionError, httpx2.HTTPError, OSError) as error:
+            trouble = TransientError(f"the connection broke ({type(error).__name__})")
+        raise trouble
+
+    def _fatal(self, reason: str, way_out: str) -> FatalEndpointError:
+        return FatalEndpointError(self.model.base_url, self.model.model, reason, way_out)

@@ -1,0 +1,516 @@
+"""Asks an OpenAI-compatible endpoint: many requests at a time, none of them twice, all within the budget.
+
+    answer_all ── journal.find ──► answered before: no request, no key needed
+        └── a call of one event loop
+              feeder    claims requests in groups: not answered, not asked by another process, within the caps
+              workers   one request at a time each; try again what may work (tenacity); stop at what cannot
+              writer    makes finished answers durable, many in one transaction, before anyone sees them
+
+Knows nothing of teachers, pools or Prefect. Requests go through the SDK's `post`, which keeps its transport,
+its authentication and its errors, and spares the building of response objects that nobody looks at.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import aiohttp
+import httpx2
+import openai
+import tenacity
+
+from storage.journal import Answer, Claimed, Journal, Loss, Wish, now
+from tasks.models.batch import answer_by_batch
+from tasks.models.budget import Account, budget_reached
+from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status
+from tasks.models.endpoint import OpenAIModel, headers_of, key_of
+from tasks.models.errors import ModelError, RequestFailed, TooManyFailures, TransientError, scrubbed
+from tasks.models.pacing import Gate, Pace, Throttle, asked_wait
+from tasks.models.prices import Price, price_of
+from tasks.models.wire import (
+    FILTER_CODES,
+    Said,
+    Usage,
+    answer_of,
+    body_of,
+    dialect_as_text,
+    dialect_from_text,
+    failure,
+    keyer,
+    narrower,
+    reply_of,
+    said,
+    wish_of,
+)
+
+COMMIT_SECONDS = 0.02  # how long finished answers gather before they are made durable together
+POLL_SECONDS = 0.25  # between two looks at what other processes are doing
+PROGRESS_SECONDS = 0.5
+CONNECT_SECONDS = 10
+DRAIN_SECONDS = 60  # after Ctrl-C: how long requests under way, which are paid for, may still take
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
+KEYS_AT_ONCE = 1000
+
+# The SDK tells the endpoint about this machine in each request; to leave that out also saves a tenth of the time.
+NO_TELEMETRY: Any = {
+    f"X-Stainless-{name}": openai.Omit()
+    for name in ("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async")
+}
+
+T = TypeVar("T")
+
+
+def answer_all(
+    model: OpenAIModel, requests: Sequence[Request], sampling: Sampling, account: Account, on_progress: OnProgress
+) -> list[Reply]:
+    """Replies in the order of the requests. What was answered before, in any run, costs nothing.
+
+    Raises:
+        FatalEndpointError: a wrong key, an unknown model, no quota, a request the endpoint does not take.
+        BudgetReached: the next request could pass a cap.
+        TooManyFailures: more than `max_failed_share` of the requests stayed without an answer.
+        UnknownPrice: the model needs a price.
+
+    Whichever is raised, every answer that arrived is in the journal, and the same call goes on from there.
+    """
+    price = price_of(model.model, model.price)
+    with Journal() as journal:
+        call = _Call(model, requests, sampling, account, price, journal, on_progress)
+        call.look_up()
+        if call.missing and model.mode == "batch":
+            missing = {key: requests[index] for key, index in call.missing.items()}
+            answer_by_batch(model, missing, sampling, account, price and price.batched(), journal, on_progress)
+            call.look_up()  # what the batches left unanswered goes the ordinary way
+        if call.missing:
+            asyncio.run(call.ask())
+        return call.finished()
+
+
+@dataclass(slots=True)
+class _Question:
+    """A request on its way."""
+
+    index: int  # in the call's requests
+    wish: Wish
+    attempts: int = 0
+    lost: int = 0  # attempts that may have been billed without an answer
+    sent_at: float = 0.0
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """A request at its end: an answer, or why there is none."""
+
+    question: _Question
+    answer: Answer | None
+    error: str | None = None
+
+
+class _Call:
+    """One `answer_all` while it runs."""
+
+    def __init__(
+        self,
+        model: OpenAIModel,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        account: Account,
+        price: Price | None,
+        journal: Journal,
+        on_progress: OnProgress,
+    ):
+        self.model, self.requests, self.sampling, self.account = model, requests, sampling, account
+        self.price, self.journal, self.on_progress = price, journal, on_progress
+        self.replies: list[Reply | None] = [None] * len(requests)
+        self.missing: dict[str, int] = {}  # key -> index of the request
+        self.twins: list[tuple[int, int]] = []  # (index, index of an equal request before it)
+        self.failures: Counter[str] = Counter()
+        self.error: BaseException | None = None
+        self.feeder: asyncio.Task[None] | None = None
+        self.workers: list[asyncio.Task[None]] = []
+        self.usd = 0.0
+        self.done = self.found = 0
+        self.reported_at = 0.0
+
+    # --- before and after -------------------------------------------------------------------------------------------
+
+    def look_up(self) -> None:
+        """Fill in the replies that the journal has; the rest is `missing`."""
+        key_of_request = keyer(self.model, self.sampling)
+        self.found, self.twins = 0, []
+        firsts: dict[str, int] = {}
+        for start in range(0, len(self.requests), KEYS_AT_ONCE):
+            part = range(start, min(start + KEYS_AT_ONCE, len(self.requests)))
+            keys = {index: key_of_request(self.requests[index]) for index in part}
+            found = self.journal.find(keys.values())
+            for index, key in keys.items():
+                if key in found:
+                    self.replies[index] = reply_of(self.requests[index].id, found[key])
+                    self.found += 1
+                elif key in firsts:
+                    self.twins.append((index, firsts[key]))
+                else:
+                    firsts[key] = index
+        self.missing = firsts
+        self.done = self.found
+
+    def finished(self) -> list[Reply]:
+        """All replies, once nothing is missing any more."""
+        for index, first in self.twins:
+            original = self.replies[first]
+            assert original is not None
+            self.replies[index] = replace(original, id=self.requests[index].id)
+        replies = [reply for reply in self.replies if reply is not None]
+        assert len(replies) == len(self.requests)
+        self.on_progress(len(replies), len(replies), self.figures())
+        return replies
+
+    def figures(self) -> dict[str, Any]:
+        """What is worth showing while it runs."""
+        shown: dict[str, Any] = {"usd": round(self.usd, 6)}
+        if self.found:
+            shown["from journal"] = self.found
+        if self.failures:
+            shown["failed"] = self.failures.total()
+        return shown
+
+    # --- the call ---------------------------------------------------------------------------------------------------
+
+    async def ask(self) -> None:
+        """Ask for all that is missing, and return when every answer is durable."""
+        work = asyncio.ensure_future(self._ask())
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self.stop(asyncio.CancelledError())
+            await asyncio.wait([work], timeout=DRAIN_SECONDS)
+            raise
+
+    async def _ask(self) -> None:
+        self.secret, self.url = key_of(self.model), f"{self.model.base_url}/chat/completions"
+        self.dialect_name = f"dialect {self.model.base_url} {self.model.model}"
+        self.dialect = dialect_from_text(self.journal.recall(self.dialect_name))
+        self.throttle, self.gate = Throttle(self.model.max_concurrency), Gate()
+        self.requests_pace, self.tokens_pace = Pace(self.model.requests_per_minute), Pace(self.model.tokens_per_minute)
+        self.queue: asyncio.Queue[_Question | None] = asyncio.Queue()
+        self.outcomes: list[_Outcome] = []
+        self.unsettled = 0  # claimed, and not yet durable
+        self.settled, self.arrived = asyncio.Event(), asyncio.Event()
+        self.flying: set[asyncio.Task[None]] = set()  # workers whose request is with the endpoint: not to be disturbed
+        self.closing = False
+        self.retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(self._worth_another_try),
+            wait=self._wait,
+            stop=tenacity.stop_before_delay(self.model.deadline),
+            reraise=True,
+        )
+        limits = httpx2.Limits(max_connections=self.model.max_concurrency + 1)
+        self.timeout = httpx2.Timeout(self.model.timeout, connect=CONNECT_SECONDS)
+        with ThreadPoolExecutor(1, "journal") as self.thread:
+            async with openai.AsyncOpenAI(
+                api_key=self.secret,
+                base_url=self.model.base_url,
+                default_headers=NO_TELEMETRY | headers_of(self.model),
+                max_retries=0,
+                http_client=openai.DefaultAioHttpClient(limits=limits, timeout=self.timeout),
+            ) as self.client:
+                await self._run_tasks()
+        if self.error is not None:
+            raise self.error
+
+    async def _run_tasks(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                writer = group.create_task(self._write())
+                self.feeder = group.create_task(self._feed())
+                count = min(self.model.max_concurrency, len(self.missing))
+                self.workers = [group.create_task(self._work()) for _ in range(count)]
+                await asyncio.wait([self.feeder, *self.workers])
+                self.closing = True
+                self.arrived.set()
+                await writer
+        except BaseExceptionGroup as group_error:  # a fault of ours, or of the disk: one is enough to be told
+            raise group_error.exceptions[0] from None
+
+    def stop(self, error: BaseException) -> None:
+        """Send nothing more. What is with the endpoint is paid for: it is awaited and kept."""
+        if self.error is None:
+            self.error = error
+            here = asyncio.current_task()
+            for task in (self.feeder, *self.workers):
+                if task and task is not here and task not in self.flying:
+                    task.cancel()
+
+    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
+
+    # --- the feeder -------------------------------------------------------------------------------------------------
+
+    async def _feed(self) -> None:
+        """Claim what is missing, group by group, just ahead of the workers."""
+        fresh = iter(self.missing.items())
+        ready: deque[_Question] = deque()  # to be claimed, in order
+        elsewhere: deque[_Question] = deque()  # another process is asking
+        ahead = 2 * self.model.max_concurrency
+        looked_at = time.monotonic()
+        while self.error is None:
+            while len(ready) < ahead and (question := self._next(fresh)):
+                ready.append(question)
+            if elsewhere and (not ready or time.monotonic() - looked_at > POLL_SECONDS):
+                if not ready:
+                    await asyncio.sleep(POLL_SECONDS)
+                looked_at = time.monotonic()
+                ready.extendleft(reversed(elsewhere))
+                elsewhere.clear()
+            if not ready:
+                break
+            while (room := ahead - self.unsettled) < min(len(ready), self.model.max_concurrency // 2 + 1):
+                await self._until_settled()
+            group = [ready.popleft() for _ in range(min(room, len(ready)))]
+            claimed = await self._claim([question.wish for question in group])
+            for question in group:
+                key = question.wish.key
+                if key in claimed.granted:
+                    self.unsettled += 1
+                    self.queue.put_nowait(question)
+                elif key in claimed.answered:
+                    self.replies[question.index] = reply_of(self.requests[question.index].id, claimed.answered[key])
+                    self.done += 1
+                elif key in claimed.elsewhere:
+                    elsewhere.append(question)
+            refused = [q for q in group if self._is_refused(q.wish.key, claimed)]
+            ready.extendleft(reversed(refused))
+            if claimed.over and not claimed.granted:
+                if claimed.over.reserved.requests == 0:
+                    self.stop(budget_reached(claimed.over, refused[0].wish))
+                    break
+                await self._until_settled(POLL_SECONDS)
+        for _ in self.workers:
+            self.queue.put_nowait(None)
+
+    def _next(self, fresh: Iterable[tuple[str, int]]) -> _Question | None:
+        for key, index in fresh:
+            return _Question(index, wish_of(key, self.requests[index], self.sampling, self.price))
+        return None
+
+    @staticmethod
+    def _is_refused(key: str, claimed: Claimed) -> bool:
+        return not (key in claimed.granted or key in claimed.answered or key in claimed.elsewhere)
+
+    async def _claim(self, wishes: list[Wish]) -> Claimed:
+        account = self.account
+        return await self._in_thread(self.journal.claim, account.run_id, account.role, wishes, account.caps())
+
+    async def _until_settled(self, seconds: float | None = None) -> None:
+        self.settled.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.settled.wait()
+
+    # --- a worker ---------------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while self.error is None and (question := await self.queue.get()):
+            try:
+                self._settle(_Outcome(question, await self._answered(question)))
+            except (TransientError, RequestFailed) as error:
+                self._settle(_Outcome(question, None, str(error)))
+            except asyncio.CancelledError:  # stopped between two attempts: the first may have cost something
+                self._settle(_Outcome(question, None, "stopped"))
+                raise
+            except ModelError as error:
+                self._settle(_Outcome(question, None, str(error)))
+                self.stop(error)
+
+    async def _answered(self, question: _Question) -> Answer:
+        """The answer, at the first attempt or, from its failure on, at as many as tenacity lets us make.
+
+        Most requests succeed at once, and tenacity's setting up would be a twentieth of all our work.
+        """
+        try:
+            return await self._attempt(question)
+        except TransientError as error:
+            failed = [error]
+
+        async def again() -> Answer:
+            if failed:
+                raise failed.pop()
+            return await self._attempt(question)
+
+        return await self.retrying.copy()(again)
+
+    def _settle(self, outcome: _Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.arrived.set()
+
+    def _worth_another_try(self, error: BaseException) -> bool:
+        return isinstance(error, TransientError) and self.error is None
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """Back-off with jitter, and never less than the endpoint asks for."""
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.wait if isinstance(error, TransientError) else None
+        if asked == 0:
+            return 0
+        backoff = tenacity.wait_random_exponential(multiplier=FIRST_BACKOFF, max=LONGEST_BACKOFF)(state)
+        return backoff if asked is None else asked + min(backoff, 1 + asked / 4)
+
+    async def _attempt(self, question: _Question) -> Answer:
+        """Send a request once."""
+        if question.lost:  # that attempt may have used up what was reserved: ask for as much again
+            claimed = await self._claim([question.wish])
+            if claimed.over:
+                raise budget_reached(claimed.over, question.wish)
+        await self.gate.passed()
+        await self.requests_pace.take(1)
+        await self.tokens_pace.take(question.wish.tokens)
+        await self.throttle.acquire()
+        question.attempts += 1
+        question.sent_at = time.monotonic()
+        used = 0
+        try:
+            heard = await self._exchange(question)
+            used = heard.usage.prompt_tokens + heard.usage.completion_tokens
+            self.throttle.speed_up()
+            return self._answer(question, heard)
+        except TransientError as error:
+            question.lost += error.maybe_billed
+            if error.hurried:
+                self.throttle.slow_down(question.sent_at)
+                self.gate.close_for(min(error.wait or 0, self.model.deadline))
+            raise
+        finally:
+            self.throttle.release()
+            self.tokens_pace.give_back(question.wish.tokens - used)
+
+    async def _exchange(self, question: _Question) -> Said:
+        """The request, and what came back of it, in our terms."""
+        dialect = self.dialect
+        body = body_of(self.model, self.sampling, self.requests[question.index], dialect)
+        # A gateway that knows how can recognise a repetition by the key, and we can find a request in its log.
+        key = question.wish.key
+        headers = {"Idempotency-Key": key}
+        here = asyncio.current_task()
+        assert here is not None
+        self.flying.add(here)
+        trouble: ModelError | None = None  # raised outside of the handlers: the SDK's errors know the key
+        try:
+            async with asyncio.timeout(self.model.timeout):
+                response = await self.client.post(
+                    self.url,
+                    cast_to=httpx2.Response,
+                    body=body,
+                    options={
+                        "headers": headers,
+                        "idempotency_key": key,
+                        "timeout": self.timeout,
+                        "params": {},
+                        "max_retries": 0,
+                    },
+                )
+            return said(json.loads(response.content), question.wish, self.sampling)
+        except openai.APIStatusError as error:
+            status, message = error.status_code, scrubbed(error.message, self.secret)
+            message = message.removeprefix(f"Error code: {status} - ")
+            code, wait = error.code or error.type or "", asked_wait(error.response.headers)
+        except TimeoutError:
+            trouble = TransientError(f"no answer within {self.model.timeout:g} s", maybe_billed=True)
+        except (openai.APIConnectionError, aiohttp.ClientError, httpx2.HTTPError, OSError) as error:
+            trouble = _broken(error)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            trouble = TransientError("a body that is not JSON", maybe_billed=True)
+        finally:
+            self.flying.discard(here)
+        if trouble:
+            raise trouble
+        if status in {400, 403} and code in FILTER_CODES:
+            return Said("", None, Status.FILTERED, "content_filter", Usage(0, 0, 0))
+        if found := narrower(dialect, status, message, body):
+            await self._speak(dialect, found)
+            raise TransientError(message, wait=0)
+        raise failure(self.model, status, code, message, wait)
+
+    async def _speak(self, used: Any, found: Any) -> None:
+        """Go on in the dialect found, unless somebody changed it while this request was under way."""
+        if self.dialect == used:
+            self.dialect = found
+            await self._in_thread(self.journal.remember, self.dialect_name, dialect_as_text(found))
+
+    def _answer(self, question: _Question, heard: Said) -> Answer:
+        return answer_of(
+            heard,
+            key=question.wish.key,
+            run_id=self.account.run_id,
+            role=self.account.role,
+            iteration=self.account.iteration,
+            model=self.model,
+            price=self.price,
+            latency_seconds=round(time.monotonic() - question.sent_at, 4),
+            attempts=question.attempts,
+        )
+
+    # --- the writer -------------------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        """Make what arrived durable, then visible."""
+        while not (self.closing and not self.outcomes):
+            await self.arrived.wait()
+            if not self.closing:
+                await asyncio.sleep(COMMIT_SECONDS)
+                self.arrived.clear()
+            group, self.outcomes = self.outcomes, []
+            answers = [outcome.answer for outcome in group if outcome.answer]
+            losses = [self._loss(outcome.question) for outcome in group if outcome.question.lost]
+            release = [outcome.question.wish.key for outcome in group if not outcome.answer]
+            await self._in_thread(self.journal.add, answers, losses, release)
+            self.unsettled -= len(group)
+            for outcome in group:
+                self._show(outcome)
+            self.settled.set()
+            if time.monotonic() - self.reported_at > PROGRESS_SECONDS:
+                self.reported_at = time.monotonic()
+                self.on_progress(self.done, len(self.requests), self.figures())
+            allowed = self.model.max_failed_share
+            if self.failures.total() > allowed * len(self.requests):
+                reasons = dict(self.failures)
+                self.stop(TooManyFailures(self.failures.total(), len(self.requests), allowed, reasons))
+
+    def _loss(self, question: _Question) -> Loss:
+        account, wish = self.account, question.wish
+        return Loss(
+            account.run_id,
+            account.role,
+            account.iteration,
+            self.model.model,
+            wish.tokens * question.lost,
+            wish.usd * question.lost,
+            now(),
+        )
+
+    def _show(self, outcome: _Outcome) -> None:
+        index, answer = outcome.question.index, outcome.answer
+        id = self.requests[index].id
+        self.done += 1
+        if answer:
+            self.replies[index] = reply_of(id, answer)
+            self.usd += answer.cost_usd or 0
+        elif self.error is None:
+            self.replies[index] = Reply(id, Status.FAILED, None, model=self.model.model, error=outcome.error)
+            self.failures[outcome.error or ""] += 1
+
+
+def _broken(error: BaseException) -> TransientError:
+    """A connection that broke. Before the request could be sent nothing was billed; after it, who knows."""
+    sent = True
+    while error.__cause__ is not None:
+        sent = sent and not isinstance(error, aiohttp.ClientConnectorError)
+        error = error.__cause__
+    sent = sent and not isinstance(error, aiohttp.ClientConnectorError)
+    reason = f"{'the connection broke' if sent else 'no connection'} ({type(error).__name__})"
+    return TransientError(reason, maybe_billed=sent)

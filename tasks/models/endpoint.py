@@ -1,0 +1,150 @@
+"""Settings of a model behind an OpenAI-compatible endpoint.
+
+A field marked *operational* does not change what an answer may be, so it is in no key of cache or journal.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.config import JsonDict
+
+from tasks.models.errors import FatalEndpointError
+from tasks.models.prices import Price
+
+OPERATIONAL: JsonDict = {"operational": True}
+OURS = {
+    "model",
+    "messages",
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "max_completion_tokens",
+    "stop",
+    "response_format",
+    "n",
+    "stream",
+}
+SECRET_HEADER = re.compile(r"key|token|auth|secret|cookie", re.IGNORECASE)
+
+
+class OpenAIModel(BaseModel):
+    """A model behind Chat Completions: OpenAI itself, vLLM, Ollama, llama.cpp, a gateway."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["openai"] = "openai"
+    model: str = Field(min_length=1, description="The model's name, as the endpoint spells it.")
+    base_url: str = Field(
+        "https://api.openai.com/v1", pattern=r"^https?://", description="Where the API is, with its version: `.../v1`."
+    )
+    extra_body: dict[str, Any] = Field(
+        {}, description="Further fields of a request, as the endpoint knows them: `{reasoning_effort: low}`."
+    )
+    api_key_env: str | None = Field(
+        "OPENAI_API_KEY",
+        description="Name of the environment variable that holds the key, on the machine that runs the stage. "
+        "Null where the endpoint needs none.",
+        json_schema_extra=OPERATIONAL,
+    )
+    api_key_file: str | None = Field(
+        None, description="A file that holds the key (a mounted secret). Goes before `api_key_env`.",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
+    headers: dict[str, str] = Field(
+        {}, description="Further headers. A secret is named, not written: `{api-key: $AZURE_KEY}`.",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
+    price: Price | Literal["free"] | None = Field(
+        None, description="Dollars per million tokens, or `free`. Null: from the table in `prices.yaml`.",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
+    mode: Literal["online", "batch"] = Field(
+        "online", description="batch: the Batch API, cheaper and within a day.", json_schema_extra=OPERATIONAL
+    )
+    batch_deadline: float = Field(
+        86_400, ge=0, le=14 * 86_400, json_schema_extra=OPERATIONAL,
+        description="Seconds to wait for batches; what is not done then goes by ordinary requests.",
+    )  # fmt: skip
+    batch_poll: float = Field(
+        30, gt=0, le=3600, description="Seconds between two looks at a batch.", json_schema_extra=OPERATIONAL
+    )
+    max_concurrency: int = Field(
+        32, ge=1, le=2048, description="Requests under way at most. Halves when the endpoint says it is too much.",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
+    requests_per_minute: int | None = Field(None, ge=1, description="Null: no limit.", json_schema_extra=OPERATIONAL)
+    tokens_per_minute: int | None = Field(None, ge=1, description="Null: no limit.", json_schema_extra=OPERATIONAL)
+    timeout: float = Field(
+        120, gt=0, le=3600, description="Seconds for one attempt, answer included.", json_schema_extra=OPERATIONAL
+    )
+    deadline: float = Field(
+        600, ge=0, le=86_400, description="Seconds in which a request is tried again. 0: one attempt.",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
+    max_failed_share: float = Field(
+        0.01, ge=0, le=1, description="Share of a call's requests that may stay without an answer. Above it, it fails.",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_slash(cls, base_url: str) -> str:
+        return base_url.rstrip("/")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _not_ours(cls, extra_body: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(extra_body.keys() & OURS):
+            raise ValueError(
+                f"extra_body has {', '.join(taken)}: set that by the model's and the sampling's own fields"
+            )
+        return extra_body
+
+    @field_validator("headers")
+    @classmethod
+    def _secrets_are_named(cls, headers: dict[str, str]) -> dict[str, str]:
+        for name, value in headers.items():
+            if SECRET_HEADER.search(name) and not value.startswith("$"):
+                raise ValueError(
+                    f"the header {name} looks like a secret: put it into the environment and write ${name}"
+                )
+        return headers
+
+
+def key_of(model: OpenAIModel) -> str:
+    """The key, read where and when it is used. "none" for an endpoint that wants none: the SDK wants some.
+
+    Raises:
+        FatalEndpointError: it is not there.
+    """
+    if model.api_key_file:
+        try:
+            return Path(model.api_key_file).read_text().strip()
+        except OSError as error:
+            reason = f"the key file {model.api_key_file} cannot be read ({error.strerror})"
+            raise FatalEndpointError(model.base_url, model.model, reason, "Mount it, or correct api_key_file") from None
+    if model.api_key_env is None:
+        return "none"
+    if not (key := os.environ.get(model.api_key_env, "").strip()):
+        reason = f"there is no API key: the environment variable {model.api_key_env} is not set"
+        way_out = f"Set it where the stage runs (export {model.api_key_env}=...), or name another one in api_key_env"
+        raise FatalEndpointError(model.base_url, model.model, reason, way_out)
+    return key
+
+
+def headers_of(model: OpenAIModel) -> dict[str, str]:
+    """The further headers, with `$NAME` replaced by the environment's NAME.
+
+    Raises:
+        FatalEndpointError: the environment has no such name.
+    """
+    headers = {}
+    for name, value in model.headers.items():
+        if value.startswith("$") and value[1:] not in os.environ:
+            reason = f"the header {name} names the environment variable {value[1:]}, which is not set"
+            raise FatalEndpointError(model.base_url, model.model, reason, "Set it where the stage runs")
+        headers[name] = os.environ[value[1:]] if value.startswith("$") else value
+    return headers

@@ -1,0 +1,233 @@
+"""Between our requests and replies and what goes over the wire. Pure: sends nothing, keeps nothing.
+
+An endpoint's *dialect* is what it was found not to understand: some know no JSON schema, some no `max_tokens`.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from storage.files import digest_of
+from storage.journal import Answer, Wish, now
+from tasks.models.chat import Reply, Request, Sampling, Status, status_of
+from tasks.models.endpoint import OpenAIModel
+from tasks.models.errors import FatalEndpointError, RequestFailed, TransientError
+from tasks.models.prices import Price
+
+TRANSIENT_CODES = {408, 409, 425, 429}  # and all from 500 on
+QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
+FILTER_CODES = {"content_filter", "content_policy_violation", "invalid_prompt"}
+TOO_LONG_CODES = {"context_length_exceeded", "string_above_max_length"}
+FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output")
+TOKENS_AROUND_A_MESSAGE = 16  # role and separators; real templates take 3 to 8
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What an endpoint understands."""
+
+    response_format: str = "json_schema"  # then json_object, then text
+    max_tokens: str = "max_tokens"  # or max_completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one exchange used."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What an endpoint answered."""
+
+    model: str
+    text: str | None
+    status: Status
+    finish_reason: str | None
+    usage: Usage
+
+
+def keyer(model: OpenAIModel, sampling: Sampling) -> Callable[[Request], str]:
+    """The function that gives a request's key in the journal: the digest of all that decides its answer."""
+    common = {
+        "endpoint": model.base_url,
+        "model": model.model,
+        "extra_body": model.extra_body,
+        "sampling": sampling.model_dump(mode="json"),
+    }
+
+    def key_of_request(request: Request) -> str:
+        if request.prompt is not None:
+            raise ValueError(f"request {request.id} continues a plain text: an endpoint takes messages")
+        return digest_of(
+            common | {"messages": request.messages, "schema": request.response_schema, "draw": request.draw}
+        )
+
+    return key_of_request
+
+
+def body_of(model: OpenAIModel, sampling: Sampling, request: Request, dialect: Dialect) -> dict[str, Any]:
+    """The body of a Chat Completions request. What equals the API's own default is left out."""
+    body: dict[str, Any] = {
+        "model": model.model,
+        "messages": request.messages,
+        "temperature": sampling.temperature,
+        dialect.max_tokens: sampling.max_tokens,
+    }
+    if sampling.top_p != 1:
+        body["top_p"] = sampling.top_p
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if request.response_schema is not None:
+        if dialect.response_format == "json_schema":
+            schema = {"name": "answer", "strict": True, "schema": request.response_schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif dialect.response_format == "json_object":
+            body["response_format"] = {"type": "json_object"}
+    return body | model.extra_body
+
+
+def wish_of(key: str, request: Request, sampling: Sampling, price: Price | None) -> Wish:
+    """A request with the most that it can use.
+
+    No tokenizer is at hand, and none is needed: a byte-level BPE token stands for at least one byte, so the
+    bytes of a text bound its tokens from above. The bound is about four times too high for English prose,
+    which only matters for the moment until the real usage is known.
+    """
+    prompt = sum(
+        TOKENS_AROUND_A_MESSAGE + sum(len(text.encode()) for text in message.values()) for message in request.messages
+    )
+    if request.response_schema is not None:
+        prompt += len(json.dumps(request.response_schema)) + TOKENS_AROUND_A_MESSAGE
+    usd = price.worst(prompt, sampling.max_tokens) if price else 0.0
+    return Wish(key, prompt + sampling.max_tokens, usd)
+
+
+def said(payload: Any, wish: Wish, sampling: Sampling) -> Said:
+    """What an answered request says.
+
+    Raises:
+        TransientError: it is not an answer: no choices, an error in place of one.
+    """
+    try:
+        choice = payload["choices"][0]
+        message = choice["message"]
+        text, finish_reason = message.get("content"), choice.get("finish_reason")
+        if finish_reason == "error" or not isinstance(text, str | None):
+            raise TypeError
+        usage = _usage(payload.get("usage"), text or "", wish, sampling)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise TransientError("a reply without an answer in it", maybe_billed=True) from None
+    status = Status.REFUSED if message.get("refusal") else status_of(text, finish_reason)
+    return Said(str(payload.get("model") or ""), text or message.get("refusal"), status, finish_reason, usage)
+
+
+def _usage(usage: dict[str, Any] | None, text: str, wish: Wish, sampling: Sampling) -> Usage:
+    """Tokens as the endpoint counts them. One that does not count gets the upper bounds."""
+    if not usage:
+        return Usage(wish.tokens - sampling.max_tokens, 0, min(len(text.encode()), sampling.max_tokens))
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return Usage(int(usage.get("prompt_tokens") or 0), int(cached), int(usage.get("completion_tokens") or 0))
+
+
+def answer_of(
+    heard: Said,
+    *,
+    key: str,
+    run_id: str,
+    role: str,
+    iteration: int,
+    model: OpenAIModel,
+    price: Price | None,
+    latency_seconds: float,
+    attempts: int,
+) -> Answer:
+    """What was heard, as it goes into the journal."""
+    usage = heard.usage
+    return Answer(
+        key=key,
+        run_id=run_id,
+        role=role,
+        iteration=iteration,
+        endpoint=model.base_url,
+        model=model.model,
+        model_returned=heard.model,
+        text=heard.text,
+        status=heard.status.value,
+        finish_reason=heard.finish_reason,
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        cost_usd=price.cost(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) if price else None,
+        price=price.as_row() if price else None,
+        latency_seconds=latency_seconds,
+        attempts=attempts,
+        created=now(),
+    )
+
+
+def reply_of(id: str, answer: Answer) -> Reply:
+    """An answer of the journal as the reply to the request `id`."""
+    return Reply(
+        id=id,
+        status=Status(answer.status),
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        model=answer.model_returned or answer.model,
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+    )
+
+
+def narrower(dialect: Dialect, status: int, message: str, body: Mapping[str, Any]) -> Dialect | None:
+    """The dialect to go on with where a rejection says that the endpoint does not know a field that we sent."""
+    message = message.lower()
+    if status not in {400, 422}:
+        return None
+    if "max_completion_tokens" in message and "max_tokens" in body:
+        return replace(dialect, max_tokens="max_completion_tokens")
+    if "response_format" in body and any(word in message for word in FORMAT_WORDS) and "invalid schema" not in message:
+        steps = {"json_schema": "json_object", "json_object": "text"}
+        sent = body["response_format"]["type"]
+        return replace(dialect, response_format=steps[sent])
+    return None
+
+
+def failure(
+    model: OpenAIModel, status: int, code: str, message: str, wait: float | None
+) -> FatalEndpointError | TransientError | RequestFailed:
+    """What a rejection means. `message` holds no secrets any more."""
+    if status == 402 or code in QUOTA_CODES or "exceeded your current quota" in message:
+        return _fatal(model, f"no quota left ({message})", "Top up or raise the limit of the account")
+    if status in TRANSIENT_CODES or status >= 500:
+        return TransientError(_named(status, message), wait=wait, hurried=status == 429)
+    if status in {401, 403}:
+        where = model.api_key_file or f"${model.api_key_env}"
+        return _fatal(model, f"the key was rejected ({status} {message})", f"Check the key in {where}, and its rights")
+    if status == 404:
+        return _fatal(model, f"not found ({message})", "Check the model's name and base_url")
+    if code in TOO_LONG_CODES or status == 413:
+        return RequestFailed(_named(status, "the prompt is too long for the model"))
+    return _fatal(model, f"the request was rejected ({status} {message})", "Change the setting that it names")
+
+
+def _fatal(model: OpenAIModel, reason: str, way_out: str) -> FatalEndpointError:
+    return FatalEndpointError(model.base_url, model.model, reason, way_out)
+
+
+def _named(status: int, message: str) -> str:
+    return f"HTTP {status}: {' '.join(message.split())[:100]}"
+
+
+def dialect_as_text(dialect: Dialect) -> str:
+    """For the journal, which remembers it."""
+    return json.dumps(asdict(dialect))
+
+
+def dialect_from_text(text: str | None) -> Dialect:
+    """What the journal remembers, or what everybody ought to understand."""
+    return Dialect(**json.loads(text)) if text else Dialect()

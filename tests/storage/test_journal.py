@@ -1,0 +1,213 @@
+"""The journal: what is answered stays answered, what is claimed is claimed once, and no cap is passed."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from storage.files import StorageError
+from storage.journal import MIGRATIONS, Answer, Batch, Cap, Journal, Loss, Totals, Wish, now
+
+ROOT = Path(__file__).parents[2]
+ANSWER = Answer(
+    key="k1",
+    run_id="run",
+    role="teacher",
+    iteration=1,
+    endpoint="http://e/v1",
+    model="m",
+    model_returned="m-1",
+    text="Grüße, 世界",
+    status="ok",
+    finish_reason="stop",
+    prompt_tokens=10,
+    cached_tokens=4,
+    completion_tokens=5,
+    cost_usd=0.25,
+    price='{"input":1}',
+    latency_seconds=0.5,
+    attempts=2,
+    created="2026-01-02T03:04:05.000+00:00",
+)
+
+
+@pytest.fixture
+def journal(home: Path):
+    with Journal() as journal:
+        yield journal
+
+
+def wishes(*keys: str, tokens: int = 10, usd: float = 0.1) -> list[Wish]:
+    return [Wish(key, tokens, usd) for key in keys]
+
+
+def test_an_answer_is_found_as_it_was_written(journal: Journal) -> None:
+    free = replace(ANSWER, key="k2", text=None, finish_reason=None, cost_usd=None, price=None)
+    journal.add([ANSWER, free])
+    assert journal.find(["k1", "k2", "k3"]) == {"k1": ANSWER, "k2": free}
+
+
+def test_an_answer_outlives_the_journal_object(home: Path) -> None:
+    with Journal() as journal:
+        journal.add([ANSWER])
+    with Journal() as journal:
+        assert journal.find(["k1"]) == {"k1": ANSWER}
+
+
+def test_an_answer_is_there_after_kill_9(home: Path) -> None:
+    code = (
+        "import os, signal; from storage.journal import *; from tests.storage.test_journal import ANSWER\n"
+        "j = Journal(); j.add([ANSWER]); j.claim('run', 'teacher', [Wish('k9', 1, 1.0)], [])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    with Journal() as journal:
+        assert journal.find(["k1"]) == {"k1": ANSWER}
+        assert journal.claim("run", "teacher", wishes("k9"), []).granted == {"k9"}  # the dead hold nothing
+    assert [path.name for path in (home / "locks").iterdir()] == ["journal-opening.lock"]
+
+
+def test_an_answer_is_never_overwritten_nor_charged_twice(journal: Journal) -> None:
+    journal.add([ANSWER])
+    journal.add([replace(ANSWER, text="another", cost_usd=9.0)])
+    assert journal.find(["k1"])["k1"].text == ANSWER.text
+    assert journal.spent("run") == Totals(0.25, 1, 15)
+
+
+def test_thousands_of_keys_are_looked_up_at_once(journal: Journal) -> None:
+    journal.add([replace(ANSWER, key=f"k{number}") for number in range(5000)])
+    assert len(journal.find([f"k{number}" for number in range(60_000)])) == 5000
+
+
+def test_spend_is_told_by_role_iteration_model_and_day(journal: Journal) -> None:
+    journal.add([ANSWER, replace(ANSWER, key="k2"), replace(ANSWER, key="k3", role="referee", cost_usd=None)])
+    journal.add([replace(ANSWER, key="k4", run_id="other", created="2026-01-03T00:00:00+00:00")])
+    rows = journal.spend("run")
+    assert [(row.role, row.day, row.requests, row.usd) for row in rows] == [
+        ("referee", "2026-01-02", 1, 0.0),
+        ("teacher", "2026-01-02", 2, 0.5),
+    ]
+    assert (rows[1].prompt_tokens, rows[1].cached_tokens, rows[1].completion_tokens) == (20, 8, 10)
+    assert len(journal.spend()) == 3
+    assert journal.spent("run", "referee") == Totals(0.0, 1, 15)
+
+
+def test_what_may_have_been_billed_counts_towards_the_caps_and_is_told_apart(journal: Journal) -> None:
+    journal.add([ANSWER], [Loss("run", "teacher", 1, "m", 100, 0.5, ANSWER.created)])
+    (row,) = journal.spend("run")
+    assert (row.requests, row.usd, row.lost_requests, row.lost_usd) == (1, 0.25, 1, 0.5)
+    assert journal.spent("run") == Totals(0.75, 2, 115)
+
+
+def test_a_key_is_claimed_by_one_journal_only(home: Path) -> None:
+    with Journal() as one, Journal() as other:
+        assert one.claim("run", "teacher", wishes("a", "b"), []).granted == {"a", "b"}
+        claimed = other.claim("run", "teacher", wishes("b", "c"), [])
+        assert (claimed.granted, claimed.elsewhere) == ({"c"}, {"b"})
+        one.add([replace(ANSWER, key="b")], release=["a"])
+        claimed = other.claim("run", "teacher", wishes("a", "b"), [])
+        assert (claimed.granted, set(claimed.answered)) == ({"a"}, {"b"})
+
+
+def test_a_closed_journal_lets_go_of_its_claims(home: Path) -> None:
+    with Journal() as one:
+        one.claim("run", "teacher", wishes("a"), [])
+    with Journal() as other:
+        assert other.claim("run", "teacher", wishes("a"), []).granted == {"a"}
+
+
+@pytest.mark.parametrize("cap", [Cap(max_usd=0.35), Cap(max_requests=3), Cap(max_tokens=39), Cap("teacher", 0.3000001)])
+def test_claims_of_two_journals_never_pass_a_cap_together(home: Path, cap: Cap) -> None:
+    with Journal() as one, Journal() as other:
+        assert len(one.claim("run", "teacher", wishes("a", "b"), [cap]).granted) == 2
+        claimed = other.claim("run", "teacher", wishes("c", "d"), [cap])
+        assert claimed.granted == {"c"}
+        assert claimed.over and claimed.over.reserved.requests == 2
+
+
+def test_real_usage_makes_room_for_more(journal: Journal) -> None:
+    cap = Cap(max_usd=1.0)
+    assert journal.claim("run", "teacher", wishes("a", "b", usd=0.6), [cap]).granted == {"a"}
+    journal.add([replace(ANSWER, key="a", cost_usd=0.1)])
+    assert journal.claim("run", "teacher", wishes("b", usd=0.6), [cap]).granted == {"b"}
+
+
+def test_a_cap_of_one_role_does_not_bind_another(journal: Journal) -> None:
+    journal.add([ANSWER])
+    assert journal.claim("run", "teacher", wishes("a"), [Cap("teacher", max_requests=1)]).over
+    assert journal.claim("run", "referee", wishes("a"), [Cap("referee", max_requests=1)]).granted == {"a"}
+    assert not journal.claim("other run", "teacher", wishes("b"), [Cap(max_requests=1)]).over
+
+
+def test_claiming_again_reserves_as_much_again(journal: Journal) -> None:
+    cap = Cap(max_usd=0.25)
+    assert journal.claim("run", "teacher", wishes("a"), [cap]).granted
+    assert journal.claim("run", "teacher", wishes("a"), [cap]).granted
+    assert journal.claim("run", "teacher", wishes("a"), [cap]).over
+
+
+def test_the_claims_of_a_batch_outlive_its_process(home: Path) -> None:
+    batch = Batch("t", None, "creating", "run", "teacher", "http://e/v1", "m", ("a",), now())
+    with Journal() as journal:
+        journal.claim("run", "teacher", wishes("a"), [])
+        journal.keep_batch(batch)
+    with Journal() as journal:
+        assert journal.claim("run", "teacher", wishes("a"), []).elsewhere == {"a"}
+        assert journal.open_batches("http://e/v1", "m") == [batch]
+        journal.keep_batch(replace(batch, batch_id="b1", state="collected"))
+        assert journal.open_batches("http://e/v1", "m") == []
+        assert journal.claim("run", "teacher", wishes("a"), []).granted == {"a"}
+
+
+def test_what_was_learnt_is_remembered_for_all_processes(home: Path) -> None:
+    with Journal() as journal:
+        assert journal.recall("x") is None
+        journal.remember("x", "1")
+        journal.remember("x", "2")
+    with Journal() as journal:
+        assert journal.recall("x") == "2"
+
+
+def test_a_failed_transaction_leaves_nothing_behind(journal: Journal) -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.add([ANSWER, replace(ANSWER, key="k2", status=None)])  # type: ignore[arg-type]
+    assert journal.find(["k1", "k2"]) == {}
+    journal.add([ANSWER])
+    assert journal.find(["k1"])
+
+
+def test_a_journal_of_a_newer_version_is_refused_by_name(home: Path) -> None:
+    Journal().close()
+    db = sqlite3.connect(home / "journal.sqlite")
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    db.close()
+    with pytest.raises(StorageError, match="newer lion"):
+        Journal()
+
+
+def test_many_processes_share_one_journal(home: Path) -> None:
+    code = (
+        "import sys; from dataclasses import replace; from storage.journal import *\n"
+        "from tests.storage.test_journal import ANSWER\n"
+        "with Journal() as j:\n"
+        "    for n in range(0, 200, 20):\n"
+        "        keys = [f'k{i}' for i in range(n, n + 20)]\n"
+        "        granted = j.claim('run', 'teacher', [Wish(key, 1, 0.1) for key in keys], []).granted\n"
+        "        j.add([replace(ANSWER, key=key, text=sys.argv[1]) for key in sorted(granted)])\n"
+        "        print(len(granted))\n"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen([*command, str(n)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for n in range(4)
+    ]
+    counts = [sum(map(int, process.communicate()[0].split())) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sum(counts) == 200  # each was granted to exactly one
+    with Journal() as journal:
+        assert journal.spent("run").requests == 200

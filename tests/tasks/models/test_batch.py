@@ -1,0 +1,160 @@
+"""The Batch API against a real HTTP server: handed in once, found again after a crash, nothing paid twice."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.journal import Batch, Journal, Wish, now
+from tasks.models import batch as batch_module
+from tasks.models.budget import Account, Budget
+from tasks.models.chat import Reply, Request, Sampling, Status
+from tasks.models.client import answer_all
+from tasks.models.endpoint import OpenAIModel
+from tasks.models.errors import BudgetReached, FatalEndpointError
+from tasks.models.prices import Price
+from tasks.models.wire import keyer
+from tests.fake_openai import FakeOpenAI
+from tests.tasks.models.test_client import questions
+
+PRICE = Price(input=1.0, output=4.0, batch_input=0.5, batch_output=2.0)
+SAMPLING = Sampling(max_tokens=100)
+
+
+@pytest.fixture(autouse=True)
+def environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-0123456789abcdef")
+
+
+def settings(server: FakeOpenAI, **more: Any) -> OpenAIModel:
+    return OpenAIModel(
+        **{"model": "fake", "base_url": server.url, "price": PRICE, "mode": "batch", "batch_poll": 0.02, **more}
+    )
+
+
+def ask(server: FakeOpenAI, requests: list[Request], budget: Budget | None = None, **more: Any) -> list[Reply]:
+    account = Account(run_id="run", role="teacher", budget=budget or Budget())
+    return answer_all(settings(server, **more), requests, SAMPLING, account, lambda done, total, figures: None)
+
+
+def test_a_batch_answers_all_at_the_batch_price() -> None:
+    with FakeOpenAI() as server:
+        replies = ask(server, questions(20))
+        bill = server.bill()
+    assert [reply.id for reply in replies] == [f"r{n}" for n in range(20)]
+    assert {reply.status for reply in replies} == {Status.OK}
+    assert bill["distinct"] == 20 and bill["received"] == 0  # no ordinary request
+    with Journal() as journal:
+        cost = PRICE.batched().cost(bill["prompt_tokens"], 0, bill["completion_tokens"])
+        assert journal.spent("run").usd == pytest.approx(cost)
+        assert journal.open_batches(server.url, "fake") == []
+
+
+def test_a_batch_and_ordinary_requests_share_their_answers() -> None:
+    with FakeOpenAI() as server:
+        first = ask(server, questions(5))
+        assert ask(server, questions(5), mode="online") == first
+        assert server.bill()["requests"] == 5
+
+
+@pytest.mark.parametrize("fate", ["expire", "partly"])
+def test_finished_rows_are_kept_and_the_rest_is_handed_in_again(fate: str) -> None:
+    with FakeOpenAI() as server:
+        server.batch_script.append(fate)
+        assert {reply.status for reply in ask(server, questions(10))} == {Status.OK}
+        assert len(server.batches) == 2
+        assert server.bill()["twice"] == {} and server.received == 0
+
+
+def test_rows_that_no_batch_answers_go_the_ordinary_way() -> None:
+    with FakeOpenAI() as server:
+        server.batch_script.extend(["partly"] * 10)
+        assert {reply.status for reply in ask(server, questions(16))} == {Status.OK}
+        assert len(server.batches) == batch_module.MAX_ROUNDS
+        assert server.received == 2 and server.bill()["twice"] == {}
+
+
+def test_after_the_deadline_the_rest_goes_the_ordinary_way_and_the_batch_is_stopped() -> None:
+    with FakeOpenAI() as server:
+        server.batch_script.append("stuck")
+        assert {reply.status for reply in ask(server, questions(4), batch_deadline=0.2)} == {Status.OK}
+        assert server.batches["batch_0"]["status"] == "cancelled"
+        assert server.received == 4 and server.bill()["twice"] == {}
+
+
+def test_a_refused_batch_is_told_and_holds_nothing() -> None:
+    with FakeOpenAI() as server:
+        server.batch_script.append("fail")
+        with pytest.raises(FatalEndpointError, match="mode: online"):
+            ask(server, questions(4))
+        assert {reply.status for reply in ask(server, questions(4))} == {Status.OK}
+
+
+def test_batches_are_split_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_module, "MAX_ROWS", 4)
+    with FakeOpenAI() as server:
+        ask(server, questions(10))
+        assert sorted(len(data.splitlines()) for name, data in server.files.items() if name in used(server)) == [
+            2,
+            4,
+            4,
+        ]
+    monkeypatch.setattr(batch_module, "MAX_BYTES", 700)
+    with FakeOpenAI() as server:
+        ask(server, questions(10, "longer"))
+        assert all(len(server.files[name]) <= 700 for name in used(server)) and len(server.batches) > 2
+
+
+def used(server: FakeOpenAI) -> set[str]:
+    return {batch["input_file_id"] for batch in server.batches.values()}
+
+
+class Crash(BaseException):
+    """Stands for kill -9."""
+
+
+@pytest.mark.parametrize("moment", ["before it is created", "after it was created", "while it is waited for"])
+def test_a_batch_is_found_again_after_a_crash(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: Any, **more: Any) -> Any:
+        raise Crash
+
+    create = batch_module._Batches._create
+
+    def create_and_crash(*args: Any) -> Any:
+        create(*args)
+        raise Crash
+
+    with FakeOpenAI() as server:
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            if moment == "before it is created":
+                patch.setattr(batch_module._Batches, "_create", crash)
+            elif moment == "after it was created":
+                patch.setattr(batch_module._Batches, "_create", create_and_crash)
+            else:
+                patch.setattr(batch_module._Batches, "_collected", crash)
+            ask(server, questions(6))
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+        assert len(server.batches) == 1 and server.bill()["requests"] == 6 and server.received == 0
+
+
+def test_a_batch_keeps_the_cap_and_what_fits_is_answered() -> None:
+    with FakeOpenAI() as server:
+        with pytest.raises(BudgetReached):
+            ask(server, questions(30), Budget(max_requests=12))
+        assert server.bill()["requests"] == 12
+        ask(server, questions(30), Budget(max_requests=30))
+        assert server.bill()["requests"] == 30 and server.bill()["twice"] == {}
+
+
+def test_requests_of_a_batch_under_way_are_not_asked_elsewhere() -> None:
+    with FakeOpenAI() as server:
+        model = settings(server)
+        key = keyer(model, SAMPLING)(questions(1)[0])
+        with Journal() as journal:
+            journal.claim("run", "teacher", [Wish(key, 1, 0.0)], [])
+            journal.keep_batch(Batch("t", "b", "open", "run", "teacher", model.base_url, "fake", (key,), now()))
+        with Journal() as journal:
+            assert journal.claim("run", "teacher", [Wish(key, 1, 0.0)], []).elsewhere == {key}
+            (batch,) = journal.open_batches(model.base_url, "fake")
+            journal.keep_batch(replace(batch, state="collected"))

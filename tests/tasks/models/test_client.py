@@ -1,0 +1,494 @@
+"""The client against a real HTTP server that misbehaves: nothing lost, nothing paid twice, no cap passed."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.journal import Journal
+from tasks.models.budget import Account, Budget, Limits
+from tasks.models.chat import Reply, Request, Sampling, Status
+from tasks.models.client import answer_all
+from tasks.models.endpoint import OpenAIModel
+from tasks.models.errors import BudgetReached, FatalEndpointError, TooManyFailures, UnknownPrice, scrubbed
+from tasks.models.pacing import Pace, Throttle, asked_wait
+from tasks.models.prices import Price
+from tasks.models.wire import keyer
+from tests.fake_openai import FakeOpenAI
+
+ROOT = Path(__file__).parents[3]
+KEY = "sk-test-0123456789abcdef"
+PRICE = Price(input=1.0, output=4.0)
+SCHEMA = {
+    "type": "object",
+    "properties": {"first_score": {"type": "number"}},
+    "required": ["first_score"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def questions(count: int, prefix: str = "question", **more: Any) -> list[Request]:
+    return [
+        Request(f"r{number}", ({"role": "user", "content": f"{prefix} {number}"},), **more) for number in range(count)
+    ]
+
+
+def ask(
+    server: FakeOpenAI,
+    requests: list[Request],
+    *,
+    budget: Budget | None = None,
+    run_id: str = "run",
+    role: str = "teacher",
+    sampling: Sampling | None = None,
+    on_progress: Callable[..., None] = lambda done, total, figures: None,
+    **settings: Any,
+) -> list[Reply]:
+    model = OpenAIModel(**{"model": "fake", "base_url": server.url, "price": PRICE, "deadline": 20, **settings})
+    account = Account(run_id=run_id, role=role, budget=budget or Budget())
+    return answer_all(model, requests, sampling or Sampling(max_tokens=100), account, on_progress)
+
+
+# --- answers -----------------------------------------------------------------------------------------------------
+
+
+def test_replies_come_in_the_order_of_the_requests() -> None:
+    with FakeOpenAI(answer=lambda body: body["messages"][0]["content"].upper()) as server:
+        replies = ask(server, questions(300))
+    assert [(reply.id, reply.text) for reply in replies] == [(f"r{n}", f"QUESTION {n}") for n in range(300)]
+    assert replies[0].model == "fake-2026-01-01" and replies[0].completion_tokens > 0
+
+
+def test_a_second_call_sends_no_request_and_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeOpenAI() as server:
+        first = ask(server, questions(50))
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert ask(server, questions(50), run_id="another run") == first
+        assert server.received == 50
+
+
+def test_equal_requests_of_one_call_are_sent_once_and_another_draw_again() -> None:
+    one, two = questions(1)[0], questions(1, draw=1)[0]
+    with FakeOpenAI() as server:
+        replies = ask(server, [one, Request("twin", one.messages), two])
+        assert server.received == 2
+    assert [reply.id for reply in replies] == ["r0", "twin", "r0"]
+
+
+def test_operational_settings_are_in_no_key_and_all_others_are() -> None:
+    request, model = questions(1)[0], OpenAIModel(model="m")
+    same = [{"max_concurrency": 1}, {"timeout": 1}, {"price": "free"}, {"mode": "batch"}, {"api_key_env": "X"}]
+    other = [{"model": "n"}, {"base_url": "http://x/v1"}, {"extra_body": {"top_k": 1}}]
+    key = keyer(model, Sampling())(request)
+    keys = [keyer(OpenAIModel(**{"model": "m", **change}), Sampling())(request) for change in [*same, *other]]
+    assert keys[: len(same)] == [key] * len(same)
+    assert len({key, *keys[len(same) :]}) == 1 + len(other)
+    operational = {
+        name
+        for name, field in OpenAIModel.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational")
+    }
+    assert OpenAIModel.model_fields.keys() - operational == {"kind", "model", "base_url", "extra_body"}
+
+
+@pytest.mark.parametrize(
+    ("fate", "status"),
+    [
+        ("length", Status.TRUNCATED),
+        ("filter", Status.FILTERED),
+        ("prompt-filter", Status.FILTERED),
+        ("refusal", Status.REFUSED),
+        ("empty", Status.EMPTY),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_an_outcome_and_is_kept(fate: str, status: Status) -> None:
+    with FakeOpenAI(always=fate) as server:
+        assert [reply.status for reply in ask(server, questions(3))] == [status] * 3
+        ask(server, questions(3))
+        assert server.received == 3
+
+
+# --- transient faults ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "429",
+        "429-seconds",
+        "429-ms",
+        "429-date",
+        "429-reset",
+        "500",
+        "503",
+        "408",
+        "409",
+        "drop",
+        "cut-json",
+        "not-json",
+        "html",
+        "no-choices",
+    ],
+)
+def test_a_transient_fault_is_tried_again(fault: str) -> None:
+    with FakeOpenAI(script=[fault]) as server:
+        replies = ask(server, questions(2), max_concurrency=1)
+        assert [reply.status for reply in replies] == [Status.OK, Status.OK]
+        assert server.bill()["twice"] == {} and server.received == 3
+
+
+def test_a_hanging_request_is_given_up_and_tried_again() -> None:
+    with FakeOpenAI(script=["hang"]) as server:
+        assert ask(server, questions(1), timeout=0.3)[0].status == Status.OK
+
+
+def test_random_faults_leave_every_answer_billed_once() -> None:
+    with FakeOpenAI(faults=0.2, seed=1) as server:
+        replies = ask(server, questions(200), max_concurrency=64)
+        assert {reply.status for reply in replies} == {Status.OK}
+        assert server.bill()["distinct"] == 200 and server.bill()["twice"] == {}
+    with Journal() as journal:
+        assert journal.spend("run")[0].lost_requests >= server.bill()["lost"] > 0
+
+
+def test_one_429_with_a_hint_is_asked_again_once() -> None:
+    with FakeOpenAI(script=["429-seconds"], latency=0.01) as server:
+        ask(server, questions(8), max_concurrency=2)
+        assert server.received == 9
+
+
+def test_an_endpoint_that_is_not_there_gives_failed_replies_with_the_reason() -> None:
+    with FakeOpenAI() as server:
+        pass  # gone
+    replies = ask(server, questions(2), deadline=0, max_failed_share=1)
+    assert [reply.status for reply in replies] == [Status.FAILED] * 2
+    assert replies[0].error == "no connection (ConnectionRefusedError)"
+    with Journal() as journal:
+        assert journal.spend() == []  # it was never sent
+
+
+def test_a_failure_is_not_kept_and_the_next_call_asks_again() -> None:
+    with FakeOpenAI(script=["500"]) as server:
+        assert ask(server, questions(1), deadline=0, max_failed_share=1)[0].status == Status.FAILED
+        assert ask(server, questions(1))[0].status == Status.OK
+
+
+def test_too_many_failures_end_the_call_with_a_table_of_reasons() -> None:
+    with FakeOpenAI(script=["ok", "ok", "500", "drop", "ok"], always="500") as server:
+        with pytest.raises(TooManyFailures) as caught:
+            ask(server, questions(100), deadline=0, max_failed_share=0.05, max_concurrency=1)
+        assert server.received < 20  # it stops early
+        assert "     1  the connection broke (ContentLengthError)" in str(caught.value)
+        assert "  HTTP 500: The server had an error" in str(caught.value)
+        with Journal() as journal:
+            assert journal.spent("run").requests >= 3
+
+
+def test_a_prompt_that_is_too_long_fails_alone_and_at_once() -> None:
+    with FakeOpenAI(script=["too-long"]) as server:
+        replies = ask(server, questions(3), max_concurrency=1, max_failed_share=0.5)
+        assert [reply.status for reply in replies] == [Status.FAILED, Status.OK, Status.OK]
+        assert server.received == 3
+
+
+# --- fatal faults -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("401", "OPENAI_API_KEY"), ("403", "rights"), ("404", "model's name"), ("400", "rejected"), ("quota", "Top up")],
+)
+def test_a_fatal_fault_stops_within_one_request_a_worker_and_says_what_to_do(fault: str, says: str) -> None:
+    with FakeOpenAI(script=["ok"] * 10, always=fault) as server:
+        with pytest.raises(FatalEndpointError, match=says):
+            ask(server, questions(500), max_concurrency=8)
+        assert server.received <= 10 + 8
+        with Journal() as journal:
+            assert journal.spent("run").requests == server.bill()["requests"] == 10
+
+
+def test_a_wrong_key_is_told_at_once_without_telling_the_key() -> None:
+    with FakeOpenAI(key="another") as server, pytest.raises(FatalEndpointError) as caught:
+        ask(server, questions(50))
+    told = str(caught.value) + repr(caught.value) + str(pickle.dumps(caught.value))
+    assert KEY not in told and "rejected" in told
+    assert caught.value.__context__ is None
+
+
+def test_a_missing_key_is_told_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with FakeOpenAI() as server, pytest.raises(FatalEndpointError, match="OPENAI_API_KEY is not set"):
+        ask(server, questions(1))
+    assert server.received == 0
+
+
+def test_the_key_comes_from_a_file_where_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("from-a-file\n")
+    with FakeOpenAI(key="from-a-file") as server:
+        ask(server, questions(1), api_key_file=str(tmp_path / "key"))
+
+
+def test_the_key_is_nowhere_in_the_home(home: Path) -> None:
+    with FakeOpenAI(faults=0.3) as server:
+        ask(server, questions(50))
+    for path in home.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes()
+
+
+def test_headers_name_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="looks like a secret"):
+        OpenAIModel(model="m", headers={"api-key": "abc"})
+    with FakeOpenAI() as server, pytest.raises(FatalEndpointError, match="AZURE_KEY"):
+        ask(server, questions(1), headers={"api-key": "$AZURE_KEY"})
+    monkeypatch.setenv("AZURE_KEY", "abc")
+    with FakeOpenAI() as server:
+        ask(server, questions(1), headers={"api-key": "$AZURE_KEY"})
+
+
+def test_what_looks_like_a_key_is_scrubbed() -> None:
+    assert scrubbed("bad key sk-proj-abcd1234ef and hush", "hush") == "bad key *** and ***"
+    assert "abc.def" not in scrubbed("Authorization: Bearer abc.def")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FatalEndpointError("http://e", "m", "no", "do"),
+        TooManyFailures(3, 10, 0.1, {"HTTP 500": 3}),
+        BudgetReached("budget.max_usd", 1.0, 0.9, 0.2),
+        UnknownPrice("m", ["a"]),
+    ],
+)
+def test_errors_survive_pickling(error: Exception) -> None:
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# --- budget -------------------------------------------------------------------------------------------------------
+
+
+def cost_of(server: FakeOpenAI) -> float:
+    return PRICE.cost(server.bill()["prompt_tokens"], 0, server.bill()["completion_tokens"])
+
+
+def test_the_cap_is_never_passed_and_raising_it_finishes_without_a_repetition() -> None:
+    with FakeOpenAI(latency=0.002) as server:
+        whole = 400 * PRICE.cost(8, 0, 40)
+        with pytest.raises(BudgetReached, match="max_usd"):
+            ask(server, questions(400), budget=Budget(max_usd=whole / 4))
+        assert whole / 8 < cost_of(server) <= whole / 4
+        with Journal() as journal:
+            assert journal.spent("run").usd == pytest.approx(cost_of(server))
+        assert len(ask(server, questions(400), budget=Budget(max_usd=10 * whole))) == 400
+        assert server.bill()["twice"] == {}
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"),
+    [
+        (Budget(max_requests=20), "budget.max_requests"),
+        (Budget(max_tokens=2000), "budget.max_tokens"),
+        (Budget(by_role={"teacher": Limits(max_requests=20)}), "budget.by_role.teacher.max_requests"),
+    ],
+)
+def test_every_kind_of_cap_holds(budget: Budget, name: str) -> None:
+    with FakeOpenAI() as server:
+        with pytest.raises(BudgetReached, match=name):
+            ask(server, questions(100), budget=budget)
+        bill = server.bill()
+        assert 0 < bill["requests"] <= 20 or bill["prompt_tokens"] + bill["completion_tokens"] <= 2000
+
+
+def test_the_cap_holds_though_replies_are_lost_on_their_way() -> None:
+    with FakeOpenAI(script=["drop", "cut-json"] * 50) as server:
+        with pytest.raises(BudgetReached):
+            ask(server, questions(200), budget=Budget(max_requests=40))
+        assert server.bill()["requests"] + server.bill()["lost"] <= 40
+
+
+def test_two_calls_at_once_pay_once_and_keep_the_cap_together() -> None:
+    results: list[Any] = []
+
+    def call(server: FakeOpenAI) -> None:
+        try:
+            results.append(ask(server, questions(200), budget=Budget(max_requests=200)))
+        except BaseException as error:
+            results.append(error)
+
+    with FakeOpenAI(latency=0.005) as server:
+        threads = [threading.Thread(target=call, args=(server,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert server.bill()["requests"] == server.bill()["distinct"] == 200
+    assert results[0] == results[1]
+
+
+def test_an_unknown_model_needs_a_price_or_the_word_free() -> None:
+    with FakeOpenAI() as server:
+        with pytest.raises(UnknownPrice, match="price: free"):
+            ask(server, questions(1), price=None)
+        assert server.received == 0
+        ask(server, questions(1), price="free")
+    with Journal() as journal:
+        assert journal.spend()[0].usd == 0 and journal.spend()[0].requests == 1
+
+
+# --- dialects -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fault", "ends_as"), [("no-schema", "json_object"), ("no-format", None)])
+def test_an_endpoint_without_structured_output_is_found_out_once_and_remembered(fault: str, ends_as: str) -> None:
+    with FakeOpenAI(always=fault) as server:
+        replies = ask(server, questions(5, response_schema=SCHEMA), max_concurrency=1)
+        assert {reply.status for reply in replies} == {Status.OK}
+        assert server.requests[-1].get("response_format", {}).get("type") == ends_as
+        before = server.received
+        ask(server, questions(5, "more", response_schema=SCHEMA), max_concurrency=1)
+        assert server.received == before + 5
+
+
+def test_an_endpoint_that_wants_max_completion_tokens_gets_them() -> None:
+    with FakeOpenAI(always="no-max-tokens") as server:
+        assert ask(server, questions(3))[0].status == Status.OK
+        assert server.requests[-1]["max_completion_tokens"] == 100
+
+
+def test_the_body_carries_sampling_and_extra_fields() -> None:
+    with FakeOpenAI() as server:
+        sampling = Sampling(temperature=0.3, top_p=0.9, max_tokens=7, stop=("END",))
+        ask(server, questions(1), sampling=sampling, extra_body={"reasoning_effort": "low"})
+        (body,) = server.requests
+    del body["messages"]
+    assert body == {
+        "model": "fake",
+        "temperature": 0.3,
+        "max_tokens": 7,
+        "top_p": 0.9,
+        "stop": ["END"],
+        "reasoning_effort": "low",
+    }
+
+
+def test_extra_body_cannot_replace_what_the_key_is_made_of() -> None:
+    with pytest.raises(ValueError, match="extra_body has n, stream"):
+        OpenAIModel(model="m", extra_body={"stream": True, "n": 2})
+
+
+# --- pace ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_requests_than_allowed_are_under_way() -> None:
+    with FakeOpenAI(latency=0.01) as server:
+        ask(server, questions(60), max_concurrency=7)
+        assert server.most_active == 7
+
+
+def test_concurrency_halves_once_for_a_burst_and_grows_back() -> None:
+    throttle = Throttle(64)
+    sent_at = time.monotonic()
+    for _ in range(20):
+        throttle.slow_down(sent_at)
+    assert throttle.limit == 32
+    for _ in range(32 * 40):
+        throttle.speed_up()
+    assert 55 < throttle.limit <= 64
+
+
+def test_requests_per_minute_are_kept() -> None:
+    with FakeOpenAI() as server:
+        started = time.monotonic()
+        ask(server, questions(40), requests_per_minute=1200)  # 20 a second, of which a second's worth may go at once
+        assert time.monotonic() - started > 0.9
+
+
+def test_tokens_not_used_are_given_back_to_the_minute() -> None:
+    pace = Pace(60_000)
+    pace.give_back(-5000)
+    owed = pace._paid_until
+    pace.give_back(5000)
+    assert pace._paid_until == pytest.approx(owed - 5)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "20"}, 20),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after-ms": "250"}, 0.25),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"retry-after": "soon"}, None),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m30.5s"}, 90.5),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
+        ({"x-ratelimit-remaining-tokens": "7", "x-ratelimit-reset-tokens": "6m0s"}, None),
+        ({"x-ratelimit-reset": "1000000000001"}, 0),
+    ],
+)
+def test_what_an_endpoint_asks_for_is_understood(headers: dict[str, str], seconds: float | None) -> None:
+    assert asked_wait(headers) == seconds
+
+
+# --- interruptions --------------------------------------------------------------------------------------------------
+
+CALLER = """
+import sys
+from tasks.models.budget import Account
+from tasks.models.chat import Sampling
+from tasks.models.client import answer_all
+from tasks.models.endpoint import OpenAIModel
+from tests.tasks.models.test_client import questions
+model = OpenAIModel(model="fake", base_url=sys.argv[1], price="free", max_concurrency=16)
+answer_all(model, questions(int(sys.argv[2])), Sampling(), Account(run_id="run", role="teacher"), lambda *a: None)
+"""
+
+
+def start_caller(server: FakeOpenAI, count: int) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CALLER, server.url, str(count)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.005)
+
+
+def test_ctrl_c_keeps_what_is_under_way() -> None:
+    with FakeOpenAI(latency=0.3) as server:
+        caller = start_caller(server, 200)
+        wait_until(lambda: server.received >= 16)
+        caller.send_signal(signal.SIGINT)
+        caller.communicate()
+        with Journal() as journal:
+            assert journal.spent("run").requests == server.bill()["requests"] >= 16
+        assert server.received < 64
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_every_answer_is_paid_once_but_those_under_way() -> None:
+    with FakeOpenAI(faults=0.05, latency=0.02) as server:
+        for kill in range(20):
+            caller = start_caller(server, 2000)
+            target = server.received + 40 + 7 * kill
+            wait_until(lambda: server.received >= target or caller.poll() is not None)  # noqa: B023 (called at once)
+            caller.kill()
+            caller.communicate()
+        caller = start_caller(server, 2000)
+        assert caller.wait() == 0, caller.communicate()
+        bill = server.bill()
+        assert bill["distinct"] == 2000
+        assert bill["requests"] - 2000 <= 20 * (16 + 16)  # under way, or answered and not yet durable
