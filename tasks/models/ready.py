@@ -1,9 +1,9 @@
 """A model that can be asked: settings, and for a local one the checkpoint. `answer` is the one way to ask it."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
 from storage.files import Checkpoint
 from tasks.models.budget import Account
@@ -12,7 +12,15 @@ from tasks.models.client import answer_all
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.local import LocalModel, answer_locally
 
-ModelSettings = Annotated[LocalModel | OpenAIModel, Field(discriminator="kind")]
+
+def _kind(settings: Any) -> str:
+    """What tells the kinds apart: a model is local unless it says otherwise."""
+    return settings.get("kind", "local") if isinstance(settings, dict) else settings.kind
+
+
+ModelSettings = Annotated[
+    Annotated[LocalModel, Tag("local")] | Annotated[OpenAIModel, Tag("openai")], Discriminator(_kind)
+]
 
 
 class ReadyModel(BaseModel):

@@ -140,3 +140,10 @@ def test_every_preset_is_valid(preset: str) -> None:
     from flows.config import resolve
 
     assert resolve(preset).name == preset
+
+
+def test_a_model_is_local_unless_it_says_otherwise() -> None:
+    from flows.config import resolve
+
+    assert resolve("smoke", ["teacher.model.model_name_or_path=here"]).teacher.model.kind == "local"
+    assert resolve("lion-7b").teacher.model.kind == "openai"
