@@ -3,17 +3,30 @@
 lion run --preset offline
 """
 
-import csv
 import json
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from flows.terminal import (
+    AsJson,
+    ConfigFile,
+    Home,
+    Overrides,
+    Preset,
+    Refusal,
+    SeedFile,
+    escaped,
+    find_run,
+    note,
+    out,
+    print_rows,
+    use_home,
+)
 
 app = typer.Typer(
     help="Adversarial distillation: a compact student learns from a large teacher, and from where it still fails.",
@@ -22,20 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console(highlight=False)
-note = Console(stderr=True, highlight=False)
-
-Home = Annotated[Path | None, typer.Option("--home", help="Where everything is kept. [LION_HOME, default ./.lion]")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")]
-Preset = Annotated[
-    str | None, typer.Option("--preset", help="offline, smoke or lion-7b; without it the paper's defaults.")
-]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings from a YAML file, on top of the preset.")]
-SeedFile = Annotated[
-    str | None,
-    typer.Option("--seeds", help="Your instructions: .json, .jsonl, .csv, .parquet, .txt, or hf:dataset[:split]."),
-]
 
 
 @app.command()
@@ -48,7 +47,7 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage of this run again.")] = False,
 ) -> None:
     """Run the loop. The same command again goes on where it was interrupted, or says that all is done."""
-    _use(home)
+    use_home(home)
     if preset is None and config is None and not overrides:
         raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
     from flows.config import resolve
@@ -95,8 +94,8 @@ def show(
     home: Home = None,
 ) -> None:
     """Show a run: what each iteration did and whether it helped."""
-    _use(home)
-    manifest = _find(run_id)
+    use_home(home)
+    manifest = find_run(run_id)
     if as_json:
         print(json.dumps(manifest.model_dump(mode="json"), indent=2))
     else:
@@ -106,7 +105,7 @@ def show(
 @app.command()
 def runs(as_json: AsJson = False, home: Home = None) -> None:
     """List the runs of this home, the latest first."""
-    _use(home)
+    use_home(home)
     from storage.runs import list_manifests
 
     manifests = list_manifests()
@@ -120,13 +119,13 @@ def runs(as_json: AsJson = False, home: Home = None) -> None:
         }
         for manifest in manifests
     ]
-    _print_rows(rows, as_json=as_json)
+    print_rows(rows, as_json=as_json)
 
 
 @app.command()
 def pools(as_json: AsJson = False, home: Home = None) -> None:
     """Count the rows of every pool, by run, iteration and origin."""
-    _use(home)
+    use_home(home)
     from storage.catalog import ask
 
     sql = """
@@ -135,7 +134,7 @@ def pools(as_json: AsJson = False, home: Home = None) -> None:
           union all select 'cache', run_id, iteration, origin from cache_pool)
     group by all order by all
     """
-    _print_rows(ask(sql), as_json=as_json)
+    print_rows(ask(sql), as_json=as_json)
 
 
 @app.command()
@@ -151,10 +150,10 @@ def sql(
     home: Home = None,
 ) -> None:
     """Ask the pools in SQL (DuckDB). Every view has run_id and iteration."""
-    _use(home)
+    use_home(home)
     from storage.catalog import ask
 
-    _print_rows(ask(statement), as_json=as_json, as_csv=as_csv)
+    print_rows(ask(statement), as_json=as_json, as_csv=as_csv)
 
 
 @app.command()
@@ -164,7 +163,7 @@ def row(
     home: Home = None,
 ) -> None:
     """Show the life of one instruction: parent, responses, reviews, verdicts, children."""
-    _use(home)
+    use_home(home)
     from storage.catalog import life_of
 
     life = life_of(instruction_id)
@@ -175,7 +174,7 @@ def row(
         return
     for what, rows in life.items():
         out.print(f"\n[bold]{what}[/bold]" + ("" if rows else "  none"))
-        _print_rows(rows) if rows else None
+        print_rows(rows) if rows else None
 
 
 @app.command()
@@ -185,11 +184,11 @@ def spend(
     home: Home = None,
 ) -> None:
     """Say what was paid: by run, role, iteration, model and day, straight from the journal."""
-    _use(home)
+    use_home(home)
     from storage.journal import Journal
 
     with Journal() as journal:
-        _print_rows([asdict(line) for line in journal.spend(run_id)], as_json=as_json)
+        print_rows([asdict(line) for line in journal.spend(run_id)], as_json=as_json)
 
 
 @app.command()
@@ -198,7 +197,7 @@ def gc(
     home: Home = None,
 ) -> None:
     """Find what no run refers to: old snapshots, checkpoints, half-done jobs."""
-    _use(home)
+    use_home(home)
     from storage.gc import collect
 
     found = collect(delete=delete)
@@ -216,10 +215,6 @@ def config(preset: Preset = None, file: ConfigFile = None, overrides: Overrides 
     out.print(explain(resolve(preset, overrides or [], file)), soft_wrap=True, markup=False)
 
 
-class Refusal(ValueError):
-    """What was asked cannot be done. The message says what can."""
-
-
 def main() -> None:
     """Run the command line. Bad input ends in one clear message and exit code 2."""
     from storage.files import StorageError
@@ -228,56 +223,21 @@ def main() -> None:
     try:
         app()
     except (ValueError, StorageError, FatalEndpointError, UnknownPrice) as error:
-        note.print(f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True)
+        note.print(f"[red]error:[/red] {escaped(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         note.print("Interrupted. The same command goes on from here.")
         sys.exit(130)
     except BudgetReached as error:
-        note.print(f"[yellow]paused:[/yellow] {_escaped(str(error))}", soft_wrap=True)
+        note.print(f"[yellow]paused:[/yellow] {escaped(str(error))}", soft_wrap=True)
         sys.exit(3)
     except (
         RuntimeError,
         ModelError,
     ) as error:  # a job that failed: its message has the log's last lines and where the whole is
-        note.print(f"[red]failed:[/red] {_escaped(str(error))}", soft_wrap=True)
+        note.print(f"[red]failed:[/red] {escaped(str(error))}", soft_wrap=True)
         note.print("Nothing that was finished is lost: the same command goes on from here.")
         sys.exit(1)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def _use(home: Path | None) -> None:
-    """Settle the home, and keep Prefect quiet and to itself; before anything of Prefect is imported."""
-    os.environ["LION_HOME"] = str((home or Path(os.environ.get("LION_HOME") or ".lion")).resolve())
-    for name, value in QUIET_PREFECT.items():
-        os.environ.setdefault(name, value)
-    if "PREFECT_API_URL" not in os.environ:  # a server of our own, gone with the process
-        os.environ.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:///:memory:")
-
-
-QUIET_PREFECT = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "50",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-}
-
-
-def _find(run_id: str | None) -> Any:
-    from storage.runs import list_manifests
-
-    manifests = list_manifests()
-    if not manifests:
-        raise Refusal(f"no run in {os.environ['LION_HOME']} yet. Start one: lion run --preset offline")
-    found = [manifest for manifest in manifests if manifest.run_id.startswith(run_id or "")]
-    if not found:
-        raise Refusal(f"no run {run_id!r}. There are: {', '.join(manifest.run_id for manifest in manifests)}.")
-    return found[0]
 
 
 def _print_run(manifest: Any) -> None:
@@ -321,23 +281,3 @@ def _time(line: dict[str, Any], stage: str) -> str:
 
 def _figure(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: bool = False) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    elif rows:
-        table = Table(*rows[0])
-        for line in rows:
-            table.add_row(*("" if value is None else _shown(value) for value in line.values()))
-        out.print(table)
-    else:
-        out.print("no rows")
-
-
-def _shown(value: Any) -> str:
-    return _escaped(f"{value:.4g}" if isinstance(value, float) else str(value))

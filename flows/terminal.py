@@ -1,0 +1,93 @@
+"""What every command of `lion` shares: its options, the two consoles, the way to a home, how rows are printed."""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+out = Console(highlight=False)
+note = Console(stderr=True, highlight=False)
+
+Home = Annotated[Path | None, typer.Option("--home", help="Where everything is kept. [LION_HOME, default ./.lion]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="offline, smoke or lion-7b; without it the paper's defaults.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings from a YAML file, on top of the preset.")]
+SeedFile = Annotated[
+    str | None,
+    typer.Option("--seeds", help="Your instructions: .json, .jsonl, .csv, .parquet, .txt, or hf:dataset[:split]."),
+]
+
+
+QUIET_PREFECT = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "50",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+}
+
+
+class Refusal(ValueError):
+    """What was asked cannot be done. The message says what can."""
+
+
+def use_home(home: Path | None) -> None:
+    """Settle the home, and keep Prefect quiet and to itself; before anything of Prefect is imported."""
+    os.environ["LION_HOME"] = str((home or Path(os.environ.get("LION_HOME") or ".lion")).resolve())
+    for name, value in QUIET_PREFECT.items():
+        os.environ.setdefault(name, value)
+    if "PREFECT_API_URL" not in os.environ:  # a server of our own, gone with the process
+        os.environ.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:///:memory:")
+
+
+def find_run(run_id: str | None) -> Any:
+    """The manifest of the run whose id begins so; without one, of the run touched last.
+
+    Raises:
+        Refusal: there is no such run.
+    """
+    from storage.runs import list_manifests
+
+    manifests = list_manifests()
+    if not manifests:
+        raise Refusal(f"no run in {os.environ['LION_HOME']} yet. Start one: lion run --preset offline")
+    found = [manifest for manifest in manifests if manifest.run_id.startswith(run_id or "")]
+    if not found:
+        raise Refusal(f"no run {run_id!r}. There are: {', '.join(manifest.run_id for manifest in manifests)}.")
+    return found[0]
+
+
+def escaped(text: str) -> str:
+    """The text as it is, where rich would read markup."""
+    return text.replace("[", r"\[")
+
+
+def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: bool = False) -> None:
+    """Rows as a table, as JSON or as CSV."""
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
+    elif as_csv:
+        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    elif rows:
+        table = Table(*rows[0])
+        for line in rows:
+            table.add_row(*("" if value is None else _shown(value) for value in line.values()))
+        out.print(table)
+    else:
+        out.print("no rows")
+
+
+def _shown(value: Any) -> str:
+    return escaped(f"{value:.4g}" if isinstance(value, float) else str(value))
