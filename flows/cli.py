@@ -190,7 +190,26 @@ def spend(
     from storage.journal import Journal
 
     with Journal() as journal:
-        print_rows([asdict(line) for line in journal.spend(run_id)], as_json=as_json)
+        lines = journal.spend(run_id)
+    if as_json:
+        print_rows([asdict(line) for line in lines], as_json=True)
+        return
+    if not lines:
+        out.print("Nothing was paid for in this home.")
+        return
+    table = Table("run", "", "role", "model", "day", box=SIMPLE)
+    for name in ("requests", "tokens in", "out", "dollars"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        where = str(line.iteration) if line.iteration else "start"
+        counts = (f"{count:,}" for count in (line.requests, line.prompt_tokens, line.completion_tokens))
+        table.add_row(line.run_id, where, line.role, line.model, line.day, *counts, f"{line.usd:,.4f}")
+    out.print(table)
+    out.print(f"Total: [bold]{sum(line.usd for line in lines):,.4f}[/bold] dollars.")
+    if lost := sum(line.lost_usd for line in lines):
+        out.print(
+            f"At most {lost:,.4f} more may have been billed for {sum(line.lost_requests for line in lines)} lost answers."
+        )
 
 
 @app.command()
@@ -323,6 +342,11 @@ def _print_run(manifest: Any) -> None:
     for record in manifest.iterations:
         for line in record.generated.notes:
             out.print(f"Iteration {record.iteration}: {line}")
+        if (judge := record.judge) and judge.pairs:
+            out.print(
+                f"Iteration {record.iteration}: the referee's winner changes with the order in {judge.flip_share:.0%} "
+                f"of {judge.pairs} pairs, {judge.tie_share:.0%} ties, {judge.unusable_share:.0%} unusable reviews"
+            )
     if manifest.error:
         out.print(f"Last error: {manifest.error}", markup=False)
     out.print(f"Report: {manifest.folder / 'report.html'}", soft_wrap=True)

@@ -26,6 +26,7 @@ def paid(server: FakeOpenAI, tiny: Path, *more: str) -> list[str]:
     roles = [f"--set=teacher.model={model}", f"--set=generate.model={model}", "--set=generate.method=prompt"]
     referee = f"--set=referee={json.dumps({'kind': 'llm', 'model': json.loads(model)})}"
     command = [part for part in arguments(tiny) if "teacher" not in part and "generate" not in part]
+    roles += ["--set=generate.sampling.max_tokens=200", "--set=generate.sampling.stop=[]"]
     return [*command, *roles, referee, "--set=teacher.sampling.max_tokens=200", *more]
 
 
