@@ -120,8 +120,12 @@ def _run(
     on_progress: Callable[[dict[str, Any]], None],
     on_notable_line: Callable[[str], None],
 ) -> tuple[int, str]:
-    """Exit code and last lines of a command whose output goes to `log`."""
+    """Exit code and last lines of a command whose output goes to `log`.
+
+    The program's own last word, a line that begins with "error: ", is among them even where a launcher says more.
+    """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
+    last_word = ""
     child = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -129,7 +133,7 @@ def _run(
         text=True,
         errors="replace",
         env={**os.environ, **ENVIRONMENT, **environment},
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     try:
         assert child.stdout is not None
@@ -140,8 +144,12 @@ def _run(
                     continue
                 file.write(line)
                 tail.append(line.rstrip())
+                if line.startswith("error: "):
+                    last_word = line.rstrip()
                 if NOTABLE.search(line):
                     on_notable_line(line.rstrip())
+        if last_word and last_word not in tail:
+            tail.append(last_word)
         return child.wait(), "\n".join(tail)
     finally:
         _stop(child)
@@ -162,6 +170,6 @@ _libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child: be terminated when the parent dies, even by `kill -9`, so that no orphan holds the GPU."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
