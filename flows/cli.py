@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from flows.commands_training import commands as training
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(training)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from storage.files import Checkpoint, digest_of, digest_of_model, home, write_atomic
+from storage.files import Checkpoint, digest_of, digest_of_model, home, locked, write_atomic
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
 NOTABLE = re.compile(r"error|warning|\bnan\b|out of memory", re.IGNORECASE)
@@ -42,8 +42,10 @@ class JobError(RuntimeError):
         super().__init__(module, directory, returncode, tail)
 
     def __str__(self) -> str:
+        killed = self.returncode == -signal.SIGKILL or "SIGKILL" in self.tail
+        why = "Killed: the system does that to whoever holds most memory when memory runs out.\n" if killed else ""
         return (
-            f"{self.module} ended with exit code {self.returncode} and no result.\n"
+            f"{self.module} ended with exit code {self.returncode} and no result.\n{why}"
             f"Whole log: {Path(self.directory) / 'log.txt'}. Its last lines:\n{self.tail}"
         )
 
@@ -96,9 +98,10 @@ def make_checkpoint(
     digest = digest_of({"module": module, **identity})
     directory = home() / "checkpoints" / digest
     result = directory / "result.json"
-    if result.exists() and json.loads(result.read_text())["content"] != digest_of_model(directory):
-        shutil.rmtree(directory)  # damaged: what is left of it is worth nothing
-    made = run_job(module, job, directory, **options)
+    with locked(f"checkpoint-{digest}"):  # two who want the same model: one makes it, one waits for it
+        if result.exists() and json.loads(result.read_text())["content"] != digest_of_model(directory):
+            shutil.rmtree(directory)  # damaged: what is left of it is worth nothing
+        made = run_job(module, job, directory, **options)
     return Checkpoint(digest=digest, content=made["content"]), made
 
 

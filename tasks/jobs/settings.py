@@ -68,9 +68,9 @@ class SftSettings(BaseModel):
         0.0, ge=0, le=0.5, description="Share of the rows held out of training, for a validation loss at the end."
     )
     save_steps: int = Field(
-        0,
+        100,
         ge=0,
-        description="Checkpoint to go on from after a crash, every so many steps; 0: none.",
+        description="Checkpoint to go on from after a crash, every so many steps and at the last; 0: none.",
         json_schema_extra=OPERATIONAL,
     )
     save_total_limit: int = Field(

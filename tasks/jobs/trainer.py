@@ -41,6 +41,7 @@ class SftTrainer(Trainer):
         # Tokens of this process, real and padded; what was counted before a restart is the first process's.
         before = history[-1] if history and self.is_world_process_zero() else {"tokens": 0, "padded_tokens": 0}
         self.counted = torch.tensor([before["tokens"], before["padded_tokens"]], device=self.args.device)
+        self._last: tuple[float, int, int] | None = None  # when it was logged, and both counts
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -63,7 +64,13 @@ class SftTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             tokens, padded_tokens = self.accelerator.reduce(self.counted).tolist()
-            logs |= {"tokens": tokens, "padded_tokens": padded_tokens}
+            logs |= {"tokens": tokens, "padded_tokens": padded_tokens, "memory_gb": peak_memory_gb()}
+            now = time.perf_counter()
+            if self._last:  # rates of the steps since the last line
+                then, *before = self._last
+                names = ("tokens_per_second", "padded_tokens_per_second")
+                logs |= {name: (a - b) / (now - then) for name, a, b in zip(names, (tokens, padded_tokens), before)}
+            self._last = (now, tokens, padded_tokens)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -161,7 +168,9 @@ class Watch(TrainerCallback):
 
     def __init__(self, trainer: SftTrainer, directory: Path):
         self._file, self._order, self._history = directory / "history.jsonl", trainer.order, trainer.history
-        self._before = self._history[-1] if self._history else {"step": 0, "seconds": 0.0, "tokens": 0}
+        self._before = (
+            self._history[-1] if self._history else {"step": 0, "seconds": 0.0, "tokens": 0, "padded_tokens": 0}
+        )
         self._told = self._logged = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -187,6 +196,7 @@ class Watch(TrainerCallback):
         with self._file.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         rate = (entry["tokens"] - self._before["tokens"]) / seconds
+        padded_rate = (entry["padded_tokens"] - self._before["padded_tokens"]) / seconds
         last = state.global_step == state.max_steps
         if last or seconds - self._told > PROGRESS_SECONDS:
             self._told = seconds
@@ -197,7 +207,8 @@ class Watch(TrainerCallback):
             done = state.global_step - self._before["step"]
             print(
                 f"step {state.global_step}/{state.max_steps}  loss {entry['loss']:.4f}  "
-                f"lr {entry['learning_rate']:.3g}  gradient norm {entry['grad_norm']:.3g}  {rate:,.0f} tokens/s  "
+                f"learning rate {entry['learning_rate']:.3g}  gradient norm {entry['grad_norm']:.3g}  {rate:,.0f} tokens/s "
+                f"({padded_rate:,.0f} with padding)  "
                 f"memory {peak_memory_gb():.2f} GB  {seconds / done * (state.max_steps - state.global_step):,.0f} s left",
                 flush=True,
             )

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage.pools import write_snapshot
 from tasks.jobs.dataset import DataError, Examples, encode_rows, order_of_rows, packed, padded
+from tasks.jobs.distributed import SettingsError
 from tasks.jobs.launch import JobError, run_job
 from tasks.jobs.preflight import estimate
 from tasks.jobs.settings import SftSettings, launcher_command
@@ -250,7 +251,8 @@ class TestTraining:
         data = write_rows(*NUMBERS)
         settings = {"global_batch_size": 8, "num_train_epochs": 2, "packing": "none"}
         large = train_here(make_job(tiny_model, data, per_device_train_batch_size=8, **settings), home / "large")
-        small = train_here(make_job(tiny_model, data, per_device_train_batch_size=2, **settings), home / "small")
+        job = make_job(tiny_model, data, per_device_train_batch_size=2, gradient_checkpointing=True, **settings)
+        small = train_here(job, home / "small")
         np.testing.assert_allclose(large["loss_by_step"][1:], small["loss_by_step"][1:], rtol=0.05)
         assert large["steps"] == small["steps"] == 6
 
@@ -286,6 +288,34 @@ class TestTraining:
         with pytest.raises(TrainingError, match=r"the loss is nan in step \d, on the rows row-10; lower"):
             train_here(job, home / "job")
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"precision": "fp16"}, "fp16 needs a GPU; .* take auto, bf16 or fp32"),
+            ({"peft": "qlora"}, "qlora needs a CUDA GPU and bitsandbytes; take peft: lora"),
+        ],
+    )
+    def test_what_needs_a_gpu_is_refused_without_one(
+        self, settings: dict[str, Any], message: str, home: Path, tiny_model: Path
+    ) -> None:
+        with pytest.raises(SettingsError, match=message):
+            train_here(make_job(tiny_model, write_rows(*NUMBERS), **settings), home / "job")
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    @pytest.mark.parametrize(
+        "settings", [{"precision": "fp16"}, {"peft": "qlora", "precision": "bf16"}, {"packing": "packed"}]
+    )
+    def test_what_only_a_gpu_can_do_lowers_the_loss(
+        self, settings: dict[str, Any], home: Path, tiny_model: Path
+    ) -> None:
+        if settings.get("peft") == "qlora":
+            pytest.importorskip("bitsandbytes")
+        data = write_rows(*["The answer is always the same."] * 12)
+        result = train_here(make_job(tiny_model, data, num_train_epochs=4, **settings), home / "job")
+        losses = [loss for _, loss in result["loss_by_step"]]
+        assert result["device"] == "cuda:0" and losses[-1] < losses[0] - 0.2
+
     def test_memory_that_falls_short_is_named_with_advice(self, tiny_model: Path) -> None:
         job = make_job(tiny_model, Path("none"))
         advised = r"error: out of memory \(CUDA out of memory\); to make it fit: a smaller"
@@ -306,19 +336,20 @@ class TestTraining:
         assert before.keys() == after.keys()
 
 
+@pytest.mark.slow
 class TestProcesses:
     """Real processes, killed with -9 where it matters."""
 
     def test_a_killed_training_goes_on_to_the_very_same_weights(self, home: Path, tiny_model: Path) -> None:
         data = write_rows(*NUMBERS * 2)
         settings = {"num_train_epochs": 4, "packing": "grouped", "per_device_train_batch_size": 2, "peft": "lora"}
-        undisturbed = run_job("tasks.jobs.sft", make_job(tiny_model, data, **settings), home / "whole")
+        undisturbed = train_here(make_job(tiny_model, data, save_steps=0, **settings), home / "whole")
         job = make_job(tiny_model, data, save_steps=7, save_total_limit=1, **settings)
         directory = home / "killed"
         directory.mkdir(parents=True)
         (directory / "job.json").write_text(json.dumps(job))
         command = [sys.executable, "-m", "tasks.jobs.sft", str(directory / "job.json")]
-        child = subprocess.Popen(command, env=os.environ.copy())
+        child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
         while not complete_checkpoints(directory / "trainer"):
             time.sleep(0.02)
             assert child.poll() is None, "the training ended before it could be killed"
@@ -327,7 +358,8 @@ class TestProcesses:
         assert not (directory / "result.json").exists()
         (directory / "trainer" / "checkpoint-40").mkdir()  # half written: it has no mark
         reports: list[dict[str, Any]] = []
-        resumed = run_job("tasks.jobs.sft", job, directory, on_progress=reports.append)
+        threads = {"OMP_NUM_THREADS": "1"}  # as here: in how many parts a sum is made shows in its last bits
+        resumed = run_job("tasks.jobs.sft", job, directory, environment=threads, on_progress=reports.append)
         assert reports[0]["done"] >= 7
         assert resumed["content"] == undisturbed["content"]
         assert resumed["loss_by_step"] == undisturbed["loss_by_step"]

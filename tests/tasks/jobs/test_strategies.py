@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,7 @@ def test_a_killed_training_resumes_and_ends_as_one_process_would(
     job = make_job(tiny_model, write_rows(*NUMBERS * 2), **TRAINING | launched | STRATEGIES[name])
     launcher = launcher_command(SftSettings(**job["config"]))
     directory = tmp_path / "job"
-    directory.mkdir()
-    kill_after_a_checkpoint(launcher, job, directory, whom=list(STRATEGIES).index(name))
+    kill_after_a_checkpoint(job, launcher, directory, whom=list(STRATEGIES).index(name))
     assert not (directory / "result.json").exists()
 
     result = run_job("tasks.jobs.sft", job, directory, launcher=launcher)
@@ -81,18 +81,20 @@ def test_a_killed_training_resumes_and_ends_as_one_process_would(
         assert (directory / "adapter" / "adapter_model.safetensors").exists()
 
 
-def kill_after_a_checkpoint(launcher: list[str], job: dict[str, Any], directory: Path, whom: int) -> None:
-    """Start a training, and kill its launcher or one of its ranks once a checkpoint is complete; all must be gone."""
-    (directory / "job.json").write_text(json.dumps(job))
-    with (directory / "log.txt").open("w") as log:
-        command = [*launcher, "-m", "tasks.jobs.sft", str(directory / "job.json")]
-        child = subprocess.Popen(command, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}, stdout=log, stderr=log)
+def kill_after_a_checkpoint(job: dict[str, Any], launcher: list[str], directory: Path, whom: int) -> None:
+    """Start a training and kill the process that asked for it, its launcher or a rank, once a checkpoint is complete.
+
+    All of them must be gone then.
+    """
+    asked = f"run_job('tasks.jobs.sft', json.loads(sys.argv[1]), Path({str(directory)!r}), launcher={launcher})"
+    code = f"import json, sys; from pathlib import Path; from tasks.jobs.launch import run_job; {asked}"
+    flow = subprocess.Popen([sys.executable, "-c", code, json.dumps(job)], stderr=subprocess.DEVNULL)
     while not list(directory.glob("trainer/checkpoint-*/complete")):
         time.sleep(0.02)
-        assert child.poll() is None, (directory / "log.txt").read_text()
-    ranks = psutil.Process(child.pid).children(recursive=True)
-    assert len(ranks) >= 2
-    os.kill([child.pid, *(rank.pid for rank in ranks)][whom % 3], signal.SIGKILL)
-    child.wait()
-    _, alive = psutil.wait_procs(ranks, timeout=30)
+        assert flow.poll() is None, (directory / "log.txt").read_text()
+    below = psutil.Process(flow.pid).children(recursive=True)
+    assert len(below) >= 3, "a launcher and two ranks"
+    os.kill([flow.pid, *(process.pid for process in below)][whom % 4], signal.SIGKILL)
+    assert flow.wait() != 0
+    _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive, f"still there: {alive}"
