@@ -9,13 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Checkpoint, Snapshot
 from storage.pools import by_id, read_rows, write_snapshot
-from tasks.jobs.launch import make_checkpoint
+from tasks.jobs.launch import checkpoint_folder, make_checkpoint
 from tasks.jobs.settings import SftSettings, launcher_command
 from tasks.models.chat import Status, conversation
 from tasks.policies import identity, stage
-from tasks.progress import progress, run_logger
+from tasks.progress import progress, run_logger, tell
 
 VERSION = 2
+TRAINER = "tasks.jobs.sft"
 TRAINER_VERSION = 2  # raise it when the trainer makes other weights from the same job
 
 
@@ -102,19 +103,19 @@ def train_student(settings: SftSettings, student: Checkpoint, data: Snapshot, se
         "config": identity(settings),
         "seed": seed,
     }
-    logger = run_logger()
     launcher = launcher_command(settings)
     if settings.rdzv_endpoint:
-        command = shlex.join([*launcher, "-m", "tasks.jobs.sft"])
-        logger.warning(f"Each of the other machines, which share this home, needs the same command now: {command} JOB")
+        job_file = str(checkpoint_folder(TRAINER, made_from) / "job.json")
+        command = shlex.join([*launcher, "-m", TRAINER, job_file])
+        tell(f"Waiting for {settings.nodes} machines that share this home. On each of the others: {command}")
     with progress("train the student") as on_progress:
         checkpoint, figures = make_checkpoint(
-            "tasks.jobs.sft",
+            TRAINER,
             job,
             made_from,
             launcher=launcher,
             on_progress=lambda report: on_progress(report.pop("done"), report.pop("total"), report),
-            on_notable_line=logger.warning,
+            on_notable_line=run_logger().warning,
         )
     left_out = {reason: len(ids) for reason, ids in figures["left_out"].items() if ids}
     return TrainedStudent(

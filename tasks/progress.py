@@ -55,14 +55,18 @@ def _lines(what: str) -> Iterator[OnProgress]:
         if now - last >= SECONDS_BETWEEN_LINES and 0 < done < total:
             last = now
             remaining = (now - started) / done * (total - done)
-            line = f"{what} {done}/{total}, about {remaining:.0f} s left {_written(figures)}"
-            logger = run_logger()
-            if logger.isEnabledFor(logging.INFO):
-                logger.info(line)
-            else:
-                print(f"  {line}", file=sys.stderr, flush=True)
+            tell(f"{what} {done}/{total}, about {remaining:.0f} s left {_written(figures)}")
 
     yield show
+
+
+def tell(line: str) -> None:
+    """Say something in Prefect's log; where nobody reads that, on stderr."""
+    logger = run_logger()
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(line)
+    else:
+        print(f"  {line}", file=sys.stderr, flush=True)
 
 
 def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:

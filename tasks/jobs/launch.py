@@ -95,14 +95,19 @@ def make_checkpoint(
     Raises:
         JobError: the program ended without a result.
     """
-    digest = digest_of({"module": module, **identity})
-    directory = home() / "checkpoints" / digest
+    directory = checkpoint_folder(module, identity)
+    digest = directory.name
     result = directory / "result.json"
     with locked(f"checkpoint-{digest}"):  # two who want the same model: one makes it, one waits for it
         if result.exists() and json.loads(result.read_text())["content"] != digest_of_model(directory):
             shutil.rmtree(directory)  # damaged: what is left of it is worth nothing
         made = run_job(module, job, directory, **options)
     return Checkpoint(digest=digest, content=made["content"]), made
+
+
+def checkpoint_folder(module: str, identity: dict[str, Any]) -> Path:
+    """Where `make_checkpoint` makes it."""
+    return home() / "checkpoints" / digest_of({"module": module, **identity})
 
 
 def report_progress(done: int, total: int, **figures: Any) -> None:

@@ -40,7 +40,7 @@ class SftSettings(BaseModel):
     processes_per_node: int = Field(1, ge=1, le=64, description="Processes on each machine; one a GPU.")
     rdzv_endpoint: str | None = Field(
         None,
-        description="host:port where torchrun's agents of several machines meet; start the same command on each.",
+        description="host:port where torchrun's agents of several machines meet. The log says what to start on the others.",
         json_schema_extra=OPERATIONAL,
     )
     hostfile: str | None = Field(
