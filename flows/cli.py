@@ -14,6 +14,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
+from flows.commands_training import commands as training
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(training)
 
 
 @app.command()

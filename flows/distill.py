@@ -125,7 +125,7 @@ class Run:
             finetune_student, config.finetune, start, pools.train, answers, config.student.system_prompt, seed
         )
         made["examples"], record.student = trained.examples, trained.checkpoint
-        record.trained_rows, record.left_out, record.training = trained.examples.rows, trained.left_out, trained.figures
+        record.trained_rows, record.left_out, record.training = trained.rows, trained.left_out, trained.figures
 
         # DISCRIMINATION: where does the student still fall behind?
         own = step(answer_with_student, config.student, self._student(trained.checkpoint), pools.cache, seed)

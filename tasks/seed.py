@@ -81,7 +81,7 @@ def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
     Raises:
         SeedError: the source is missing, damaged, of an unknown form, or holds nothing usable.
     """
-    place, records = _dataset(path) if path.startswith("hf:") else _file(_existing(path, bundled))
+    place, records = read_records(path, bundled)
     rows: dict[str, dict[str, Any]] = {}
     duplicates = 0
     for where, record in records:
@@ -92,6 +92,15 @@ def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
     if not rows:
         raise SeedError(f"{place}: no instruction in it. {ACCEPTED}.")
     return Seeds(rows=list(rows.values()), duplicates=duplicates)
+
+
+def read_records(path: str, bundled: str = "seeds.jsonl") -> tuple[str, "Records"]:
+    """What a source is called, and its records as they are, each with the place where it stands ("line 3").
+
+    Raises:
+        SeedError: the source is missing, damaged, or of an unknown form.
+    """
+    return _dataset(path) if path.startswith("hf:") else _file(_existing(path, bundled))
 
 
 @stage("seed", version=VERSION)

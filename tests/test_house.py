@@ -18,7 +18,7 @@ FORBIDDEN = {  # place -> top-level packages it may not import
     "storage": HEAVY | {"flows", "tasks", "prefect", "openai"},
 }
 # Not stages: what stages share.
-SHARED = {"policies", "novelty", "models", "jobs", "progress", "scores"}
+SHARED = {"policies", "novelty", "models", "jobs", "progress", "scores", "weight_diff"}
 SHARED_CONFIG = {("student", "prepare")}  # the student's config holds how a student starts
 
 
