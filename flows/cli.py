@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from flows import commands_evaluation
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(commands_evaluation.commands)
 
 
 @app.command()
@@ -254,7 +256,7 @@ def _print_run(manifest: Any) -> None:
             f"{record.trained_rows} of {record.train_rows}" if record else "",
             f"{record.hard}/{record.easy}/{record.undecided}" if record else "",
             f"{record.generated.accepted}/{sum(record.generated.rejected.values())}" if record else "",
-            _figure(line["loss"], 3),
+            _figure(line["loss"], 3) + (" (rolled back)" if record and record.rolled_back else ""),
             _figure(line["score"], 2),
         )
     out.print(table)
@@ -266,7 +268,7 @@ def _print_run(manifest: Any) -> None:
         times.add_row(stage, *(_time(line, stage) for line in lines))
     out.print(times)
     for record in manifest.iterations:
-        for line in record.generated.notes:
+        for line in (*record.notes, *record.generated.notes):
             out.print(f"Iteration {record.iteration}: {line}")
     if manifest.error:
         out.print(f"Last error: {manifest.error}", markup=False)

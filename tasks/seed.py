@@ -18,7 +18,8 @@ from tasks.policies import OPERATIONAL, stage
 VERSION = 1
 BUNDLED = Path(__file__).parent / "data"
 ACCEPTED = (
-    "Accepted: .json or .jsonl (Alpaca, self-instruct, messages), .csv, .parquet, .txt (a line each), hf:NAME[:SPLIT]"
+    "Accepted: .json or .jsonl (Alpaca, self-instruct, messages, FastChat questions), .csv, .parquet, "
+    ".txt (a line each), hf:NAME[:SPLIT]"
 )
 
 
@@ -57,7 +58,7 @@ class SeedPools(BaseModel):
 class Seeds(BaseModel):
     """The instructions of one file, in its order, each once."""
 
-    rows: list[dict[str, Any]]  # instruction, input, category, output
+    rows: list[dict[str, Any]]  # instruction, input, category, output; later_turns, and the source's own id
     duplicates: int
 
 
@@ -81,7 +82,7 @@ def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
     Raises:
         SeedError: the source is missing, damaged, of an unknown form, or holds nothing usable.
     """
-    place, records = _dataset(path) if path.startswith("hf:") else _file(_existing(path, bundled))
+    place, records = read_records(path, bundled)
     rows: dict[str, dict[str, Any]] = {}
     duplicates = 0
     for where, record in records:
@@ -92,6 +93,15 @@ def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
     if not rows:
         raise SeedError(f"{place}: no instruction in it. {ACCEPTED}.")
     return Seeds(rows=list(rows.values()), duplicates=duplicates)
+
+
+def read_records(path: str, bundled: str = "seeds.jsonl") -> tuple[str, "Records"]:
+    """What a source is called, and its records as they are, each with the place where it stands ("line 3").
+
+    Raises:
+        SeedError: the source is missing, damaged, or of an unknown form.
+    """
+    return _dataset(path) if path.startswith("hf:") else _file(_existing(path, bundled))
 
 
 @stage("seed", version=VERSION)
@@ -114,8 +124,11 @@ def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> Se
 
 
 def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:
+    columns = ("instruction", "input", "category", "output")
     full = (
-        {"instruction_id": instruction_id(row["instruction"], row["input"]), "origin": origin, **row} for row in rows
+        {"instruction_id": instruction_id(row["instruction"], row["input"]), "origin": origin}
+        | {key: row[key] for key in columns}
+        for row in rows
     )
     return write_snapshot("instructions", full, step="seed", version=VERSION)
 
@@ -231,6 +244,8 @@ def _row(record: Any, where: str) -> dict[str, Any]:
     record = {key: value for key, value in record.items() if value is not None}
     if "messages" in record and "instruction" not in record:
         record |= _from_messages(record["messages"], where)
+    if "turns" in record and "instruction" not in record:  # FastChat's question.jsonl
+        record |= _from_turns(record["turns"], where)
     if isinstance(record.get("instances"), list) and record["instances"]:  # self-instruct
         record |= {key: record["instances"][0].get(key, "") for key in ("input", "output")}
     if "instruction" not in record:
@@ -246,13 +261,22 @@ def _row(record: Any, where: str) -> dict[str, Any]:
         "input": record.get("input", "").strip() or None,
         "category": record.get("category", "").strip() or None,
         "output": record.get("output", "").strip() or None,
+        "later_turns": record.get("later_turns", []),
+        "source_id": record.get("question_id", record.get("id")),
     }
 
 
-def _from_messages(messages: Any, where: str) -> dict[str, str]:
+def _from_turns(turns: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise SeedError(f"{where}: `turns` must be a list of texts, the first the question, found {_kind(turns)}.")
+    return {"instruction": turns[0], "later_turns": turns[1:]}
+
+
+def _from_messages(messages: Any, where: str) -> dict[str, Any]:
     try:
         said = {message["role"]: message["content"] for message in reversed(messages)}  # the first of each role
-        return {"instruction": said["user"], "output": said.get("assistant", "")}
+        asked = [message["content"] for message in messages if message["role"] == "user"]
+        return {"instruction": said["user"], "output": said.get("assistant", ""), "later_turns": asked[1:]}
     except (TypeError, KeyError):
         raise SeedError(f"{where}: `messages` holds no message of the role `user`.") from None
 
