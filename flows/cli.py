@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import commands_evaluation
+from flows import commands_evaluation, commands_handover
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -37,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(commands_evaluation.commands)
+app.add_typer(commands_handover.commands)
 
 
 @app.command()

@@ -1,13 +1,26 @@
 """Commands that say whether it helped: evaluate, best, contamination, compare."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from flows.terminal import AsJson, ConfigFile, Home, Overrides, Preset, Refusal, find_run, note, out, use_home
+from flows.terminal import (
+    AsJson,
+    ConfigFile,
+    Home,
+    Overrides,
+    Preset,
+    Refusal,
+    find_run,
+    note,
+    out,
+    print_rows,
+    use_home,
+)
 
 commands = typer.Typer()
 
@@ -117,6 +130,121 @@ def best(
             note.print(f"Iteration {record.iteration}: {line}")
     note.print(f"{found.name}" + ("" if found.iteration else ": the student before any training was never beaten"))
     print(found.checkpoint.path)
+
+
+@commands.command()
+def contamination(
+    against: Annotated[
+        str, typer.Option("--against", help="Instructions of an evaluation, in any form; bundled: the held-out set.")
+    ],
+    run_id: Annotated[str | None, typer.Option("--run", help="Only this run's pools.")] = None,
+    max_similarity: Annotated[
+        float, typer.Option("--max-similarity", min=0.01, max=1, help="ROUGE-L F from which an instruction is near.")
+    ] = 0.7,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Find instructions of the pools that are near those of an evaluation."""
+    use_home(home)
+    from storage.catalog import ask
+    from storage.pools import read_rows
+    from tasks.contamination import find_near
+    from tasks.questions import read_questions
+
+    turns = read_rows(read_questions(against).turns)
+    statement = """
+    select run_id, instruction_id, instruction, input, origin, min(iteration) as iteration
+    from cache_pool where $run is null or starts_with(run_id, $run) group by all order by all
+    """
+    pool = ask(statement, {"run": run_id})
+    rows = [
+        {
+            "run_id": row["run_id"],
+            "iteration": row["iteration"],
+            "origin": row["origin"],
+            "instruction_id": row["instruction_id"],
+            "similarity": round(near.similarity, 3),
+            "instruction": row["instruction"],
+            "near": turns[int(near.key)]["instruction"],
+        }
+        for row, near in find_near(pool, turns, max_similarity)
+    ]
+    print_rows(rows, as_json=as_json)
+    note.print(f"{len(rows)} of {len(pool)} instructions in pools are near one of the {len(turns)} of {against}.")
+
+
+@commands.command()
+def compare(
+    run_ids: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Ids of runs, or their beginnings.")],
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Put runs side by side: the best student of each, the gain over the first with its interval, the settings."""
+    use_home(home)
+    from storage.journal import Journal
+    from tasks.selection import compare as compare_students
+
+    if len(run_ids) < 2:
+        raise Refusal("name two runs or more: lion compare RUN RUN. `lion runs` lists them.")
+    manifests = [find_run(name) for name in run_ids]
+    best = [_best_evaluation(manifest) for manifest in manifests]
+    rows = []
+    with Journal() as journal:
+        for manifest, (iteration, evaluation) in zip(manifests, best, strict=True):
+            gain = compare_students(evaluation, best[0][1], best[0][0], manifest.config["seed"])
+            taught = sum(record.trained_rows for record in manifest.iterations)
+            rows.append(
+                {
+                    "run": manifest.run_id,
+                    "best iteration": f"{iteration} of {len(manifest.iterations)}",
+                    "rows trained on": taught,
+                    "loss": evaluation.loss,
+                    "gain in loss over the first": _shown(gain.loss_gain),
+                    "score": evaluation.score,
+                    "gain in score": _shown(gain.score_gain),
+                    "relative": _shown(gain.relative),
+                    "usd": journal.spent(manifest.run_id).usd,
+                }
+            )
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    turned = [
+        {"": name} | {row["run"]: row[name] for row in rows} for name in rows[0] if name != "run"
+    ]  # a column a run
+    print_rows(turned)
+    settings = [dict(_flat(manifest.config)) for manifest in manifests]
+    keys = sorted({key for one in settings for key in one if len({json.dumps(s.get(key)) for s in settings}) > 1})
+    note.print("Settings that differ:" if keys else "The settings are the same.")
+    print_rows(
+        [
+            {"": key} | {m.run_id: json.dumps(s.get(key)) for m, s in zip(manifests, settings, strict=True)}
+            for key in keys
+        ]
+    ) if keys else None
+
+
+def _best_evaluation(manifest: Any) -> tuple[int, Any]:
+    from flows.students import best_student
+
+    iteration = best_student(manifest).iteration
+    assert iteration is not None
+    evaluation = manifest.iterations[iteration - 1].evaluation if iteration else manifest.baseline.evaluation
+    if evaluation is None:
+        raise Refusal(f"{manifest.run_id} was not evaluated yet. The same command that started it goes on.")
+    return iteration, evaluation
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(interval: Any) -> str:
+    return "" if interval is None else f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def print_study(study: Any) -> None:

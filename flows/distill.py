@@ -66,7 +66,12 @@ class Run:
             digest_of_source(config.seeds.heldout, "heldout.jsonl"),
         )
         seeds = step(load_seeds, config.seeds, *sources)
-        self.manifest.seeds = {"path": config.seeds.path, "rows": seeds.pool.rows, "duplicates": seeds.duplicates}
+        self.manifest.seeds = {
+            "path": config.seeds.path,
+            "rows": seeds.pool.rows,
+            "duplicates": seeds.duplicates,
+            "near_heldout": seeds.near_heldout,
+        }
         self.heldout: Snapshot = seeds.heldout
 
         self.teacher = self._ready(step, config.teacher.model, "prepare teacher")

@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Snapshot, StorageError, digest_of, digest_of_file
 from storage.pools import instruction_id, read_parquet, write_snapshot
+from tasks.contamination import find_near
 from tasks.policies import OPERATIONAL, stage
 
-VERSION = 1
+VERSION = 2
 BUNDLED = Path(__file__).parent / "data"
 ACCEPTED = (
     "Accepted: .json or .jsonl (Alpaca, self-instruct, messages, FastChat questions), .csv, .parquet, "
@@ -53,6 +54,7 @@ class SeedPools(BaseModel):
     pool: Snapshot
     heldout: Snapshot
     duplicates: int  # exact ones, left out of the pool
+    near_heldout: int  # near duplicates of a held-out instruction, left out of the pool
 
 
 class Seeds(BaseModel):
@@ -106,7 +108,7 @@ def read_records(path: str, bundled: str = "seeds.jsonl") -> tuple[str, "Records
 
 @stage("seed", version=VERSION)
 def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> SeedPools:
-    """Write the seed pool and the held-out set.
+    """Write the seed pool and the held-out set. A seed near a held-out instruction enters no pool, and is counted.
 
     Args:
         seeds_digest, heldout_digest: of what the config's paths hold now (`digest_of_source`).
@@ -115,11 +117,16 @@ def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> Se
         SeedError: a source cannot be used.
     """
     seeds = read_seeds(config.path)
-    heldout = read_seeds(config.heldout, bundled="heldout.jsonl")
+    heldout = read_seeds(config.heldout, bundled="heldout.jsonl").rows[: config.max_heldout]
+    near = {id(row) for row, _ in find_near(seeds.rows, heldout)}
+    clean = [row for row in seeds.rows if id(row) not in near]
+    if not clean:
+        raise SeedError(f"{config.path}: every seed is near a held-out instruction. Name other ones in seeds.heldout.")
     return SeedPools(
-        pool=_write(seeds.rows[: config.max_rows], "seed"),
-        heldout=_write(heldout.rows[: config.max_heldout], "heldout"),
+        pool=_write(clean[: config.max_rows], "seed"),
+        heldout=_write(heldout, "heldout"),
         duplicates=seeds.duplicates,
+        near_heldout=len(near),
     )
 
 

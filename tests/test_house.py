@@ -18,7 +18,18 @@ FORBIDDEN = {  # place -> top-level packages it may not import
     "storage": HEAVY | {"flows", "tasks", "prefect", "openai"},
 }
 # Not stages: what stages share.
-SHARED = {"policies", "novelty", "models", "jobs", "progress", "scores", "relative", "selection"}
+SHARED = {
+    "policies",
+    "novelty",
+    "models",
+    "jobs",
+    "progress",
+    "scores",
+    "relative",
+    "selection",
+    "contamination",
+    "export",
+}
 # The student's config holds how a student starts; questions are read from files as seeds are.
 SHARED_CONFIG = {("student", "prepare"), ("questions", "seed")}
 
