@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import commands_evaluation, commands_handover
+from flows import commands_evaluation, commands_handover, commands_talk
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(commands_evaluation.commands)
 app.add_typer(commands_handover.commands)
+app.add_typer(commands_talk.commands)
 
 
 @app.command()

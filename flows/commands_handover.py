@@ -1,4 +1,4 @@
-"""Commands that hand the work over: export, card, push, serve."""
+"""Commands that hand the work over: export, card, push."""
 
 import os
 from enum import StrEnum
@@ -7,15 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import Home, Refusal, find_run, note, out, use_home
+from flows.terminal import CheckpointName, Home, Refusal, find_run, note, out, use_home
 
 commands = typer.Typer()
 
 RunId = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")]
-CheckpointName = Annotated[
-    str | None,
-    typer.Argument(metavar="[CKPT]", help="RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."),
-]
 
 
 class Form(StrEnum):
@@ -117,21 +113,6 @@ def push(
         repo_id=repository, folder_path=found.checkpoint.path, allow_patterns=[path.name for path in files]
     )
     note.print(f"{found.name} is at {repository}")
-
-
-@commands.command()
-def serve(student: CheckpointName = None, home: Home = None) -> None:
-    """Print the lines that serve a checkpoint behind an OpenAI-compatible API, with vLLM and with transformers."""
-    use_home(home)
-    from flows.students import find_student
-
-    for line in serve_lines(str(find_student(student).checkpoint.path)):
-        print(line)
-
-
-def serve_lines(path: str) -> list[str]:
-    """The command of each server, to type as it is."""
-    return [f"vllm serve {path} --served-model-name student", f"transformers serve --force-model {path}"]
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -129,7 +129,7 @@ def _run(
         text=True,
         errors="replace",
         env={**os.environ, **ENVIRONMENT, **environment},
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     try:
         assert child.stdout is not None
@@ -162,6 +162,6 @@ _libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child: be terminated when the parent dies, even by `kill -9`, so that no orphan holds the GPU."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -36,7 +36,15 @@ distill.Run.iterate = sabotaged
 main()
 """
 
-SETTINGS = ("--set=iterations=5", "--set=stop.patience=3", "--set=stop.min_gain=100")
+SETTINGS = (
+    "--set=iterations=5",
+    "--set=stop.patience=3",
+    "--set=stop.min_gain=100",
+    "--set=finetune.training.num_train_epochs=2",
+    # The tiny model hardly ever ends a line.
+    '--set=generate.sampling={temperature: 1.0, max_tokens: 24, stop: ["e"]}',
+    "--set=generate.max_attempts=8",
+)
 
 
 @pytest.fixture(scope="module")
