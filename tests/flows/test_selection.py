@@ -10,7 +10,7 @@ import pytest
 
 from tests.lion import arguments, environment, lion, shown
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # The command, with an iteration 2 whose learning rate is a hundred times too high.
 SABOTAGED = """
