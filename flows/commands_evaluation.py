@@ -224,6 +224,42 @@ def compare(
     ) if keys else None
 
 
+@commands.command()
+def ablate(
+    arms: Annotated[
+        str, typer.Option("--arms", help="Some of adversarial, random-generation, imitation-only; with commas.")
+    ] = "adversarial,random-generation,imitation-only",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=20, help="Runs of each arm.")] = 3,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Ask whether the method helps: the loop beside simpler ways to spend the same teacher tokens."""
+    use_home(home)
+    from flows.config import resolve
+
+    if preset is None and config is None and not overrides:
+        raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
+    settings = resolve(preset, overrides or [], config)
+    from flows.ablate import ablate as run_arms
+
+    rows = run_arms(settings, [arm.strip() for arm in arms.split(",") if arm.strip()], seeds)
+    if as_json:
+        plain = [
+            {key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in row.items()}
+            for row in rows
+        ]
+        print(json.dumps(plain, indent=2))
+        return
+    columns = ("loss", "score", "loss_over_adversarial", "score_over_adversarial")
+    print_rows([row | {name: _shown(row[name]) for name in columns} for row in rows])
+    out.print(
+        "Means over seeds, with 95 % intervals over the held-out questions. Lower loss and higher score are better."
+    )
+
+
 def _best_evaluation(manifest: Any) -> tuple[int, Any]:
     from flows.students import best_student
 
