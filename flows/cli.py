@@ -14,7 +14,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from flows.commands_training import commands as training
+from flows import commands_evaluation, commands_handover, commands_talk, commands_training
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -38,7 +38,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(training)
+app.add_typer(commands_evaluation.commands)
+app.add_typer(commands_handover.commands)
+app.add_typer(commands_talk.commands)
+app.add_typer(commands_training.commands)
 
 
 @app.command()
@@ -330,7 +333,7 @@ def _print_run(manifest: Any) -> None:
             f"{record.trained_rows} of {record.train_rows}" if record else "",
             f"{record.hard}/{record.easy}/{record.undecided}" if record else "",
             f"{record.generated.accepted}/{sum(record.generated.rejected.values())}" if record else "",
-            _figure(line["loss"], 3),
+            _figure(line["loss"], 3) + (" (rolled back)" if record and record.rolled_back else ""),
             _figure(line["score"], 2),
         )
     out.print(table)
@@ -342,7 +345,7 @@ def _print_run(manifest: Any) -> None:
         times.add_row(stage, *(_time(line, stage) for line in lines))
     out.print(times)
     for record in manifest.iterations:
-        for line in record.generated.notes:
+        for line in (*record.notes, *record.generated.notes):
             out.print(f"Iteration {record.iteration}: {line}")
         if (judge := record.judge) and judge.pairs:
             out.print(

@@ -7,7 +7,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +22,7 @@ from tasks.models.ready import ModelSettings
 from tasks.policies import OPERATIONAL, identity
 from tasks.referee import LLMReferee, RefereeConfig, ReferenceReferee
 from tasks.seed import SeedConfig, digest_of_source
+from tasks.selection import StopConfig
 from tasks.student import StudentConfig
 from tasks.teacher import TeacherConfig
 
@@ -51,6 +52,10 @@ class DistillConfig(BaseModel):
     generate: GenerateConfig = Field(GenerateConfig(), description="Who writes new instructions, and how many.")
     budget: Budget = Field(Budget(), description="What a run may spend at most.", json_schema_extra=OPERATIONAL)
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="The held-out check after each iteration.")
+    keep: Literal["best", "last"] = Field(
+        "best", description="best: a student that is worse than an earlier one is not built upon. last: it is (paper)."
+    )
+    stop: StopConfig = Field(StopConfig(), description="When the loop ends before its last iteration.")
 
     def models(self) -> dict[str, ModelSettings]:
         """Every model of the run by what it does: teacher, teacher 2 ..., student, generator, referee."""
@@ -92,14 +97,18 @@ def presets() -> list[str]:
 
 
 def resolve(
-    preset: str | None = None, overrides: Sequence[str] = (), file: Path | None = None, **given: Any
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+    file: Path | None = None,
+    base: dict[str, Any] | None = None,
+    **given: Any,
 ) -> DistillConfig:
-    """Defaults, then a preset, then a file, then `key.path=value` overrides; the later wins.
+    """Defaults, then `base` (another run's settings), a preset, a file, `key.path=value` overrides; the later wins.
 
     Raises:
         ConfigError: a name is unknown, or a value is out of its bounds. Names the field and what would do.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = base or {}
     if preset is not None:
         if preset not in presets():
             raise ConfigError(f"no preset {preset!r}. There are: {', '.join(presets())}.")

@@ -14,7 +14,7 @@ from flows.config import DistillConfig
 from flows.steps import Steps, recorded
 from storage import catalog
 from storage.files import Checkpoint, Snapshot
-from storage.runs import Evaluation, IterationRecord, Manifest
+from storage.runs import Baseline, Evaluation, IterationRecord, Manifest
 from tasks.discriminate import discriminate
 from tasks.evaluate import evaluate_student
 from tasks.finetune import finetune_student
@@ -28,6 +28,7 @@ from tasks.referee import LLMReferee, review_responses
 from tasks.refresh import Pools, refresh_pools
 from tasks.report import write_report
 from tasks.seed import digest_of_source, load_seeds
+from tasks.selection import compare, gain_in, is_stalled, is_worse, told
 from tasks.student import answer_with_student
 from tasks.teacher import answer_with_teacher
 
@@ -42,8 +43,8 @@ def distill(config: DistillConfig) -> str:
             pools, student = run.iterate(iteration, pools, student)
             write_report(manifest)
             catalog.publish()
-            if not pools.train.rows:
-                break  # nothing new was found to learn from; the manifest's notes say why
+            if not pools.train.rows or run.is_stalled():
+                break  # nothing new was found to learn from, or nothing is gained; the manifest's notes say which
         manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}
     write_report(manifest)
     catalog.publish()
@@ -66,7 +67,12 @@ class Run:
             digest_of_source(config.seeds.heldout, "heldout.jsonl"),
         )
         seeds = step(load_seeds, config.seeds, *sources)
-        self.manifest.seeds = {"path": config.seeds.path, "rows": seeds.pool.rows, "duplicates": seeds.duplicates}
+        self.manifest.seeds = {
+            "path": config.seeds.path,
+            "rows": seeds.pool.rows,
+            "duplicates": seeds.duplicates,
+            "near_heldout": seeds.near_heldout,
+        }
         self.heldout: Snapshot = seeds.heldout
 
         # All who are asked far away come first: a wrong key is found before anything is paid or computed.
@@ -96,6 +102,7 @@ class Run:
         record.student, record.teacher = self.base, self.teachers[0].checkpoint
         record.snapshots = {"seeds": seeds.pool, "heldout": self.heldout, "heldout_answers": self.heldout_answers}
         record.evaluation = self._evaluate(step, self.base)
+        self.standing: Baseline | IterationRecord = record  # whose student goes on
         self.answers: list[Snapshot] = []  # the teacher's, of all iterations so far
         return Pools(train=seeds.pool, cache=seeds.pool), self.base
 
@@ -127,8 +134,12 @@ class Run:
         made["examples"], record.student = trained.examples, trained.checkpoint
         record.trained_rows, record.left_out, record.training = trained.rows, trained.left_out, trained.figures
 
+        # Did it help? A student that is worse than the one before is not built upon: that one goes on.
+        record.evaluation = self._evaluate(step, trained.checkpoint)
+        student = self._standing_student(record)
+
         # DISCRIMINATION: where does the student still fall behind?
-        own = step(answer_with_student, config.student, self._student(trained.checkpoint), pools.cache, seed)
+        own = step(answer_with_student, config.student, self._student(student), pools.cache, seed)
         made["student_responses"] = own
         made["reviews"] = step(
             review_responses,
@@ -151,9 +162,32 @@ class Run:
         )  # fmt: skip
         made["candidates"], record.generated = generation.candidates, generation.generated
         following = step(refresh_pools, pools.cache, generation.candidates)
+        return following, student
 
-        record.evaluation = self._evaluate(step, trained.checkpoint)
-        return following, trained.checkpoint
+    def is_stalled(self) -> bool:
+        """Whether the loop ends here because the last iterations gained nothing; the manifest says so."""
+        records, stop = self.manifest.iterations, self.config.stop
+        stalled = is_stalled(stop, [record.comparison for record in records if record.comparison])
+        if stalled and len(records) < self.config.iterations:
+            records[-1].notes.append(f"stopped: no gain above {stop.min_gain:g} in the last {stop.patience} iterations")
+        return stalled
+
+    def _standing_student(self, record: IterationRecord) -> Checkpoint:
+        """The student that goes on after this iteration: the new one, or the one before where the new one is worse."""
+        before, measure = self.standing, self.config.stop.measure
+        assert record.evaluation and before.evaluation, "students are evaluated before they are compared"
+        against = before.iteration if isinstance(before, IterationRecord) else 0
+        record.comparison = compare(record.evaluation, before.evaluation, against, self.config.seed)
+        if self.config.keep == "best" and is_worse(record.evaluation, before.evaluation, measure):
+            record.rolled_back = True
+            record.notes.append(
+                f"rolled back: this student is worse than that of iteration {against} "
+                f"({told(gain_in(record.comparison, measure), measure)}), which goes on in its place"
+            )
+        else:
+            self.standing = record
+        assert self.standing.student
+        return self.standing.student
 
     def _evaluate(self, step: Steps, checkpoint: Checkpoint) -> Evaluation:
         config = self.config

@@ -26,6 +26,10 @@ SeedFile = Annotated[
     typer.Option("--seeds", help="Your instructions: .json, .jsonl, .csv, .parquet, .txt, or hf:dataset[:split]."),
 ]
 
+CheckpointName = Annotated[
+    str | None,
+    typer.Argument(metavar="[CKPT]", help="RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."),
+]
 
 QUIET_PREFECT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

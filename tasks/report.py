@@ -14,10 +14,12 @@ from storage.catalog import query
 from storage.files import home, write_atomic
 from storage.journal import Journal, Spent
 from storage.runs import IterationRecord, Manifest
+from storage.studies import list_studies
+from tasks.gains import contaminated, gain_charts, lineage, most_improved
 
 TEMPLATE = "report.html.jinja"
 INK, GRID, STUDENT, HARD = "#7a828e", "#8888884d", "#2f7ed8", "#d9480f"  # greys that read on white and on black
-WIDEST = 5  # score gaps shown side by side
+WIDEST = 10  # score gaps shown side by side
 
 WIDEST_GAPS = f"""
 select v.score_gap, v.teacher_score, v.student_score, p.instruction, p.input, p.category,
@@ -53,6 +55,11 @@ def write_report(manifest: Manifest) -> Path:
         charts=_charts(manifest),
         widest=_widest(manifest),
         spend=spend_of(manifest.run_id),
+        improved=most_improved(manifest),
+        contaminated=contaminated(manifest),
+        lineage=lineage(manifest),
+        best=manifest.best(),
+        studies=list_studies(manifest.run_id),
     )
     path = manifest.folder / "report.html"
     write_atomic(path, page)
@@ -103,6 +110,7 @@ def _charts(manifest: Manifest) -> list[dict[str, str]]:
         _chart("Held-out score", "Mean ROUGE-L score of the student's answers against the teacher's, 1 to 10. Higher is better.",
                _by_iteration(points, "score", "score")),
     ]  # fmt: skip
+    charts += [_chart(*described) for described in gain_charts(manifest)]
     judged = [record for record in manifest.iterations if "verdicts" in record.snapshots]
     for record in judged:
         charts.append(

@@ -11,7 +11,7 @@ from tasks.models.budget import Account
 from tasks.models.chat import Request, Sampling, Status, conversation, response_row
 from tasks.models.local import LocalModel
 from tasks.models.ready import ModelSettings, ReadyModel, answer
-from tasks.policies import stage
+from tasks.policies import OPERATIONAL, stage
 from tasks.progress import progress
 
 VERSION = 2
@@ -46,6 +46,11 @@ class TeacherConfig(BaseModel):
     )
     sampling: Sampling = Field(Sampling(), description="The paper: temperature 0.7, at most 1,024 new tokens.")
     system_prompt: str | None = Field(None, description="Said before every instruction to the teacher.")
+    license: str | None = Field(
+        None,
+        description="Terms under which the teacher's text may be used, as a licence's name; goes into exports and cards.",
+        json_schema_extra=OPERATIONAL,
+    )
     draw: int = Field(0, ge=0, description="Raise it to buy a new answer to everything, on purpose.")
 
     @model_validator(mode="after")
