@@ -20,6 +20,7 @@ from tasks.evaluate import evaluate_student
 from tasks.finetune import finetune_student
 from tasks.generate import generate_instructions
 from tasks.models.budget import Account
+from tasks.models.client import check_access
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.ready import ModelSettings, ReadyModel
 from tasks.prepare import prepare_model, prune_student, source_digest
@@ -74,25 +75,31 @@ class Run:
         }
         self.heldout: Snapshot = seeds.heldout
 
-        self.teacher = self._ready(step, config.teacher.model, "prepare teacher")
+        # All who are asked far away come first: a wrong key is found before anything is paid or computed.
+        self.teachers = [
+            self._ready(step, model, f"prepare {name}")
+            for name, model in config.models().items()
+            if name.startswith("teacher")
+        ]
         self.generator = self._ready(step, config.generate.model, "prepare generator")
         referee = config.referee
         self.referee = self._ready(step, referee.model, "prepare referee") if isinstance(referee, LLMReferee) else None
-        base = self._ready(step, config.student.model, "prepare student").checkpoint
-        assert base is not None, "a student is a model of this machine"
-        pruned = config.student.start.init == "pruned"
-        self.base: Checkpoint = step(prune_student, config.student.start, base, seeds.pool) if pruned else base
 
         self.heldout_answers = step(
             answer_with_teacher,
             config.teacher,
-            self.teacher,
+            self.teachers,
             self.heldout,
             [],
             config.seed,
             self._account("teacher", 0),
         )
-        record.student, record.teacher = self.base, self.teacher.checkpoint
+        base = self._ready(step, config.student.model, "prepare student").checkpoint
+        assert base is not None, "a student is a model of this machine"
+        pruned = config.student.start.init == "pruned"
+        self.base: Checkpoint = step(prune_student, config.student.start, base, seeds.pool) if pruned else base
+
+        record.student, record.teacher = self.base, self.teachers[0].checkpoint
         record.snapshots = {"seeds": seeds.pool, "heldout": self.heldout, "heldout_answers": self.heldout_answers}
         record.evaluation = self._evaluate(step, self.base)
         self.standing: Baseline | IterationRecord = record  # whose student goes on
@@ -113,7 +120,7 @@ class Run:
         answers = step(
             answer_with_teacher,
             config.teacher,
-            self.teacher,
+            self.teachers,
             pools.cache,
             self.answers,
             seed,
@@ -145,7 +152,7 @@ class Run:
             self._account("referee", iteration),
         )
         split = step(discriminate, config.discriminate, made["reviews"])
-        made["verdicts"], record.threshold = split.verdicts, split.threshold
+        made["verdicts"], record.threshold, record.judge = split.verdicts, split.threshold, split.judge
         record.hard, record.easy, record.undecided = split.hard, split.easy, split.undecided
 
         # GENERATION: more like the hard ones, rarer ones like the easy ones. They are what is learned next.
@@ -194,6 +201,7 @@ class Run:
 
     def _ready(self, step: Steps, settings: ModelSettings, label: str) -> ReadyModel:
         if isinstance(settings, OpenAIModel):
+            check_access(settings)
             return ReadyModel(settings=settings)
         checkpoint = step(prepare_model, settings, source_digest(settings), label=label)
         return ReadyModel(settings=settings, checkpoint=checkpoint)

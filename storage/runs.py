@@ -55,6 +55,22 @@ class Generated(BaseModel):
     notes: list[str] = Field(default_factory=list)  # shortfalls, empty sides
 
 
+class JudgeHealth(BaseModel):
+    """How far the referee of one iteration can be trusted. A share is null where there is nothing to take it of.
+
+    For comparison: a referee that tosses a coin flips four pairs of ten, one that only sees the place flips all.
+    """
+
+    reviews: int  # asked for; rows without two answers are not
+    unusable: dict[str, int] = Field(default_factory=dict)  # of those, by outcome, after all asking again
+    unusable_share: float | None = None
+    pairs: int  # instructions with a valid review in both orders
+    flip_share: float | None = None  # of the pairs: the winner changes with the order
+    tie_share: float | None = None  # of the pairs: both answers are scored alike over both orders
+    position_bias: float | None = None  # points that the first place is worth, mean over the pairs
+    vote_agreement: float | None = None  # of (instruction, order) with several valid votes: all name one winner
+
+
 class IterationRecord(BaseModel):
     """One iteration, as far as it has come."""
 
@@ -67,6 +83,7 @@ class IterationRecord(BaseModel):
     easy: int = 0
     undecided: int = 0
     threshold: float | None = None
+    judge: JudgeHealth | None = None  # null where no model is the referee
     generated: Generated = Field(default_factory=Generated)
     evaluation: Evaluation | None = None
     comparison: Comparison | None = None
@@ -101,6 +118,7 @@ class Manifest(BaseModel):
     config: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     seeds: dict[str, Any] = Field(default_factory=dict)  # file, rows, duplicates removed
+    warnings: list[str] = Field(default_factory=list)  # of the settings: possible, and perhaps not meant
     baseline: Baseline = Field(default_factory=Baseline)
     iterations: list[IterationRecord] = Field(default_factory=list)
     next_pools: dict[str, Snapshot] = Field(default_factory=dict)  # what an iteration more would start from

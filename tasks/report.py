@@ -11,7 +11,8 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from storage.catalog import query
-from storage.files import write_atomic
+from storage.files import home, write_atomic
+from storage.journal import Journal, Spent
 from storage.runs import IterationRecord, Manifest
 from storage.studies import list_studies
 from tasks.gains import contaminated, gain_charts, lineage, most_improved
@@ -47,6 +48,7 @@ def write_report(manifest: Manifest) -> Path:
     """Write `report.html` into the run's folder and return its path."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True)
+    environment.filters["share"] = lambda share: "" if share is None else f"{share:.0%}"
     page = environment.get_template(TEMPLATE).render(
         manifest=manifest,
         rows=progress_rows(manifest),
@@ -57,10 +59,19 @@ def write_report(manifest: Manifest) -> Path:
         lineage=lineage(manifest),
         best=manifest.best(),
         studies=list_studies(manifest.run_id),
+        spend=spend_of(manifest.run_id),
     )
     path = manifest.folder / "report.html"
     write_atomic(path, page)
     return path
+
+
+def spend_of(run_id: str) -> list[Spent]:
+    """What a run paid for, from the journal; nothing where this home never paid."""
+    if not (home() / "journal.sqlite").is_file():
+        return []
+    with Journal() as journal:
+        return journal.spend(run_id)
 
 
 def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:

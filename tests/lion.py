@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,30 @@ def lion(home: Path, *args: str, code: int = 0) -> subprocess.CompletedProcess[s
     done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, env=environment(home))
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def start(home: Path, *args: str) -> "subprocess.Popen[str]":
+    """A command in a process group of its own."""
+    return subprocess.Popen(
+        [*COMMAND, *args],
+        env=environment(home),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_after(seconds: float, home: Path, *args: str) -> None:
+    """Start a command and `kill -9` it after a while, unless it has ended by then."""
+    child = start(home, *args)
+    try:
+        child.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGKILL)
+        time.sleep(0.5)  # whatever survives its parent survives it here too
+        os.killpg(child.pid, signal.SIGKILL)  # the temporary Prefect server does
+    child.communicate()
 
 
 def shown(home: Path, *args: str) -> dict[str, Any]:
