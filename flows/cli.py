@@ -14,7 +14,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from flows import commands_evaluation, commands_handover, commands_talk
+from flows import commands_evaluation, commands_handover, commands_human, commands_talk
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -41,6 +41,7 @@ app = typer.Typer(
 app.add_typer(commands_evaluation.commands)
 app.add_typer(commands_handover.commands)
 app.add_typer(commands_talk.commands)
+app.add_typer(commands_human.commands)
 
 
 @app.command()
