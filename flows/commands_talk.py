@@ -109,4 +109,4 @@ def serve(student: CheckpointName = None, home: Home = None) -> None:
 
 def serve_lines(path: str) -> list[str]:
     """The command of each server, to type as it is."""
-    return [f"vllm serve {path} --served-model-name student", f"transformers serve --force-model {path}"]
+    return [f"vllm serve {path} --served-model-name student", f"transformers serve {path}"]
