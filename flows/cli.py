@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import commands_evaluation, commands_handover, commands_talk, commands_training
+from flows import commands_evaluation, commands_handover, commands_human, commands_talk, commands_training
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -41,6 +41,7 @@ app = typer.Typer(
 app.add_typer(commands_evaluation.commands)
 app.add_typer(commands_handover.commands)
 app.add_typer(commands_talk.commands)
+app.add_typer(commands_human.commands)
 app.add_typer(commands_training.commands)
 
 

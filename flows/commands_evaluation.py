@@ -50,6 +50,14 @@ def evaluate(
         float, typer.Option("--tie-margin", min=0, max=9, help="Points within which two scores are a tie.")
     ] = 0.5,
     max_questions: Annotated[int | None, typer.Option("--max-questions", min=1, help="Only the first so many.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="Instead: tasks of lm-eval, with commas: bbh, agieval, mmlu, arc_easy, ..."),
+    ] = None,
+    suite_tasks: Annotated[
+        Path | None, typer.Option("--suite-tasks", help="A folder with task files of your own, in lm-eval's form.")
+    ] = None,
+    suite_limit: Annotated[int | None, typer.Option("--suite-limit", min=1, help="Rows of each task.")] = None,
     preset: Preset = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -65,6 +73,13 @@ def evaluate(
     from storage.studies import load_study
     from tasks.questions import read_questions
 
+    if suite is not None:
+        from flows.suites import evaluate_on_suites
+
+        found = find_student(student)
+        names = [name.strip() for name in suite.split(",") if name.strip()]
+        _show(evaluate_on_suites(found, names, suite_tasks, suite_limit, found.config.get("seed", 0)), as_json)
+        return
     read_questions(questions, max_questions)  # a file that cannot be used is refused before anything is asked
     settings = _settings(find_student(student).config, preset, config, overrides or [], referee)
     from flows.evaluate import EvaluateConfig
@@ -82,8 +97,25 @@ def evaluate(
     )
     study = load_study(study_id)
     assert study is not None, "a study that was made is there"
+    _show(study, as_json)
+
+
+def _show(study: Any, as_json: bool) -> None:
+    """Print a study, and put it into the report of the run that made the student."""
+    if study.run_id:
+        from storage.runs import load_manifest
+        from tasks.report import write_report
+
+        manifest = load_manifest(study.run_id)
+        assert manifest is not None, "the student was found by its run"
+        write_report(manifest)
     if as_json:
         print(json.dumps(study.model_dump(mode="json"), indent=2, ensure_ascii=False))
+    elif study.relative is None:
+        rows = [{"task": task, **figures} for task, figures in study.suite.items()]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        print_rows([{name: row.get(name) for name in names} for row in rows])
+        out.print(f"lm-eval's own words: {study.folder / 'lm-eval.json'}", soft_wrap=True)
     else:
         print_study(study)
 

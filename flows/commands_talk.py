@@ -1,11 +1,11 @@
-"""Commands to talk to a student: chat, serve."""
+"""Commands to talk to a student: chat, demo, serve."""
 
 import sys
 from typing import Annotated
 
 import typer
 
-from flows.terminal import CheckpointName, Home, escaped, note, out, use_home
+from flows.terminal import CheckpointName, Home, Refusal, escaped, note, out, use_home
 
 commands = typer.Typer()
 
@@ -47,6 +47,48 @@ def chat(
                 said.append({"role": "assistant", "content": answer})
 
 
+@commands.command()
+def demo(
+    student: CheckpointName = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", help="A checkpoint, named as a student is; by default the teacher of its run."),
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8766,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=32768, help="Of an answer, at most.")] = 256,
+    home: Home = None,
+) -> None:
+    """Open a page on which student and teacher answer side by side."""
+    use_home(home)
+    from contextlib import ExitStack
+    from functools import partial
+
+    from flows.students import find_student
+    from flows.web import demo_app
+    from flows.web import serve as serve_page
+    from tasks.models.chat import Sampling
+    from tasks.models.local import LocalModel
+    from tasks.models.session import Session
+
+    found = find_student(student)
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    if teacher is None:
+        model = found.config.get("teacher", {}).get("model", {"kind": "local", "model_name_or_path": "embedded"})
+        if model["kind"] != "local":
+            raise Refusal("The teacher is behind an API, and a demo would spend money unseen: name one with --teacher.")
+        teacher = model["model_name_or_path"]
+    other = find_student(teacher)
+    with ExitStack() as open_sessions:
+        sessions = {
+            who: open_sessions.enter_context(Session(LocalModel(), one.checkpoint))
+            for who, one in (("student", found), ("teacher", other))
+        }
+        answers = {who: partial(session.answer, sampling=sampling) for who, session in sessions.items()}
+        note.print(f"http://127.0.0.1:{port}  (Ctrl-C ends)")
+        serve_page(demo_app(answers, {"student": found.name, "teacher": other.name}), port)
+
+
 def _asked() -> str | None:
     """The next line; None at the end of the input."""
     try:
@@ -67,4 +109,4 @@ def serve(student: CheckpointName = None, home: Home = None) -> None:
 
 def serve_lines(path: str) -> list[str]:
     """The command of each server, to type as it is."""
-    return [f"vllm serve {path} --served-model-name student", f"transformers serve --force-model {path}"]
+    return [f"vllm serve {path} --served-model-name student", f"transformers serve {path}"]

@@ -24,7 +24,7 @@ LINEAGE = ("instruction_id", "parent_id", "origin", "category", "run_id", "itera
 ANSWERED = """
 select distinct on (p.instruction_id)
     p.instruction_id, p.parent_id, p.origin, p.category, p.run_id, p.iteration, p.instruction, p.input,
-    r.response, r.status
+    r.response, r.status, r.model
 from {pool} as p
 left join responses as r on r.run_id = p.run_id and r.instruction_id = p.instruction_id and r.role = 'teacher'
 where p.run_id = $run and ($iteration is null or p.iteration = $iteration)
@@ -42,7 +42,7 @@ with in_order as (
 )
 select distinct on (a.instruction_id)
     a.instruction_id, p.parent_id, p.origin, p.category, a.run_id, a.iteration, p.instruction, p.input,
-    t.response as chosen, t.status, s.response as rejected, a.teacher_score, a.student_score
+    t.response as chosen, t.status, t.model, s.response as rejected, a.teacher_score, a.student_score
 from agreed as a
 join cache_pool as p using (run_id, iteration, instruction_id)
 join responses as t on (t.run_id, t.iteration, t.instruction_id) = (a.run_id, a.iteration, a.instruction_id)
@@ -119,9 +119,10 @@ def _taught(manifest: Manifest) -> set[str]:
 
 
 def _with_teacher(manifest: Manifest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    teacher, license = teacher_of(manifest), manifest.config["teacher"].get("license")
+    license, local = manifest.config["teacher"].get("license"), manifest.baseline.teacher
+    named = {local.digest: teacher_of(manifest)} if local else {}  # an endpoint's name stands in the row itself
     ordered = sorted(rows, key=lambda row: (row["iteration"], row["instruction_id"]))
-    return [row | {"teacher": teacher, "teacher_license": license} for row in ordered]
+    return [row | {"teacher": named.get(row["model"], row["model"]), "teacher_license": license} for row in ordered]
 
 
 def _record(row: dict[str, Any], form: Form, system: str | None) -> dict[str, Any]:

@@ -54,12 +54,12 @@ def write_report(manifest: Manifest) -> Path:
         rows=progress_rows(manifest),
         charts=_charts(manifest),
         widest=_widest(manifest),
-        spend=spend_of(manifest.run_id),
         improved=most_improved(manifest),
         contaminated=contaminated(manifest),
         lineage=lineage(manifest),
         best=manifest.best(),
         studies=list_studies(manifest.run_id),
+        spend=spend_of(manifest.run_id),
     )
     path = manifest.folder / "report.html"
     write_atomic(path, page)

@@ -33,7 +33,7 @@ def test_the_training_set_has_what_was_answered_and_a_pool_has_all(run: Manifest
         {"role": "assistant", "content": "Rayleigh scattering."},
     ]
     assert (row["origin"], row["iteration"], row["run_id"]) == ("seed", 1, "recorded-1")
-    assert (row["teacher"], row["teacher_license"]) == ("embedded", "apache-2.0")
+    assert (row["teacher"], row["teacher_license"]) == ("t", "apache-2.0")
     assert export(run, "messages", tmp_path / "b.jsonl", "cache_pool") == 3
     assert len(by_id(lines(tmp_path / "b.jsonl"))[IDS[2]]["messages"]) == 1, "no answer was made up"
 

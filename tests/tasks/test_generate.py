@@ -139,3 +139,14 @@ def test_a_json_reply_brings_instruction_and_input(generated: Any) -> None:
 def test_the_same_answers_give_the_same_candidates(generated: Any) -> None:
     first, second = (generated(fresh, pool_of(SEEDS), hard=4) for _ in range(2))
     assert first.candidates.digest == second.candidates.digest
+
+
+def test_random_parents_are_drawn_by_lot_in_the_same_numbers(generated: Any) -> None:
+    def parents(**settings: Any) -> set[str]:
+        rows = read_rows(generated(fresh, pool_of(SEEDS), hard=3, hard_rows=6, easy_rows=6, **settings).candidates)
+        return {row["parent_id"] for row in rows if row["side"] == "hard"}
+
+    by_lot = parents(parents="random")
+    assert len(by_lot) == len(parents()) == 3
+    assert by_lot != parents()
+    assert by_lot == parents(parents="random"), "the lot is seeded"

@@ -1,0 +1,143 @@
+"""Human judgements: blind and in random order, durable at once, counted right, and agreement as published."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.human import (
+    ASPECTS,
+    HumanEvalError,
+    HumanStudy,
+    Item,
+    Vote,
+    cast,
+    cohens_kappa,
+    first_model,
+    fleiss_kappa,
+    items_as_json,
+    new_study,
+    read_sheet,
+    results,
+    votes_of,
+    write_sheet,
+)
+
+
+@pytest.fixture
+def study(home: Path) -> HumanStudy:
+    items = [Item(item=f"q{n}", instruction=f"Ask {n}.", input=None, a=f"alpha {n}", b=f"beta {n}") for n in range(20)]
+    return new_study("student", "gpt", items, seed=0)
+
+
+def say(study: HumanStudy, voter: str, item: str, winner: str, aspect: str = "helpful") -> Vote:
+    """A vote for model a, model b or neither, in the words of what this voter sees."""
+    first = first_model(study, item, voter)
+    choice = "tie" if winner == "tie" else "first" if winner == first else "second"
+    return Vote.model_validate({"item": item, "voter": voter, "aspect": aspect, "choice": choice})
+
+
+def test_the_order_is_drawn_for_each_voter_and_item_and_nothing_names_a_model(study: HumanStudy) -> None:
+    seen = {voter: [row["first"].split()[0] for row in items_as_json(study, voter)] for voter in ("ann", "bob")}
+    assert seen["ann"] != seen["bob"]
+    assert all(4 <= said.count("alpha") <= 16 for said in seen.values())
+    assert seen["ann"] == [row["first"].split()[0] for row in items_as_json(study, "ann")]
+    text = json.dumps(items_as_json(study, "ann"))
+    assert "student" not in text and "gpt" not in text
+
+
+def test_votes_count_for_the_model_and_not_for_the_place(study: HumanStudy) -> None:
+    cast(study, [say(study, "ann", f"q{n}", "a" if n < 5 else "b" if n < 8 else "tie") for n in range(10)])
+    found = results(study)["helpful"]
+    assert (found.wins, found.ties, found.losses, found.items) == (5, 2, 3, 10)
+    assert found.win_share and found.win_share.value == 0.5
+    assert found.win_share.low < 0.5 < found.win_share.high
+    assert found.agreement is None
+    assert results(study)["honest"].votes == 0 and results(study)["honest"].win_share is None
+
+
+def test_the_last_vote_of_a_voter_counts(study: HumanStudy) -> None:
+    for winner in ("a", "b"):
+        cast(study, [say(study, "ann", "q1", winner)])
+    found = results(study)["helpful"]
+    assert (found.wins, found.losses) == (0, 1)
+
+
+def test_a_vote_is_on_disk_at_once_and_a_torn_line_is_none(study: HumanStudy) -> None:
+    cast(study, [say(study, "ann", "q1", "a")])
+    file = study.folder / "votes.jsonl"
+    assert len(file.read_text().splitlines()) == 1
+    with file.open("a") as torn:
+        torn.write('{"item": "q2", "vo')
+    assert len(votes_of(study)) == 1
+
+
+def test_an_item_of_another_study_is_refused(study: HumanStudy) -> None:
+    with pytest.raises(HumanEvalError, match="no item 'x'"):
+        cast(study, [Vote(item="x", voter="ann", aspect="helpful", choice="tie")])
+    assert votes_of(study) == {}
+
+
+def test_agreement_is_over_the_items_that_all_voted_on(study: HumanStudy) -> None:
+    for voter, winners in {"ann": "aabb", "bob": "aabba"}.items():
+        cast(study, [say(study, voter, f"q{n}", winner) for n, winner in enumerate(winners)])
+    found = results(study)["helpful"]
+    assert (found.agreement, found.kappa, found.shared_items) == (1.0, "Cohen", 4)
+    cast(study, [say(study, "eve", f"q{n}", winner) for n, winner in enumerate("bbaa")])
+    found = results(study)["helpful"]
+    assert found.kappa == "Fleiss" and found.agreement is not None and found.agreement < 0
+
+
+def test_cohens_kappa_is_that_of_the_usual_example() -> None:
+    # Fifty grants, two readers: both yes 20, both no 15, only the first yes 5, only the second yes 10.
+    pairs = [("y", "y")] * 20 + [("n", "n")] * 15 + [("y", "n")] * 5 + [("n", "y")] * 10
+    assert cohens_kappa(pairs) == pytest.approx(0.4)
+    assert cohens_kappa([("y", "y")] * 3) is None and cohens_kappa([]) is None
+
+
+def test_fleiss_kappa_is_that_of_the_published_table() -> None:
+    # Fleiss 1971 as it is mostly taught: fourteen raters, ten subjects, five categories; kappa 0.210.
+    table = [
+        (0, 0, 0, 0, 14), (0, 2, 6, 4, 2), (0, 0, 3, 5, 6), (0, 3, 9, 2, 0), (2, 2, 8, 1, 1),
+        (7, 7, 0, 0, 0), (3, 2, 6, 3, 0), (2, 5, 3, 2, 2), (6, 5, 2, 1, 0), (0, 2, 2, 3, 7),
+    ]  # fmt: skip
+    rows = [[str(category) for category, count in enumerate(row) for _ in range(count)] for row in table]
+    assert fleiss_kappa(rows) == pytest.approx(0.210, abs=0.0005)
+
+
+def filled(path: Path, fill: Any) -> None:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(row | fill(number, row) for number, row in enumerate(rows))
+
+
+def test_a_sheet_goes_out_and_its_votes_come_back(study: HumanStudy, tmp_path: Path) -> None:
+    path = tmp_path / "ann.csv"
+    write_sheet(study, "ann", path)
+    assert "student" not in path.read_text()
+    alpha = lambda row: "first" if row["first"].startswith("alpha") else "Second "  # noqa: E731
+    filled(path, lambda number, row: {"helpful": alpha(row), "honest": "tie" if number < 3 else ""})
+    assert read_sheet(study, "ann", path) == 23
+    found = results(study)
+    assert (found["helpful"].wins, found["honest"].ties, found["harmless"].votes) == (20, 3, 0)
+
+
+def test_a_wrong_cell_and_a_wrong_voter_are_named_and_nothing_is_taken(study: HumanStudy, tmp_path: Path) -> None:
+    path = tmp_path / "ann.csv"
+    write_sheet(study, "ann", path)
+    filled(path, lambda number, row: {"helpful": "left" if number == 2 else "tie"})
+    with pytest.raises(HumanEvalError, match=r"ann\.csv, line 4, column helpful: 'left'"):
+        read_sheet(study, "ann", path)
+    filled(path, lambda number, row: {"helpful": "tie"})
+    with pytest.raises(HumanEvalError, match="not in bob's order"):
+        read_sheet(study, "bob", path)
+    assert votes_of(study) == {}
+
+
+def test_the_aspects_are_the_papers() -> None:
+    assert ASPECTS == ("helpful", "honest", "harmless")
