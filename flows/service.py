@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -108,10 +109,8 @@ def register() -> list[str]:
         raise ServiceError(f"no {DEPLOYMENTS} here: type this in the root of the checkout.")
     seen = environment()
     with get_client(sync_client=True) as client:
-        try:
+        with suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=seen["LION_WORK_POOL"], type="process"))
-        except ObjectAlreadyExists:
-            pass
     command = [*_prefect(), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
     done = subprocess.run(command, env=seen, capture_output=True, text=True)
     if done.returncode:

@@ -17,8 +17,10 @@ from typing import Any, Literal, TextIO
 
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
+from prefect.exceptions import ObjectNotFound
 from prefect.locking.protocol import LockManager
 from prefect.serializers import JSONSerializer, Serializer
 from prefect.settings import PREFECT_API_URL
@@ -165,14 +167,21 @@ def on_a_server() -> bool:
     return bool(PREFECT_API_URL.value())
 
 
+def _is_defined(limit: str) -> bool:
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_global_concurrency_limit_by_name(limit).active
+        except ObjectNotFound:
+            return False
+
+
 def _within_limits(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, run only while the limit of its inputs has a free slot. A stage that is cached takes none."""
 
     @functools.wraps(function)
     def limited(*inputs: Any, **named: Any) -> Any:
         limit = limit_of([*inputs, *named.values()]) if on_a_server() else None
-        # Where no such limit is defined, it lets everybody through.
-        with concurrency(limit, strict=False) if limit else nullcontext():
+        with concurrency(limit) if limit and _is_defined(limit) else nullcontext():
             return function(*inputs, **named)
 
     return limited
