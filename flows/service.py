@@ -108,9 +108,8 @@ def register() -> list[str]:
     if not DEPLOYMENTS.is_file():
         raise ServiceError(f"no {DEPLOYMENTS} here: type this in the root of the checkout.")
     seen = environment()
-    with get_client(sync_client=True) as client:
-        with suppress(ObjectAlreadyExists):
-            client.create_work_pool(WorkPoolCreate(name=seen["LION_WORK_POOL"], type="process"))
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=seen["LION_WORK_POOL"], type="process"))
     command = [*_prefect(), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
     done = subprocess.run(command, env=seen, capture_output=True, text=True)
     if done.returncode:

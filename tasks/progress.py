@@ -34,7 +34,7 @@ def progress(what: str) -> Iterator[OnProgress]:
 @contextmanager
 def _artifact(what: str, show: OnProgress) -> Iterator[OnProgress]:
     """A progress artifact under the key `progress-WHAT`; it ends at 100 only where the stage does."""
-    artifact = create_progress_artifact(
+    artifact: Any = create_progress_artifact(
         0.0, key=f"progress-{re.sub('[^a-z0-9]+', '-', what.lower())}", description=what
     )
     last = time.monotonic()

@@ -38,6 +38,7 @@ ENVIRONMENT = {
 
 _logger = logging.getLogger("lion.jobs")  # Prefect shows it with the run: `logging.extra_loggers` in prefect.toml
 SECONDS_BETWEEN_LINES = 2
+_logger.addHandler(logging.NullHandler())  # without one, Python prints warnings
 _last_line = 0.0
 
 
