@@ -31,7 +31,7 @@ class ConfigError(ValueError):
     """A setting cannot be used. The message names it and the way out."""
 
 
-# What one changes from run to run. A deployment has these beside the settings, so that `--param iterations=1` will do.
+# What one changes from run to run; a deployment's form has these on top.
 Iterations = Annotated[int, Field(ge=1, le=100, description="How often the loop turns (the paper: 3).")]
 StartFrom = Annotated[
     str,
@@ -49,16 +49,29 @@ Approve = Annotated[
         json_schema_extra=OPERATIONAL,
     ),
 ]
+ApproveWithin = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=30 * 86_400,
+        description="Seconds that a question to a person stays open. Then the run ends, with everything kept.",
+        json_schema_extra=OPERATIONAL,
+    ),
+]
 
 
-class Settings(BaseModel):
-    """Who takes part, and how. A group for each stage."""
+class DistillConfig(BaseModel):
+    """Adversarial distillation: N iterations of imitation, discrimination and generation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Distillation")
 
     name: str = Field(
         "run", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="The run's name: small letters, digits, -."
     )
+    iterations: Iterations = 3
+    start_from: StartFrom = "base"
+    approve: Approve = "none"
+    approve_within: ApproveWithin = 86_400
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Of everything random. The same seed gives the same result.")
     seeds: SeedConfig = Field(SeedConfig(), description="The first instructions, and the held-out ones.")
     teacher: TeacherConfig = Field(TeacherConfig(), description="The model that is learned from.")
@@ -69,20 +82,6 @@ class Settings(BaseModel):
     generate: GenerateConfig = Field(GenerateConfig(), description="Who writes new instructions, and how many.")
     budget: Budget = Field(Budget(), description="What a run may spend at most.", json_schema_extra=OPERATIONAL)
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="The held-out check after each iteration.")
-    approve_within: int = Field(
-        86_400, ge=1, le=30 * 86_400, json_schema_extra=OPERATIONAL,
-        description="Seconds that a question to a person stays open. Then the run ends, with everything kept.",
-    )  # fmt: skip
-
-
-class DistillConfig(Settings):
-    """Adversarial distillation: N iterations of imitation, discrimination and generation."""
-
-    model_config = ConfigDict(title="Distillation")
-
-    iterations: Iterations = 3
-    start_from: StartFrom = "base"
-    approve: Approve = "none"
 
     @property
     def run_id(self) -> str:

@@ -1,10 +1,11 @@
-"""The flows that deployments run: typed parameters for the form in the Prefect UI and for `--param`.
+"""The flow that deployments run: typed parameters for the form in the Prefect UI and for `--param`.
 
     prefect deployment run distill/offline --param iterations=1
+    prefect deployment run distill/offline --param 'discriminate={"threshold": 0.4}'
 
-What is changed from run to run stands at the top; the settings are folded beneath, a group for each stage. A
-deployment holds its preset's settings in full, so that the form shows what will run. A nested group that is given by
-`--param settings={...}` replaces all settings: take them from `lion config`.
+What is changed from run to run stands at the top. Beneath are the groups of settings, a stage each, folded while they
+are None, which means: as in the preset. What a group says is laid upon the preset's, as `--set` does. The form of the
+UI says all of a group once it is opened, and fills it with the paper's values.
 """
 
 from typing import Any
@@ -13,32 +14,66 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
+from pydantic import BaseModel
 
 from flows.approval import NotApproved
 from flows.chain import is_begun, settled
-from flows.config import Approve, DistillConfig, Iterations, Settings, StartFrom, resolve
+from flows.config import Approve, ApproveWithin, Iterations, StartFrom, resolve
 from flows.distill import distill as loop
+from tasks.discriminate import DiscriminateConfig
+from tasks.evaluate import EvaluationConfig
+from tasks.finetune import FinetuneConfig
+from tasks.generate import GenerateConfig
+from tasks.models.budget import Budget
 from tasks.models.errors import BudgetReached
+from tasks.referee import RefereeConfig
+from tasks.seed import SeedConfig
+from tasks.student import StudentConfig
+from tasks.teacher import TeacherConfig
 
 
-@flow(name="distill", flow_run_name="{settings.name} · iterations: {iterations} · from {start_from}")
+@flow(name="distill", flow_run_name="{preset} · iterations {iterations} · from {start_from}")
 def distill(
     iterations: Iterations = 3,
     start_from: StartFrom = "base",
     approve: Approve = "none",
-    settings: Settings = Settings(),
+    approve_within: ApproveWithin = 86_400,
+    preset: str = "lion-7b",
+    name: str | None = None,
+    seed: int | None = None,
+    seeds: SeedConfig | None = None,
+    teacher: TeacherConfig | None = None,
+    student: StudentConfig | None = None,
+    finetune: FinetuneConfig | None = None,
+    referee: RefereeConfig | None = None,
+    discriminate: DiscriminateConfig | None = None,
+    generate: GenerateConfig | None = None,
+    budget: Budget | None = None,
+    evaluation: EvaluationConfig | None = None,
 ) -> State[Any]:
     """Turn the loop of imitation, discrimination and generation. What is already done is found again.
 
     Args:
         iterations: How often the loop turns.
-        start_from: base, latest (the end of the last run of this name; a failed one is resumed first), or
-            run:ID[:ITERATION].
+        start_from: base; latest (where the last run of this name ended; one that failed is resumed first); run:ID or
+            run:ID:ITERATION.
         approve: Wait for a person before each iteration, with what it will ask of models (spend), or after each, with
             what came of it (iteration).
-        settings: Who takes part, and how; a group for each stage.
+        approve_within: Seconds that a question to a person stays open. Then the run ends, with everything kept.
+        preset: Where all settings come from that are not said here.
+        name: The run's name; runs of one name make a chain with start_from latest.
+        seed: Of everything random.
+        seeds: The first instructions, and the held-out ones.
+        teacher: The model that is learned from.
+        student: The compact model that learns.
+        finetune: Imitation. How the student is trained.
+        referee: Who compares the two models' answers.
+        discriminate: Where hard begins.
+        generate: Who writes new instructions, and how many.
+        budget: What a run may spend at most.
+        evaluation: The held-out check after each iteration.
     """
-    config = DistillConfig(**dict(settings), iterations=iterations, start_from=start_from, approve=approve)
+    config = resolve(preset, **_said(locals()))
     tonight = settled(config)
     runs = []
     try:
@@ -54,16 +89,10 @@ def distill(
     return Completed(message=f"Runs: {', '.join(runs)}")
 
 
-def preset_parameters(preset: str, name: str | None = None) -> dict[str, Any]:
-    """For deployments/prefect.yaml: the parameters of a preset's deployment, complete.
-
-    Args:
-        name: of its runs, where they shall be told from other runs of the preset.
-
-    Raises:
-        ConfigError: there is no such preset, or it is not valid.
-    """
-    config = resolve(preset, [f"name={name}"] if name else [])
-    top = ("iterations", "start_from", "approve")
-    settings = Settings(**{key: value for key, value in dict(config).items() if key not in top})
-    return {key: getattr(config, key) for key in top} | {"settings": settings.model_dump(mode="json")}
+def _said(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the parameters that somebody gave."""
+    return {
+        name: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+        for name, value in parameters.items()
+        if value is not None and name != "preset"
+    }
