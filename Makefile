@@ -5,10 +5,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ONLY ?=
 
-.PHONY: run setup test test-slow check format bench clean
+.PHONY: run setup up deploy down test test-slow check format bench clean
 
 run: $(STAMP) ## two adversarial iterations with real models, offline
 	$(BIN)/lion run --preset offline
+
+up: $(STAMP) ## a Prefect server and a worker on this machine, everything registered; again: nothing twice
+	$(BIN)/lion up
+
+deploy: $(STAMP) ## the deployments and automations as they are here now
+	$(BIN)/lion deploy
+
+down: $(STAMP) ## stop what `up` started
+	$(BIN)/lion down
 
 setup: $(STAMP) ## the environment alone
 

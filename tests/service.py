@@ -44,6 +44,9 @@ class Service:
 
     def post(self, path: str, **body: Any) -> Any:
         reply = self.api.post(path, json=body)
+        while reply.status_code == 503:  # SQLite was busy; Prefect's own client asks again too
+            time.sleep(1)
+            reply = self.api.post(path, json=body)
         assert reply.is_success, reply.text
         return reply.json() if reply.content else None
 
@@ -52,6 +55,12 @@ class Service:
         tiny = {"model": {"model_name_or_path": str(self.tiny)}}
         given = {"preset": "smoke", "iterations": 1, "teacher": tiny, "student": tiny, "generate": tiny}
         return given | parameters
+
+    def use_the_tiny_model(self, deployment: str) -> None:
+        """Let the deployment itself have it, for runs that are started by its form."""
+        found = self.api.get(f"/deployments/name/distill/{deployment}").json()
+        parameters = self.parameters() | found["parameters"]
+        assert self.api.patch(f"/deployments/{found['id']}", json={"parameters": parameters}).is_success
 
     def start(self, deployment: str = "smoke", **parameters: Any) -> str:
         """Ask for a run; its id."""
