@@ -70,7 +70,7 @@ class Service:
     def state(self, run: str) -> dict[str, Any]:
         return self.api.get(f"/flow_runs/{run}").json()["state"]
 
-    def wait(self, run: str, *names: str, seconds: float = 180) -> dict[str, Any]:
+    def wait(self, run: str, *names: str, seconds: float = 400) -> dict[str, Any]:
         """Wait until a run is in a state of one of these names, or at its end; that state."""
         deadline = time.monotonic() + seconds
         while (state := self.state(run))["name"] not in names:
@@ -101,7 +101,7 @@ class Service:
                 found.append(int(folder.name))
         return found
 
-    def until_it_trains(self, seconds: float = 120) -> int:
+    def until_it_trains(self, seconds: float = 400) -> int:
         """Wait for a trainer that has taken its first steps; its process."""
         deadline = time.monotonic() + seconds
         while not (self.trainers() and self.steps()):

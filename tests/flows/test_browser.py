@@ -68,7 +68,7 @@ def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", se
     page.wait_for_url("**/deployments/deployment/*?tab=Runs")
     (run,) = service.post("/flow_runs/filter", deployments={"id": {"any_": [deployment["id"]]}}, sort="START_TIME_DESC")
     assert run["parameters"]["iterations"] == 1
-    service.wait(run["id"], "Completed", seconds=400)
+    service.wait(run["id"], "Completed")
     assert service.tasks(run["id"])["teacher · iteration 1"] == "Completed"
     open_run(page, service, run["id"])
     page.get_by_text("Completed").first.wait_for()

@@ -41,7 +41,7 @@ def test_up_again_brings_back_what_is_missing_and_makes_nothing_twice(service: S
 
 
 def test_three_nights_are_one_chain_and_the_same_as_one_run_of_three_iterations(service: Service) -> None:
-    service.wait(service.start(iterations=3, name="whole"), "Completed", seconds=400)
+    service.wait(service.start(iterations=3, name="whole"), "Completed")
     night = {"deployment": "nightly", "name": "night", "start_from": "latest"}
     first, other = service.start(**night), service.start("nightly", name="other")
     service.wait(first, "Completed")
