@@ -88,7 +88,7 @@ def test_a_run_killed_in_training_is_retried_from_its_checkpoint(page: "Page", s
         path for path in service.home.glob("checkpoints/*/history.jsonl") if not (path.parent / "result.json").exists()
     ]
     kill(process_of_flow(trainer))
-    service.wait(run, "Crashed", seconds=60)
+    service.wait(run, "Crashed")
     while service.trainers():
         time.sleep(0.1)
     before = len(history.read_text().splitlines())
@@ -96,8 +96,7 @@ def test_a_run_killed_in_training_is_retried_from_its_checkpoint(page: "Page", s
     page.get_by_text("Crashed").first.wait_for()
     picture(page, "crashed")
     choose(page, "Retry", "Retry")
-    service.wait(run, "Running", "AwaitingRetry", seconds=60)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 400
     while service.state(run)["name"] != "Completed":
         assert time.monotonic() < deadline, service.state(run)
         time.sleep(1)
@@ -117,5 +116,5 @@ def test_a_run_is_cancelled_by_the_menu(page: "Page", service: Service) -> None:
     while service.trainers():
         assert time.monotonic() - asked < 10, "the trainer is still there"
         time.sleep(0.1)
-    service.wait(run, "Cancelled", seconds=60)
+    service.wait(run, "Cancelled")
     page.get_by_text("Cancelled").first.wait_for()

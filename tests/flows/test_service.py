@@ -90,7 +90,7 @@ def test_cancelling_ends_the_trainer_within_ten_seconds_and_keeps_what_was_done(
     while service.trainers():
         assert time.monotonic() - asked < 10, "the trainer is still there"
         time.sleep(0.1)
-    service.wait(run, "Cancelled", seconds=60)
+    service.wait(run, "Cancelled")
     assert shown(service.home, "cancelled")["state"] == "interrupted"
     assert list(service.home.glob("checkpoints/*/checkpoint-*/complete")), "checkpoints are kept"
 
