@@ -16,6 +16,7 @@ from prefect.states import Running
 from pydantic import Field
 
 from flows.config import ConfigError, DistillConfig
+from flows.estimate import estimate_run, total_usd
 from storage.journal import Journal
 from storage.runs import Manifest
 from tasks.policies import on_a_server
@@ -107,6 +108,9 @@ def forecast(config: DistillConfig, manifest: Manifest, pools: Pools) -> str:
         paid = sum(line.usd for line in spent if line.role == role)
         asked = sum(line.requests for line in spent if line.role == role)
         lines.append(f"| {role} | {number} | ${paid:.2f} for {asked} requests |")
+    if config.start_from == "base":  # else the rows that this run begins with are not those that it reckons with
+        estimated, _ = estimate_run(config)
+        lines += ["", f"The whole run is estimated at ${total_usd(estimated):.2f} (`lion estimate` shows how)."]
     cap = config.budget.max_usd
     return "\n".join([*lines, "", "The budget has no cap." if cap is None else f"The budget ends at ${cap:.2f}."])
 

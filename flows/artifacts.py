@@ -57,6 +57,12 @@ def publish_artifacts(manifest: Manifest) -> None:
         key=f"{name}-hardest",
         description="Where the student falls furthest behind.",
     )
+    if judged := [(record.iteration, record.judge) for record in manifest.iterations if record.judge]:
+        create_table_artifact(
+            [{"iteration": iteration, **judge.model_dump(exclude={"unusable"})} for iteration, judge in judged],
+            key=f"{name}-judge",
+            description="How far the referee can be trusted. Shares are of pairs read in both orders.",
+        )
     with Journal() as journal:
         spent = journal.spend(manifest.run_id)
     create_table_artifact(

@@ -7,7 +7,6 @@ iterations are counted on. What `latest` means is settled before a run gets its 
 from dataclasses import dataclass
 
 from flows.config import ConfigError, DistillConfig
-from storage.files import Checkpoint
 from storage.runs import IterationRecord, list_manifests, load_manifest
 from tasks.refresh import Pools
 
@@ -18,7 +17,6 @@ class Start:
 
     records: list[IterationRecord]  # of the iterations so far
     pools: Pools
-    student: Checkpoint
     same_teacher: bool  # its answers may be taken over
 
 
@@ -58,17 +56,14 @@ def start_of(config: DistillConfig) -> Start | None:
     earlier = load_manifest(run_id)
     if earlier is None:
         raise ConfigError(f"start_from: no run {run_id!r} here. `lion runs` lists them.")
-    finished = [record for record in earlier.iterations if record.evaluation]
+    finished = [record for record in earlier.iterations if "candidates" in record.snapshots]
     wanted = int(number or len(finished))
     records = finished[:wanted]
     following = earlier.iterations[wanted].snapshots if wanted < len(earlier.iterations) else earlier.next_pools
     if not records or len(records) < wanted or "cache_pool" not in following:
         raise ConfigError(f"start_from: {run_id} has {len(finished)} finished iterations to go on from, not {wanted}.")
-    student = records[-1].student
-    assert student is not None, "a finished iteration has a student"
     return Start(
         records=records,
         pools=Pools(train=following["train_pool"], cache=following["cache_pool"]),
-        student=student,
         same_teacher=all(earlier.config[part] == config.model_dump(mode="json")[part] for part in ("teacher", "seed")),
     )

@@ -5,6 +5,7 @@ lion run --preset offline
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import commands_service
+from flows import commands_evaluation, commands_handover, commands_service, commands_talk, commands_training
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -21,6 +22,7 @@ from flows.terminal import (
     Preset,
     Refusal,
     SeedFile,
+    end_orphans,
     escaped,
     find_run,
     note,
@@ -36,7 +38,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(commands_evaluation.commands)
+app.add_typer(commands_handover.commands)
 app.add_typer(commands_service.commands)
+app.add_typer(commands_talk.commands)
+app.add_typer(commands_training.commands)
 
 
 @app.command()
@@ -64,11 +70,11 @@ def run(
     settings = settled(resolve(preset, overrides or [], config, **given))
     read_seeds(settings.seeds.path)
     read_seeds(settings.seeds.heldout, bundled="heldout.jsonl")
-    for role in (settings.teacher, settings.student, settings.generate):
-        if role.model.kind == "local":
-            source_digest(role.model)  # a name that leads nowhere is refused before anything is written
+    for model in settings.models().values():
+        if model.kind == "local":
+            source_digest(model)  # a name that leads nowhere is refused before anything is written
         else:
-            key_of(role.model), price_of(role.model.model, role.model.price)  # and so is a missing key or price
+            key_of(model), price_of(model.model, model.price)  # and so is a missing key or price
     run_id = settings.run_id
     manifest = load_manifest(run_id)
     if fresh and manifest:
@@ -80,6 +86,7 @@ def run(
         _print_run(manifest)
         return
     note.print(f"Run {run_id} in {os.environ['LION_HOME']}")
+    end_orphans()
     from flows.distill import distill
 
     distill(settings)
@@ -191,7 +198,77 @@ def spend(
     from storage.journal import Journal
 
     with Journal() as journal:
-        print_rows([asdict(line) for line in journal.spend(run_id)], as_json=as_json)
+        lines = journal.spend(run_id)
+    if as_json:
+        print_rows([asdict(line) for line in lines], as_json=True)
+        return
+    if not lines:
+        out.print("Nothing was paid for in this home.")
+        return
+    table = Table("run", "", "role", "model", "day", box=None, padding=(0, 2, 0, 0))
+    for name in ("requests", "tokens in", "out", "dollars"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        where = str(line.iteration) if line.iteration else "start"
+        counts = (f"{count:,}" for count in (line.requests, line.prompt_tokens, line.completion_tokens))
+        table.add_row(line.run_id, where, line.role, line.model, line.day, *counts, f"{line.usd:,.4f}")
+    out.print(table)
+    out.print(f"Total: [bold]{sum(line.usd for line in lines):,.4f}[/bold] dollars.")
+    if lost := sum(line.lost_usd for line in lines):
+        out.print(
+            f"At most {lost:,.4f} more may have been billed for {sum(line.lost_requests for line in lines)} lost answers."
+        )
+
+
+@app.command()
+def estimate(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seeds: SeedFile = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option("--assume", metavar="NAME=NUMBER", help="Change an assumption, as `teacher_tokens=120`."),
+    ] = None,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Say what a run will ask and cost, by stage and iteration. Sends nothing and writes nothing."""
+    use_home(home)
+    from flows.config import resolve
+    from flows.estimate import estimate_run, total_usd
+
+    given = {"seeds": {"path": seeds}} if seeds else {}
+    settings = resolve(preset, overrides or [], config, **given)
+    lines, assumptions = estimate_run(settings, assume or [])
+    total = total_usd(lines)
+    if as_json:
+        print(
+            json.dumps({"usd": total, "lines": [asdict(line) for line in lines], "assumptions": assumptions}, indent=2)
+        )
+        return
+    if not lines:
+        out.print("Nothing in this run is paid for: all of its models are of this machine.")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("", "stage", "model"):
+        table.add_column(name, no_wrap=True)
+    for name in ("requests", "paid before", "tokens in", "out", "dollars"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        counts = (line.requests, line.answered, line.prompt_tokens, line.completion_tokens)
+        usd = "free" if line.usd is None else f"{line.usd:,.4f}"
+        table.add_row(str(line.iteration or "start"), line.stage, line.model, *(f"{count:,}" for count in counts), usd)
+    if not any(line.answered for line in lines):
+        table.columns.pop(4)
+    out.print(table)
+    out.print(f"Total: [bold]{total:,.4f}[/bold] dollars, {sum(line.requests for line in lines):,} requests.")
+    cap = settings.budget.max_usd
+    if cap is not None and total > cap:
+        out.print(f"That is more than budget.max_usd = {cap:g}: the run would pause there, with everything kept.")
+    out.print("Assumed (change with --assume NAME=NUMBER):")
+    for name, (value, why) in assumptions.items():
+        out.print(f"  {name} = {value:g}  [dim]{escaped(why)}[/dim]", soft_wrap=True)
 
 
 @app.command()
@@ -218,11 +295,17 @@ def config(preset: Preset = None, file: ConfigFile = None, overrides: Overrides 
     out.print(explain(resolve(preset, overrides or [], file)), soft_wrap=True, markup=False)
 
 
+def _terminated(*_: Any) -> None:
+    note.print("Terminated. The same command goes on from here.")
+    sys.exit(128 + signal.SIGTERM)
+
+
 def main() -> None:
     """Run the command line. Bad input ends in one clear message and exit code 2."""
     from storage.files import StorageError
     from tasks.models.errors import BudgetReached, FatalEndpointError, ModelError, UnknownPrice
 
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except (ValueError, StorageError, FatalEndpointError, UnknownPrice) as error:
@@ -257,7 +340,7 @@ def _print_run(manifest: Any) -> None:
             f"{record.trained_rows} of {record.train_rows}" if record else "",
             f"{record.hard}/{record.easy}/{record.undecided}" if record else "",
             f"{record.generated.accepted}/{sum(record.generated.rejected.values())}" if record else "",
-            _figure(line["loss"], 3),
+            _figure(line["loss"], 3) + (" (rolled back)" if record and record.rolled_back else ""),
             _figure(line["score"], 2),
         )
     out.print(table)
@@ -269,8 +352,13 @@ def _print_run(manifest: Any) -> None:
         times.add_row(stage, *(_time(line, stage) for line in lines))
     out.print(times)
     for record in manifest.iterations:
-        for line in record.generated.notes:
+        for line in (*record.notes, *record.generated.notes):
             out.print(f"Iteration {record.iteration}: {line}")
+        if (judge := record.judge) and judge.pairs:
+            out.print(
+                f"Iteration {record.iteration}: the referee's winner changes with the order in {judge.flip_share:.0%} "
+                f"of {judge.pairs} pairs, {judge.tie_share:.0%} ties, {judge.unusable_share:.0%} unusable reviews"
+            )
     if manifest.error:
         out.print(f"Last error: {manifest.error}", markup=False)
     out.print(f"Report: {manifest.folder / 'report.html'}", soft_wrap=True)

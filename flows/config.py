@@ -18,9 +18,11 @@ from tasks.evaluate import EvaluationConfig
 from tasks.finetune import FinetuneConfig
 from tasks.generate import GenerateConfig
 from tasks.models.budget import Budget
+from tasks.models.ready import ModelSettings
 from tasks.policies import OPERATIONAL, identity
-from tasks.referee import RefereeConfig, ReferenceReferee
+from tasks.referee import LLMReferee, RefereeConfig, ReferenceReferee
 from tasks.seed import SeedConfig, digest_of_source
+from tasks.selection import StopConfig
 from tasks.student import StudentConfig
 from tasks.teacher import TeacherConfig
 
@@ -82,6 +84,30 @@ class DistillConfig(BaseModel):
     generate: GenerateConfig = Field(GenerateConfig(), description="Who writes new instructions, and how many.")
     budget: Budget = Field(Budget(), description="What a run may spend at most.", json_schema_extra=OPERATIONAL)
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="The held-out check after each iteration.")
+    keep: Literal["best", "last"] = Field(
+        "best", description="best: a student that is worse than an earlier one is not built upon. last: it is (paper)."
+    )
+    stop: StopConfig = Field(StopConfig(), description="When the loop ends before its last iteration.")
+
+    def models(self) -> dict[str, ModelSettings]:
+        """Every model of the run by what it does: teacher, teacher 2 ..., student, generator, referee."""
+        teachers = enumerate(self.teacher.models, 1)
+        found: dict[str, ModelSettings] = {
+            f"teacher {number}" if number > 1 else "teacher": model for number, model in teachers
+        }
+        found |= {"student": self.student.model, "generator": self.generate.model}
+        return found | ({"referee": self.referee.model} if isinstance(self.referee, LLMReferee) else {})
+
+    def warnings(self) -> list[str]:
+        """What is possible and perhaps not meant, a sentence each."""
+        models = {name: identity(model) for name, model in self.models().items()}
+        judged = [name for name in models if name.startswith("teacher") and models[name] == models.get("referee")]
+        if not judged:
+            return []
+        return [
+            f"The referee and the {judged[0]} are the same model. Models prefer their own answers, "
+            "so gaps and relative scores lean to the teacher's side."
+        ]
 
     @property
     def run_id(self) -> str:
@@ -103,14 +129,18 @@ def presets() -> list[str]:
 
 
 def resolve(
-    preset: str | None = None, overrides: Sequence[str] = (), file: Path | None = None, **given: Any
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+    file: Path | None = None,
+    base: dict[str, Any] | None = None,
+    **given: Any,
 ) -> DistillConfig:
-    """Defaults, then a preset, then a file, then `key.path=value` overrides; the later wins.
+    """Defaults, then `base` (another run's settings), a preset, a file, `key.path=value` overrides; the later wins.
 
     Raises:
         ConfigError: a name is unknown, or a value is out of its bounds. Names the field and what would do.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = base or {}
     if preset is not None:
         if preset not in presets():
             raise ConfigError(f"no preset {preset!r}. There are: {', '.join(presets())}.")

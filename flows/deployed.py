@@ -8,7 +8,7 @@ are None, which means: as in the preset. What a group says is laid upon the pres
 UI says all of a group once it is opened, and fills it with the paper's values.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -28,6 +28,7 @@ from tasks.models.budget import Budget
 from tasks.models.errors import BudgetReached
 from tasks.referee import RefereeConfig
 from tasks.seed import SeedConfig
+from tasks.selection import StopConfig
 from tasks.student import StudentConfig
 from tasks.teacher import TeacherConfig
 
@@ -50,6 +51,8 @@ def distill(
     generate: GenerateConfig | None = None,
     budget: Budget | None = None,
     evaluation: EvaluationConfig | None = None,
+    keep: Literal["best", "last"] | None = None,
+    stop: StopConfig | None = None,
 ) -> State[Any]:
     """Turn the loop of imitation, discrimination and generation. What is already done is found again.
 
@@ -72,6 +75,8 @@ def distill(
         generate: Who writes new instructions, and how many.
         budget: What a run may spend at most.
         evaluation: The held-out check after each iteration.
+        keep: Whether a student that is worse than an earlier one is built upon (last) or not (best).
+        stop: When the loop ends before its last iteration.
     """
     config = resolve(preset, **_said(locals()))
     tonight = settled(config)

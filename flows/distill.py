@@ -17,12 +17,13 @@ from flows.config import DistillConfig
 from flows.steps import Steps, recorded
 from storage import catalog
 from storage.files import Checkpoint, Snapshot
-from storage.runs import Evaluation, IterationRecord, Manifest
+from storage.runs import Baseline, Evaluation, IterationRecord, Manifest
 from tasks.discriminate import discriminate
 from tasks.evaluate import evaluate_student
 from tasks.finetune import finetune_student
 from tasks.generate import generate_instructions
 from tasks.models.budget import Account
+from tasks.models.client import check_access
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.ready import ModelSettings, ReadyModel
 from tasks.prepare import prepare_model, prune_student, source_digest
@@ -30,6 +31,7 @@ from tasks.referee import LLMReferee, review_responses
 from tasks.refresh import Pools, refresh_pools
 from tasks.report import write_report
 from tasks.seed import digest_of_source, load_seeds
+from tasks.selection import compare, gain_in, is_stalled, is_worse, told
 from tasks.student import answer_with_student
 from tasks.teacher import answer_with_teacher
 
@@ -55,6 +57,8 @@ def distill(config: DistillConfig) -> str:
             write_report(manifest)
             catalog.publish()
             publish_artifacts(manifest)
+            if run.is_stalled():
+                break  # nothing is gained; the manifest's notes say so
         manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}
     write_report(manifest)
     catalog.publish()
@@ -77,30 +81,42 @@ class Run:
             digest_of_source(config.seeds.heldout, "heldout.jsonl"),
         )
         seeds = step(load_seeds, config.seeds, *sources)
-        self.manifest.seeds = {"path": config.seeds.path, "rows": seeds.pool.rows, "duplicates": seeds.duplicates}
+        self.manifest.seeds = {
+            "path": config.seeds.path,
+            "rows": seeds.pool.rows,
+            "duplicates": seeds.duplicates,
+            "near_heldout": seeds.near_heldout,
+        }
         self.heldout: Snapshot = seeds.heldout
 
-        self.teacher = self._ready(step, config.teacher.model, "prepare teacher")
+        # All who are asked far away come first: a wrong key is found before anything is paid or computed.
+        self.teachers = [
+            self._ready(step, model, f"prepare {name}")
+            for name, model in config.models().items()
+            if name.startswith("teacher")
+        ]
         self.generator = self._ready(step, config.generate.model, "prepare generator")
         referee = config.referee
         self.referee = self._ready(step, referee.model, "prepare referee") if isinstance(referee, LLMReferee) else None
-        base = self._ready(step, config.student.model, "prepare student").checkpoint
-        assert base is not None, "a student is a model of this machine"
-        pruned = config.student.start.init == "pruned"
-        self.base: Checkpoint = step(prune_student, config.student.start, base, seeds.pool) if pruned else base
 
         self.heldout_answers = step(
             answer_with_teacher,
             config.teacher,
-            self.teacher,
+            self.teachers,
             self.heldout,
             [],
             config.seed,
             self._account("teacher", 0),
         )
-        record.student, record.teacher = self.base, self.teacher.checkpoint
+        base = self._ready(step, config.student.model, "prepare student").checkpoint
+        assert base is not None, "a student is a model of this machine"
+        pruned = config.student.start.init == "pruned"
+        self.base: Checkpoint = step(prune_student, config.student.start, base, seeds.pool) if pruned else base
+
+        record.student, record.teacher = self.base, self.teachers[0].checkpoint
         record.snapshots = {"seeds": seeds.pool, "heldout": self.heldout, "heldout_answers": self.heldout_answers}
         record.evaluation = self._evaluate(step, self.base)
+        self.standing: Baseline | IterationRecord = record  # whose student goes on
         self.answers: list[Snapshot] = []  # the teacher's, of all iterations so far
         return Pools(train=seeds.pool, cache=seeds.pool), self.base
 
@@ -109,7 +125,10 @@ class Run:
         self.manifest.iterations = list(start.records)
         if start.same_teacher:
             self.answers = [start.records[-1].snapshots["teacher_responses"]]
-        return start.pools, start.student
+        kept = [record for record in start.records if not record.rolled_back]
+        self.standing = kept[-1] if kept else self.manifest.baseline
+        assert self.standing.student, "a finished iteration has a student"
+        return start.pools, self.standing.student
 
     def iterate(self, iteration: int, pools: Pools, student: Checkpoint) -> tuple[Pools, Checkpoint]:
         """One iteration; the next one's pools and student."""
@@ -125,7 +144,7 @@ class Run:
         answers = step(
             answer_with_teacher,
             config.teacher,
-            self.teacher,
+            self.teachers,
             pools.cache,
             self.answers,
             seed,
@@ -137,10 +156,14 @@ class Run:
             finetune_student, config.finetune, start, pools.train, answers, config.student.system_prompt, seed
         )
         made["examples"], record.student = trained.examples, trained.checkpoint
-        record.trained_rows, record.left_out, record.training = trained.examples.rows, trained.left_out, trained.figures
+        record.trained_rows, record.left_out, record.training = trained.rows, trained.left_out, trained.figures
+
+        # Did it help? A student that is worse than the one before is not built upon: that one goes on.
+        record.evaluation = self._evaluate(step, trained.checkpoint)
+        student = self._standing_student(record)
 
         # DISCRIMINATION: where does the student still fall behind?
-        own = step(answer_with_student, config.student, self._student(trained.checkpoint), pools.cache, seed)
+        own = step(answer_with_student, config.student, self._student(student), pools.cache, seed)
         made["student_responses"] = own
         made["reviews"] = step(
             review_responses,
@@ -153,7 +176,7 @@ class Run:
             self._account("referee", iteration),
         )
         split = step(discriminate, config.discriminate, made["reviews"])
-        made["verdicts"], record.threshold = split.verdicts, split.threshold
+        made["verdicts"], record.threshold, record.judge = split.verdicts, split.threshold, split.judge
         record.hard, record.easy, record.undecided = split.hard, split.easy, split.undecided
 
         # GENERATION: more like the hard ones, rarer ones like the easy ones. They are what is learned next.
@@ -163,9 +186,32 @@ class Run:
         )  # fmt: skip
         made["candidates"], record.generated = generation.candidates, generation.generated
         following = step(refresh_pools, pools.cache, generation.candidates)
+        return following, student
 
-        record.evaluation = self._evaluate(step, trained.checkpoint)
-        return following, trained.checkpoint
+    def is_stalled(self) -> bool:
+        """Whether the loop ends here because the last iterations gained nothing; the manifest says so."""
+        records, stop = self.manifest.iterations, self.config.stop
+        stalled = is_stalled(stop, [record.comparison for record in records if record.comparison])
+        if stalled and len(records) < self.config.iterations:
+            records[-1].notes.append(f"stopped: no gain above {stop.min_gain:g} in the last {stop.patience} iterations")
+        return stalled
+
+    def _standing_student(self, record: IterationRecord) -> Checkpoint:
+        """The student that goes on after this iteration: the new one, or the one before where the new one is worse."""
+        before, measure = self.standing, self.config.stop.measure
+        assert record.evaluation and before.evaluation, "students are evaluated before they are compared"
+        against = before.iteration if isinstance(before, IterationRecord) else 0
+        record.comparison = compare(record.evaluation, before.evaluation, against, self.config.seed)
+        if self.config.keep == "best" and is_worse(record.evaluation, before.evaluation, measure):
+            record.rolled_back = True
+            record.notes.append(
+                f"rolled back: this student is worse than that of iteration {against} "
+                f"({told(gain_in(record.comparison, measure), measure)}), which goes on in its place"
+            )
+        else:
+            self.standing = record
+        assert self.standing.student
+        return self.standing.student
 
     def _evaluate(self, step: Steps, checkpoint: Checkpoint) -> Evaluation:
         config = self.config
@@ -179,6 +225,7 @@ class Run:
 
     def _ready(self, step: Steps, settings: ModelSettings, label: str) -> ReadyModel:
         if isinstance(settings, OpenAIModel):
+            check_access(settings)
             return ReadyModel(settings=settings)
         checkpoint = step(prepare_model, settings, source_digest(settings), label=label)
         return ReadyModel(settings=settings, checkpoint=checkpoint)

@@ -68,7 +68,10 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
             versions={name: version(name) for name in ("lion-distill", "prefect", "duckdb", "pyarrow")},
             stage_keys=before.stage_keys if before else [],
             approvals=before.approvals if before else {},
+            warnings=config.warnings(),
         )
+        for warning in manifest.warnings:
+            console.print(f"[yellow]note:[/yellow] {warning}")
         manifest.save()
         try:
             yield manifest

@@ -4,19 +4,20 @@ import shutil
 from pathlib import Path
 
 from storage.files import home
-from storage.runs import list_manifests
+from storage.runs import Manifest, list_manifests
+from storage.studies import Study, list_studies
 
 
 def collect(*, delete: bool) -> list[tuple[Path, int]]:
     """Find what can go, with its size in bytes; delete it only if asked.
 
-    Kept: whatever a manifest points to, the records of its stages, the journal. A run that is under way has its
+    Kept: whatever a manifest or a study points to, the records of its stages, the journal. A run that is under way has its
     finished stages in its manifest; an unfinished job folder is reported too, and going on without it costs only
     the time it stands for.
     """
-    manifests = list_manifests()
-    kept = {pointer.path for manifest in manifests for pointer in manifest.pointers()}
-    kept |= {home() / "results" / key for manifest in manifests for key in manifest.stage_keys}
+    records: list[Manifest | Study] = [*list_manifests(), *list_studies()]
+    kept = {pointer.path for record in records for pointer in record.pointers()}
+    kept |= {home() / "results" / key for record in records for key in record.stage_keys}
     places = [
         *home().glob("objects/*/*"),
         *home().glob("checkpoints/*"),

@@ -91,3 +91,10 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise StorageError(f"{path}: not Parquet ({error})") from error
     for batch in file.iter_batches():
         yield from batch.to_pylist()
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows to a Parquet file outside of the home, for other programs; types as the rows have them."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows)), sink, compression="zstd")
+    write_atomic(path, sink.getvalue().to_pybytes())

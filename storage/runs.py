@@ -11,17 +11,36 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Checkpoint, Pointer, Snapshot, StorageError, home, is_locked, write_atomic
 
 State = Literal["running", "completed", "failed", "paused", "interrupted"]
 
 
+class Interval(BaseModel):
+    """A figure with its 95 % interval (paired bootstrap by question, `tasks.relative`)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    low: float
+    high: float
+
+
+class Comparison(BaseModel):
+    """A new student on the held-out instructions: beside the teacher, and beside the student it came after."""
+
+    against: int  # iteration of the student it is compared with; 0: before any training
+    relative: Interval | None  # sum of its scores / sum of the teacher's (10 each); null: nothing to score
+    loss_gain: Interval | None  # nats per token that it lost since; above 0 is better
+    score_gain: Interval | None  # points of mean score that it gained since
+
+
 class Evaluation(BaseModel):
     """How good a student is on the held-out instructions."""
 
-    loss: float | None  # nats per token of the teacher's answers; null for a student whose logits cannot be had
+    loss: float | None  # nats per token of the teacher's answers; null where it is no number, or no row was answered
     score: float | None  # mean reference score, 1..10 (10: the teacher's own words); null: nothing to score
     rows: int
     scored: int  # rows with a score
@@ -37,6 +56,22 @@ class Generated(BaseModel):
     notes: list[str] = Field(default_factory=list)  # shortfalls, empty sides
 
 
+class JudgeHealth(BaseModel):
+    """How far the referee of one iteration can be trusted. A share is null where there is nothing to take it of.
+
+    For comparison: a referee that tosses a coin flips four pairs of ten, one that only sees the place flips all.
+    """
+
+    reviews: int  # asked for; rows without two answers are not
+    unusable: dict[str, int] = Field(default_factory=dict)  # of those, by outcome, after all asking again
+    unusable_share: float | None = None
+    pairs: int  # instructions with a valid review in both orders
+    flip_share: float | None = None  # of the pairs: the winner changes with the order
+    tie_share: float | None = None  # of the pairs: both answers are scored alike over both orders
+    position_bias: float | None = None  # points that the first place is worth, mean over the pairs
+    vote_agreement: float | None = None  # of (instruction, order) with several valid votes: all name one winner
+
+
 class IterationRecord(BaseModel):
     """One iteration, as far as it has come."""
 
@@ -49,8 +84,12 @@ class IterationRecord(BaseModel):
     easy: int = 0
     undecided: int = 0
     threshold: float | None = None
+    judge: JudgeHealth | None = None  # null where no model is the referee
     generated: Generated = Field(default_factory=Generated)
     evaluation: Evaluation | None = None
+    comparison: Comparison | None = None
+    rolled_back: bool = False  # worse than an earlier student, which goes on in its place
+    notes: list[str] = Field(default_factory=list)  # rolled back, stopped: and why
     student: Checkpoint | None = None
     snapshots: dict[str, Snapshot] = Field(default_factory=dict)  # by view: train_pool, cache_pool, reviews, ...
     training: dict[str, Any] = Field(default_factory=dict)  # the trainer's result: losses, tokens, padding
@@ -80,6 +119,7 @@ class Manifest(BaseModel):
     config: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     seeds: dict[str, Any] = Field(default_factory=dict)  # file, rows, duplicates removed
+    warnings: list[str] = Field(default_factory=list)  # of the settings: possible, and perhaps not meant
     baseline: Baseline = Field(default_factory=Baseline)
     iterations: list[IterationRecord] = Field(default_factory=list)
     next_pools: dict[str, Snapshot] = Field(default_factory=dict)  # what an iteration more would start from
@@ -93,6 +133,17 @@ class Manifest(BaseModel):
     def save(self) -> None:
         self.updated = now()
         write_atomic(self.folder / "manifest.json", self.model_dump_json(indent=2))
+
+    def students(self) -> list[tuple[int, Checkpoint]]:
+        """Every student with its iteration, the one before training as 0."""
+        numbered = [(0, self.baseline.student), *((record.iteration, record.student) for record in self.iterations)]
+        return [(iteration, student) for iteration, student in numbered if student]
+
+    def best(self) -> tuple[int, Checkpoint] | None:
+        """Iteration and checkpoint of the student to use: the last one that was not rolled back."""
+        gone = {record.iteration for record in self.iterations if record.rolled_back or not record.evaluation}
+        standing = [(iteration, student) for iteration, student in self.students() if iteration not in gone]
+        return standing[-1] if standing else None
 
     def state_now(self) -> str:
         """The state, and whether a run that says it is running still is."""

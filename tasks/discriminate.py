@@ -7,9 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from storage.catalog import query
 from storage.files import Snapshot
 from storage.pools import write_snapshot
+from storage.runs import JudgeHealth
 from tasks.policies import stage
 
-VERSION = 1
+VERSION = 2
+ENOUGH_PAIRS = 10  # fewer say nothing about a referee
 DIFFICULTIES = ("hard", "easy", "undecided")
 
 
@@ -36,6 +38,14 @@ class DiscriminateConfig(BaseModel):
         0.2, ge=0, le=1, description="Above this share of rows without a valid review in every order the stage fails."
     )
 
+    max_flip_share: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="Above this share of pairs whose winner changes with the order of the answers the stage fails: "
+        f"the referee judges the place. A coin toss flips about 0.4. Looked at from {ENOUGH_PAIRS} pairs on.",
+    )
+
     @model_validator(mode="after")
     def _quantile_is_a_share(self) -> "DiscriminateConfig":
         if self.threshold_kind == "quantile" and self.threshold > 1:
@@ -51,10 +61,15 @@ class Split(BaseModel):
     easy: int
     undecided: int
     threshold: float | None  # in points; null where no row has a gap
+    judge: JudgeHealth | None = None  # null where no model is the referee
 
 
 class TooManyUndecided(ValueError):
     """Too few reviews are valid to split the pool on them."""
+
+
+class UntrustworthyReferee(ValueError):
+    """The referee's verdicts follow the order of the answers."""
 
 
 # A row counts only with a valid review in every order that its reviews have; votes are averaged within an order
@@ -92,12 +107,41 @@ order by instruction_id
 """
 
 
+# The gap as each order sees it, votes averaged. `unordered` reviews are a metric's, and have no health.
+HEALTH = """
+with asked as (
+    select *, teacher_score - student_score as gap from reviews where "order" <> 'unordered' and outcome <> 'missing'
+), in_order as (
+    select instruction_id, "order", avg(gap) as gap, count(gap) as votes, count(distinct sign(gap)) as winners
+    from asked group by all
+), pairs as (
+    select
+        max(gap) filter ("order" = 'teacher_first') as teacher_first,
+        max(gap) filter ("order" = 'student_first') as student_first
+    from in_order group by instruction_id
+    having teacher_first is not null and student_first is not null
+), votes as (
+    select winners from in_order where votes > 1
+)
+select
+    (select count(*) from asked) as reviews,
+    (select avg((gap is null)::int) from asked) as unusable_share,
+    count(*) as pairs,
+    avg((teacher_first * student_first < 0)::int) as flip_share,
+    avg((teacher_first + student_first = 0)::int) as tie_share,
+    avg(teacher_first - student_first) / 2 as position_bias,
+    (select avg((winners = 1)::int) from votes) as vote_agreement
+from pairs
+"""
+
+
 @stage("discriminate", version=VERSION, prompts=[SPLIT])
 def discriminate(config: DiscriminateConfig, reviews: Snapshot) -> Split:
     """Split reviewed instructions into hard, easy and undecided by their score gap.
 
     Raises:
         TooManyUndecided: more than `max_undecided_share` of the rows lack a valid review in some order.
+        UntrustworthyReferee: more than `max_flip_share` of the pairs change their winner with the order.
     """
     settings = {
         "kind": config.threshold_kind,
@@ -114,6 +158,24 @@ def discriminate(config: DiscriminateConfig, reviews: Snapshot) -> Split:
             f"{config.max_undecided_share} that discriminate.max_undecided_share allows. Reviews by outcome: "
             + ", ".join(f"{row['n']} {row['outcome']}" for row in outcomes)
         )
+    judge = _health(reviews)
+    if judge and judge.pairs >= ENOUGH_PAIRS and (judge.flip_share or 0) > config.max_flip_share:
+        raise UntrustworthyReferee(
+            f"the referee changes the winner with the order of the answers in {judge.flip_share:.0%} of {judge.pairs} "
+            f"pairs, more than discriminate.max_flip_share = {config.max_flip_share:g} allows (first place: "
+            f"{judge.position_bias:+.1f} points). Take another referee, or more of its votes (referee.votes)."
+        )
     verdicts = write_snapshot("verdicts", rows, step="discriminate", version=VERSION, inputs=[reviews])
     threshold = rows[0]["threshold"] if rows else None
-    return Split(verdicts=verdicts, threshold=threshold, **found)
+    return Split(verdicts=verdicts, threshold=threshold, judge=judge, **found)
+
+
+def _health(reviews: Snapshot) -> JudgeHealth | None:
+    """How the model that wrote these reviews judges; null where a metric did."""
+    (figures,) = query(HEALTH, reviews=reviews)
+    if not figures["reviews"]:
+        return None
+    unusable = """
+    select outcome, count(*) as n from reviews where outcome not in ('ok', 'missing') group by all order by all
+    """
+    return JudgeHealth(**figures, unusable={row["outcome"]: row["n"] for row in query(unusable, reviews=reviews)})

@@ -1,5 +1,6 @@
 """Did it help? The student on instructions that no pool holds, against the teacher's answers to them."""
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -80,8 +81,9 @@ def evaluate_student(
         )
     scores = [row["score"] for row in rows if row["score"] is not None]
     tokens = sum(row["tokens"] for row in rows)
+    loss = sum(row["loss_sum"] for row in rows) / tokens if tokens else math.nan
     return Evaluation(
-        loss=sum(row["loss_sum"] for row in rows) / tokens if tokens else None,
+        loss=loss if math.isfinite(loss) else None,
         score=sum(scores) / len(scores) if scores else None,
         rows=heldout.rows,
         scored=len(scores),

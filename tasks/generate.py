@@ -59,6 +59,11 @@ class GenerateConfig(BaseModel):
     )
     hard_rows: int = Field(3000, ge=0, description="New instructions wanted from hard parents (the paper: 3,000).")
     easy_rows: int = Field(3000, ge=0, description="New instructions wanted from easy parents (the paper: 3,000).")
+    parents: Literal["difficulty", "random"] = Field(
+        "difficulty",
+        description="difficulty: a side's parents are what the referee found hard or easy. random: as many, drawn by "
+        "lot (for ablation: what the referee is worth).",
+    )
     max_attempts: float = Field(
         3.0, ge=1, le=20, description="Requests at most, as a multiple of the rows wanted. Then the stage ends short."
     )
@@ -95,6 +100,8 @@ def generate_instructions(
     """
     pool = by_id(cache_pool)
     difficulty = {key: row["difficulty"] for key, row in by_id(verdicts, ["difficulty"]).items()}
+    if config.parents == "random":
+        difficulty = _by_lot(difficulty, random.Random(f"{seed}/lot"))
     parents = {side: [key for key in pool if difficulty.get(key) == side] for side in SIDES}
     wanted, notes = _shares(config, parents)
     judge = _Judge(config.max_similarity, [*pool.values(), *read_rows(heldout)], wanted)
@@ -143,6 +150,11 @@ def _shares(config: GenerateConfig, parents: dict[str, list[str]]) -> tuple[dict
             notes.append(f"no {side} parents: their {wanted[side]:,} rows are asked of the {other} side")
             wanted = {side: 0, other: wanted[other] + wanted[side] if parents[other] else 0}
     return wanted, notes
+
+
+def _by_lot(difficulty: dict[str, str], rng: random.Random) -> dict[str, str]:
+    """The same verdicts, dealt out anew."""
+    return dict(zip(difficulty, rng.sample(list(difficulty.values()), len(difficulty)), strict=True))
 
 
 def _coverage(parents: list[str], rng: random.Random) -> Iterator[tuple[str, int]]:

@@ -11,12 +11,15 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from storage.catalog import query
-from storage.files import write_atomic
+from storage.files import home, write_atomic
+from storage.journal import Journal, Spent
 from storage.runs import IterationRecord, Manifest
+from storage.studies import list_studies
+from tasks.gains import contaminated, gain_charts, lineage, most_improved
 
 TEMPLATE = "report.html.jinja"
 INK, GRID, STUDENT, HARD = "#7a828e", "#8888884d", "#2f7ed8", "#d9480f"  # greys that read on white and on black
-WIDEST = 5  # score gaps shown side by side
+WIDEST = 10  # score gaps shown side by side
 
 WIDEST_GAPS = """
 select v.score_gap, v.teacher_score, v.student_score, p.instruction, p.input, p.category,
@@ -45,12 +48,30 @@ def write_report(manifest: Manifest) -> Path:
     """Write `report.html` into the run's folder and return its path."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True)
+    environment.filters["share"] = lambda share: "" if share is None else f"{share:.0%}"
     page = environment.get_template(TEMPLATE).render(
-        manifest=manifest, rows=progress_rows(manifest), charts=charts(manifest), widest=widest(manifest, WIDEST)
+        manifest=manifest,
+        rows=progress_rows(manifest),
+        charts=charts(manifest),
+        widest=widest(manifest, WIDEST),
+        spend=spend_of(manifest.run_id),
+        improved=most_improved(manifest),
+        contaminated=contaminated(manifest),
+        lineage=lineage(manifest),
+        best=manifest.best(),
+        studies=list_studies(manifest.run_id),
     )
     path = manifest.folder / "report.html"
     write_atomic(path, page)
     return path
+
+
+def spend_of(run_id: str) -> list[Spent]:
+    """What a run paid for, from the journal; nothing where this home never paid."""
+    if not (home() / "journal.sqlite").is_file():
+        return []
+    with Journal() as journal:
+        return journal.spend(run_id)
 
 
 def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
@@ -89,6 +110,7 @@ def charts(manifest: Manifest) -> list[dict[str, str]]:
         _chart("Held-out score", "Mean ROUGE-L score of the student's answers against the teacher's, 1 to 10. Higher is better.",
                _by_iteration(points, "score", "score")),
     ]  # fmt: skip
+    made += [_chart(*described) for described in gain_charts(manifest)]
     judged = [record for record in manifest.iterations if "verdicts" in record.snapshots]
     for record in judged:
         made.append(

@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Snapshot, StorageError, digest_of, digest_of_file
 from storage.pools import instruction_id, read_parquet, write_snapshot
+from tasks.contamination import find_near
 from tasks.policies import OPERATIONAL, stage
 
-VERSION = 1
+VERSION = 2
 BUNDLED = Path(__file__).parent / "data"
 ACCEPTED = (
-    "Accepted: .json or .jsonl (Alpaca, self-instruct, messages), .csv, .parquet, .txt (a line each), hf:NAME[:SPLIT]"
+    "Accepted: .json or .jsonl (Alpaca, self-instruct, messages, FastChat questions), .csv, .parquet, "
+    ".txt (a line each), hf:NAME[:SPLIT]"
 )
 
 
@@ -52,12 +54,13 @@ class SeedPools(BaseModel):
     pool: Snapshot
     heldout: Snapshot
     duplicates: int  # exact ones, left out of the pool
+    near_heldout: int  # near duplicates of a held-out instruction, left out of the pool
 
 
 class Seeds(BaseModel):
     """The instructions of one file, in its order, each once."""
 
-    rows: list[dict[str, Any]]  # instruction, input, category, output
+    rows: list[dict[str, Any]]  # instruction, input, category, output; later_turns, and the source's own id
     duplicates: int
 
 
@@ -81,7 +84,7 @@ def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
     Raises:
         SeedError: the source is missing, damaged, of an unknown form, or holds nothing usable.
     """
-    place, records = _dataset(path) if path.startswith("hf:") else _file(_existing(path, bundled))
+    place, records = read_records(path, bundled)
     rows: dict[str, dict[str, Any]] = {}
     duplicates = 0
     for where, record in records:
@@ -94,9 +97,18 @@ def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
     return Seeds(rows=list(rows.values()), duplicates=duplicates)
 
 
+def read_records(path: str, bundled: str = "seeds.jsonl") -> tuple[str, "Records"]:
+    """What a source is called, and its records as they are, each with the place where it stands ("line 3").
+
+    Raises:
+        SeedError: the source is missing, damaged, or of an unknown form.
+    """
+    return _dataset(path) if path.startswith("hf:") else _file(_existing(path, bundled))
+
+
 @stage("seed", version=VERSION)
 def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> SeedPools:
-    """Write the seed pool and the held-out set.
+    """Write the seed pool and the held-out set. A seed near a held-out instruction enters no pool, and is counted.
 
     Args:
         seeds_digest, heldout_digest: of what the config's paths hold now (`digest_of_source`).
@@ -105,17 +117,25 @@ def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> Se
         SeedError: a source cannot be used.
     """
     seeds = read_seeds(config.path)
-    heldout = read_seeds(config.heldout, bundled="heldout.jsonl")
+    heldout = read_seeds(config.heldout, bundled="heldout.jsonl").rows[: config.max_heldout]
+    near = {id(row) for row, _ in find_near(seeds.rows, heldout)}
+    clean = [row for row in seeds.rows if id(row) not in near]
+    if not clean:
+        raise SeedError(f"{config.path}: every seed is near a held-out instruction. Name other ones in seeds.heldout.")
     return SeedPools(
-        pool=_write(seeds.rows[: config.max_rows], "seed"),
-        heldout=_write(heldout.rows[: config.max_heldout], "heldout"),
+        pool=_write(clean[: config.max_rows], "seed"),
+        heldout=_write(heldout, "heldout"),
         duplicates=seeds.duplicates,
+        near_heldout=len(near),
     )
 
 
 def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:
+    columns = ("instruction", "input", "category", "output")
     full = (
-        {"instruction_id": instruction_id(row["instruction"], row["input"]), "origin": origin, **row} for row in rows
+        {"instruction_id": instruction_id(row["instruction"], row["input"]), "origin": origin}
+        | {key: row[key] for key in columns}
+        for row in rows
     )
     return write_snapshot("instructions", full, step="seed", version=VERSION)
 
@@ -231,6 +251,8 @@ def _row(record: Any, where: str) -> dict[str, Any]:
     record = {key: value for key, value in record.items() if value is not None}
     if "messages" in record and "instruction" not in record:
         record |= _from_messages(record["messages"], where)
+    if "turns" in record and "instruction" not in record:  # FastChat's question.jsonl
+        record |= _from_turns(record["turns"], where)
     if isinstance(record.get("instances"), list) and record["instances"]:  # self-instruct
         record |= {key: record["instances"][0].get(key, "") for key in ("input", "output")}
     if "instruction" not in record:
@@ -246,13 +268,22 @@ def _row(record: Any, where: str) -> dict[str, Any]:
         "input": record.get("input", "").strip() or None,
         "category": record.get("category", "").strip() or None,
         "output": record.get("output", "").strip() or None,
+        "later_turns": record.get("later_turns", []),
+        "source_id": record.get("question_id", record.get("id")),
     }
 
 
-def _from_messages(messages: Any, where: str) -> dict[str, str]:
+def _from_turns(turns: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise SeedError(f"{where}: `turns` must be a list of texts, the first the question, found {_kind(turns)}.")
+    return {"instruction": turns[0], "later_turns": turns[1:]}
+
+
+def _from_messages(messages: Any, where: str) -> dict[str, Any]:
     try:
         said = {message["role"]: message["content"] for message in reversed(messages)}  # the first of each role
-        return {"instruction": said["user"], "output": said.get("assistant", "")}
+        asked = [message["content"] for message in messages if message["role"] == "user"]
+        return {"instruction": said["user"], "output": said.get("assistant", ""), "later_turns": asked[1:]}
     except (TypeError, KeyError):
         raise SeedError(f"{where}: `messages` holds no message of the role `user`.") from None
 

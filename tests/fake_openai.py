@@ -378,6 +378,8 @@ class FakeOpenAI:
     # --- the rest ---------------------------------------------------------------------------------------------------
 
     async def _models(self, request: web.Request) -> web.Response:
+        if refused := self._refused(request, {"model": self.models[0] if self.models else ""}):
+            return refused
         data = [
             {"id": name, "object": "model", "created": 0, "owned_by": "nobody"} for name in self.models or ("fake",)
         ]

@@ -18,8 +18,21 @@ FORBIDDEN = {  # place -> top-level packages it may not import
     "storage": HEAVY | {"flows", "tasks", "prefect", "openai"},
 }
 # Not stages: what stages share.
-SHARED = {"policies", "novelty", "models", "jobs", "progress", "scores"}
-SHARED_CONFIG = {("student", "prepare")}  # the student's config holds how a student starts
+SHARED = {
+    "policies",
+    "novelty",
+    "models",
+    "jobs",
+    "progress",
+    "scores",
+    "relative",
+    "selection",
+    "contamination",
+    "export",
+    "weight_diff",
+}
+# The student's config holds how a student starts; questions are read from files as seeds are.
+SHARED_CONFIG = {("student", "prepare"), ("questions", "seed")}
 
 
 def modules() -> list[Path]:

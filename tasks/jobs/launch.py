@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from storage.files import Checkpoint, digest_of, digest_of_model, home, write_atomic
+from storage.files import Checkpoint, digest_of, digest_of_model, home, locked, write_atomic
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
 NOTABLE = re.compile(r"error|warning|\bnan\b|out of memory", re.IGNORECASE)
@@ -58,8 +58,10 @@ class JobError(RuntimeError):
         super().__init__(module, directory, returncode, tail)
 
     def __str__(self) -> str:
+        killed = self.returncode == -signal.SIGKILL or "SIGKILL" in self.tail
+        why = "Killed: the system does that to whoever holds most memory when memory runs out.\n" if killed else ""
         return (
-            f"{self.module} ended with exit code {self.returncode} and no result.\n"
+            f"{self.module} ended with exit code {self.returncode} and no result.\n{why}"
             f"Whole log: {Path(self.directory) / 'log.txt'}. Its last lines:\n{self.tail}"
         )
 
@@ -109,13 +111,19 @@ def make_checkpoint(
     Raises:
         JobError: the program ended without a result.
     """
-    digest = digest_of({"module": module, **identity})
-    directory = home() / "checkpoints" / digest
+    directory = checkpoint_folder(module, identity)
+    digest = directory.name
     result = directory / "result.json"
-    if result.exists() and json.loads(result.read_text())["content"] != digest_of_model(directory):
-        shutil.rmtree(directory)  # damaged: what is left of it is worth nothing
-    made = run_job(module, job, directory, **options)
+    with locked(f"checkpoint-{digest}"):  # two who want the same model: one makes it, one waits for it
+        if result.exists() and json.loads(result.read_text())["content"] != digest_of_model(directory):
+            shutil.rmtree(directory)  # damaged: what is left of it is worth nothing
+        made = run_job(module, job, directory, **options)
     return Checkpoint(digest=digest, content=made["content"]), made
+
+
+def checkpoint_folder(module: str, identity: dict[str, Any]) -> Path:
+    """Where `make_checkpoint` makes it."""
+    return home() / "checkpoints" / digest_of({"module": module, **identity})
 
 
 def report_progress(done: int, total: int, **figures: Any) -> None:
@@ -136,8 +144,12 @@ def _run(
     on_progress: Callable[[dict[str, Any]], None],
     on_notable_line: Callable[[str], None],
 ) -> tuple[int, str]:
-    """Exit code and last lines of a command whose output goes to `log`."""
+    """Exit code and last lines of a command whose output goes to `log`.
+
+    The program's own last word, a line that begins with "error: ", is among them even where a launcher says more.
+    """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
+    last_word = ""
     child = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -145,7 +157,7 @@ def _run(
         text=True,
         errors="replace",
         env={**os.environ, **ENVIRONMENT, **environment},
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     try:
         assert child.stdout is not None
@@ -156,8 +168,12 @@ def _run(
                     continue
                 file.write(line)
                 tail.append(line.rstrip())
+                if line.startswith("error: "):
+                    last_word = line.rstrip()
                 if NOTABLE.search(line):
                     on_notable_line(line.rstrip())
+        if last_word and last_word not in tail:
+            tail.append(last_word)
         return child.wait(), "\n".join(tail)
     finally:
         _stop(child)
@@ -178,6 +194,6 @@ _libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child: be terminated when the parent dies, even by `kill -9`, so that no orphan holds the GPU."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

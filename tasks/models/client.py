@@ -13,9 +13,11 @@ its authentication and its errors, and spares the building of response objects t
 import asyncio
 import contextlib
 import json
+import signal
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -54,6 +56,7 @@ POLL_SECONDS = 0.25  # between two looks at what other processes are doing
 PROGRESS_SECONDS = 0.5
 CONNECT_SECONDS = 10
 DRAIN_SECONDS = 60  # after Ctrl-C: how long requests under way, which are paid for, may still take
+TERMINATED_SECONDS = 5  # the same after SIGTERM: whoever sends it kills soon after
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
 KEYS_AT_ONCE = 1000
 
@@ -90,6 +93,34 @@ def answer_all(
         if call.missing:
             asyncio.run(call.ask())
         return call.finished()
+
+
+def check_access(model: OpenAIModel) -> None:
+    """Ask for the list of models, which costs nothing: a key that is rejected is found before any work is done.
+
+    Raises:
+        FatalEndpointError: the key is not there, or the endpoint does not take it.
+
+    An endpoint that has no such list, or that is not reached just now, is given the benefit of the doubt: the
+    requests themselves are tried for as long as its `deadline` says.
+    """
+    secret = key_of(model)
+    with openai.OpenAI(
+        api_key=secret,
+        base_url=model.base_url,
+        default_headers=headers_of(model),
+        max_retries=0,
+        timeout=CONNECT_SECONDS,
+    ) as client:
+        try:
+            client.models.list()
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            rejected = failure(model, error.status_code, "", scrubbed(str(error.message), secret), None)
+        except openai.OpenAIError:
+            return
+        else:
+            return
+    raise rejected  # outside of the handler: the SDK's errors know the key
 
 
 @dataclass(slots=True)
@@ -185,12 +216,13 @@ class _Call:
     async def ask(self) -> None:
         """Ask for all that is missing, and return when every answer is durable."""
         work = asyncio.ensure_future(self._ask())
-        try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            self.stop(asyncio.CancelledError())
-            await asyncio.wait([work], timeout=DRAIN_SECONDS)
-            raise
+        with _terminated_by_signal(asyncio.current_task()) as terminated:
+            try:
+                await asyncio.shield(work)
+            except asyncio.CancelledError:
+                self.stop(asyncio.CancelledError())
+                await asyncio.wait([work], timeout=TERMINATED_SECONDS if terminated else DRAIN_SECONDS)
+                raise
 
     async def _ask(self) -> None:
         self.secret, self.url = key_of(self.model), f"{self.model.base_url}/chat/completions"
@@ -503,6 +535,33 @@ class _Call:
         elif self.error is None:
             self.replies[index] = Reply(id, Status.FAILED, None, model=self.model.model, error=outcome.error)
             self.failures[outcome.error or ""] += 1
+
+
+@contextlib.contextmanager
+def _terminated_by_signal(work: asyncio.Task[None] | None) -> Iterator[list[int]]:
+    """While the block runs, SIGTERM cancels `work`; afterwards it does what it did before, if it came at all.
+
+    Gives a list that is empty until the signal comes. Without effect outside of the main thread, which alone
+    gets signals.
+    """
+    came: list[int] = []
+    if work is None or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def terminate() -> None:
+        came.append(signal.SIGTERM)
+        work.cancel()
+
+    loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+    try:
+        yield came
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _broken(error: BaseException) -> TransientError:

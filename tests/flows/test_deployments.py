@@ -91,6 +91,8 @@ def earlier(home: Path) -> Manifest:
 
     def record(iteration: int, done: bool) -> IterationRecord:
         made = {name: snapshot(f"{name}-{iteration}") for name in ("train_pool", "cache_pool", "teacher_responses")}
+        if done:
+            made["candidates"] = snapshot("candidates")
         evaluation = Evaluation(loss=1.0, score=None, rows=1, scored=0, details=snapshot("e")) if done else None
         student = Checkpoint(digest=f"student-{iteration}", content="")
         return IterationRecord(iteration=iteration, snapshots=made, student=student, evaluation=evaluation)
@@ -108,8 +110,16 @@ def test_a_run_goes_on_after_any_finished_iteration_of_another(earlier: Manifest
     last = start_of(resolve("smoke", ["start_from=run:smoke-1"]))
     first = start_of(resolve("smoke", ["start_from=run:smoke-1:1", "teacher.draw=1"]))
     assert last and first
-    assert (last.student.digest, last.pools.cache.digest, last.same_teacher) == ("student-2", "cache_pool-3", True)
-    assert (first.student.digest, first.pools.train.digest, first.same_teacher) == ("student-1", "train_pool-2", False)
+    assert (last.records[-1].student.digest, last.pools.cache.digest, last.same_teacher) == (
+        "student-2",
+        "cache_pool-3",
+        True,
+    )
+    assert (first.records[-1].student.digest, first.pools.train.digest, first.same_teacher) == (
+        "student-1",
+        "train_pool-2",
+        False,
+    )
 
 
 @pytest.mark.parametrize("start", ["run:smoke-1:3", "run:gone"])

@@ -7,7 +7,7 @@ import pytest
 
 from storage.files import Snapshot
 from storage.pools import by_id, write_snapshot
-from tasks.discriminate import DiscriminateConfig, TooManyUndecided, discriminate
+from tasks.discriminate import DiscriminateConfig, TooManyUndecided, UntrustworthyReferee, discriminate
 
 
 def reviews(*rows: tuple[str, str, float | None, float | None]) -> Snapshot:
@@ -83,3 +83,42 @@ def test_when_nothing_is_decided_nothing_is_hard(home: Path) -> None:
 def test_a_quantile_above_one_is_refused() -> None:
     with pytest.raises(ValueError, match="a share from 0 to 1"):
         DiscriminateConfig(threshold_kind="quantile", threshold=2)
+
+
+def both(key: str, teacher_first: tuple[float, float], student_first: tuple[float, float]) -> list[Any]:
+    return [(key, "teacher_first", *teacher_first), (key, "student_first", *student_first)]
+
+
+def test_the_health_of_a_judge_is_counted_over_both_orders(home: Path) -> None:
+    rows = [
+        *both("same", (8, 5), (7, 4)),  # one winner, gaps 3 and 3
+        *both("flip", (8, 5), (4, 6)),  # the first one wins: gaps 3 and -2
+        *both("tie", (7, 7), (6, 6)),
+        ("half", "teacher_first", 9.0, 2.0),
+        ("half", "student_first", None, None),
+    ]
+    health = discriminate.fn(DiscriminateConfig(max_undecided_share=1), reviews(*rows)).judge
+    assert health is not None
+    assert (health.reviews, health.unusable, health.unusable_share) == (8, {"unparsable": 1}, 1 / 8)
+    assert health.pairs == 3
+    assert (health.flip_share, health.tie_share) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert health.position_bias == pytest.approx((0 + 5 + 0) / 2 / 3)
+    assert health.vote_agreement is None
+
+
+def test_votes_agree_where_all_of_one_order_name_one_winner(home: Path) -> None:
+    rows = [("a", "teacher_first", 8.0, 5.0), ("a", "teacher_first", 9.0, 5.0), ("a", "student_first", 8.0, 5.0)]
+    rows += [("b", "teacher_first", 8.0, 5.0), ("b", "teacher_first", 5.0, 8.0), ("b", "student_first", 8.0, 5.0)]
+    health = discriminate.fn(DiscriminateConfig(), reviews(*rows)).judge
+    assert health is not None and health.vote_agreement == 0.5
+
+
+def test_a_metric_has_no_health(home: Path) -> None:
+    assert discriminate.fn(DiscriminateConfig(), reviews(("a", "unordered", 10, 4))).judge is None
+
+
+def test_a_judge_that_sees_only_the_place_is_refused(home: Path) -> None:
+    rows = [row for number in range(10) for row in both(f"r{number}", (9, 3), (3, 9))]
+    with pytest.raises(UntrustworthyReferee, match=r"100% of 10 pairs.*\+6\.0 points"):
+        discriminate.fn(DiscriminateConfig(), reviews(*rows))
+    assert discriminate.fn(DiscriminateConfig(max_flip_share=1), reviews(*rows)).hard == 0

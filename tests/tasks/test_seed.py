@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from storage.pools import read_rows
 from tasks.novelty import NoveltyIndex
-from tasks.seed import SeedError, read_seeds
+from tasks.seed import SeedConfig, SeedError, load_seeds, read_seeds
 
 ALPACA = [
     {"instruction": "Übersetze «Haus» ins Französische.", "input": "", "output": "maison"},
@@ -107,3 +108,13 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         read_seeds(str(tmp_path / "none.jsonl"))
     with pytest.raises(SeedError, match="is a folder"):
         read_seeds(str(tmp_path))
+
+
+def test_a_seed_near_a_heldout_instruction_enters_no_pool_and_is_counted(home: Path, tmp_path: Path) -> None:
+    heldout = written(tmp_path, "heldout.txt", "Write a short poem about the first snow.\n")
+    seeds = written(tmp_path, "seeds.txt", "Write a short poem about the last snow.\nWhy is the sky blue?\n")
+    pools = load_seeds.fn(SeedConfig(path=seeds, heldout=heldout), "", "")
+    assert [row["instruction"] for row in read_rows(pools.pool)] == ["Why is the sky blue?"]
+    assert pools.near_heldout == 1
+    with pytest.raises(SeedError, match="every seed is near a held-out instruction"):
+        load_seeds.fn(SeedConfig(path=heldout, heldout=heldout), "", "")

@@ -16,7 +16,7 @@ import pytest
 from storage.journal import Journal
 from tasks.models.budget import Account, Budget, Limits
 from tasks.models.chat import Reply, Request, Sampling, Status
-from tasks.models.client import answer_all
+from tasks.models.client import answer_all, check_access
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.errors import BudgetReached, FatalEndpointError, TooManyFailures, UnknownPrice, scrubbed
 from tasks.models.pacing import Pace, Throttle, asked_wait
@@ -448,7 +448,7 @@ CALLER = """
 import sys
 from tasks.models.budget import Account
 from tasks.models.chat import Sampling
-from tasks.models.client import answer_all
+from tasks.models.client import answer_all, check_access
 from tasks.models.endpoint import OpenAIModel
 from tests.tasks.models.test_client import questions
 model = OpenAIModel(model="fake", base_url=sys.argv[1], price="free", max_concurrency=16)
@@ -475,11 +475,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_ctrl_c_keeps_what_is_under_way() -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_what_is_under_way_is_kept_when_the_process_is_told_to_stop(stop: signal.Signals) -> None:
     with FakeOpenAI(latency=0.3) as server:
         caller = start_caller(server, 200)
         wait_until(lambda: server.received >= 16)
-        caller.send_signal(signal.SIGINT)
+        caller.send_signal(stop)
         caller.communicate()
         with Journal() as journal:
             assert journal.spent("run").requests == server.bill()["requests"] >= 16
@@ -500,3 +501,21 @@ def test_killed_twenty_times_every_answer_is_paid_once_but_those_under_way() -> 
         bill = server.bill()
         assert bill["distinct"] == 2000
         assert bill["requests"] - 2000 <= 20 * (16 + 16)  # under way, or answered and not yet durable
+
+
+def test_a_rejected_key_is_found_without_a_paid_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-0123456789")
+    with FakeOpenAI(key="right") as server:
+        with pytest.raises(FatalEndpointError, match="the key was rejected") as caught:
+            check_access(OpenAIModel(model="m", base_url=server.url))
+        assert server.received == 0
+    assert "0123456789" not in str(caught.value)
+
+
+def test_an_endpoint_without_a_list_of_models_is_given_the_benefit_of_the_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with FakeOpenAI() as server:
+        check_access(OpenAIModel(model="m", base_url=server.url + "/elsewhere"))
+    check_access(OpenAIModel(model="m", base_url="http://127.0.0.1:9/v1"))

@@ -1,0 +1,315 @@
+"""Commands that say whether it helped: evaluate, best, contamination, compare."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flows.terminal import (
+    AsJson,
+    ConfigFile,
+    Home,
+    Overrides,
+    Preset,
+    Refusal,
+    find_run,
+    note,
+    out,
+    print_rows,
+    use_home,
+)
+
+commands = typer.Typer()
+
+StudentName = Annotated[
+    str | None,
+    typer.Option(
+        "--student", metavar="CKPT", help="RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."
+    ),
+]
+
+
+@commands.command()
+def evaluate(
+    student: StudentName = None,
+    reference: Annotated[
+        str, typer.Option("--reference", help="teacher, a file of answers, or a checkpoint, named as a student is.")
+    ] = "teacher",
+    questions: Annotated[
+        str,
+        typer.Option("--questions", help="FastChat's question.jsonl, or any form of seeds. bundled: the held-out set."),
+    ] = "bundled",
+    referee: Annotated[
+        str | None,
+        typer.Option("--referee", help="reference: ROUGE-L to the reference. llm: the settings' referee, both orders."),
+    ] = None,
+    tie_margin: Annotated[
+        float, typer.Option("--tie-margin", min=0, max=9, help="Points within which two scores are a tie.")
+    ] = 0.5,
+    max_questions: Annotated[int | None, typer.Option("--max-questions", min=1, help="Only the first so many.")] = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Score a student against a reference: relative score with intervals, win/tie/lose, position effect.
+
+    Teacher, referee and sampling are those of the student's run, or of --preset, --config and --set.
+    """
+    use_home(home)
+    from flows.students import find_student
+    from storage.studies import load_study
+    from tasks.questions import read_questions
+
+    read_questions(questions, max_questions)  # a file that cannot be used is refused before anything is asked
+    settings = _settings(find_student(student).config, preset, config, overrides or [], referee)
+    from flows.evaluate import EvaluateConfig
+    from flows.evaluate import evaluate as evaluate_flow
+
+    study_id = evaluate_flow(
+        EvaluateConfig(
+            student=student,
+            reference=reference,
+            questions=questions,
+            max_questions=max_questions,
+            tie_margin=tie_margin,
+            distill=settings,
+        )
+    )
+    study = load_study(study_id)
+    assert study is not None, "a study that was made is there"
+    if as_json:
+        print(json.dumps(study.model_dump(mode="json"), indent=2, ensure_ascii=False))
+    else:
+        print_study(study)
+
+
+def _settings(
+    of_run: dict[str, Any], preset: str | None, config: Path | None, overrides: list[str], referee: str | None
+) -> Any:
+    """The settings that say who teaches and who judges: the run's own, unless others are named."""
+    from flows.config import resolve
+
+    base = {} if preset or config else of_run
+    settings = resolve(preset, overrides, config, base=base)
+    if referee is None or referee == settings.referee.kind:
+        return settings
+    if referee == "reference":
+        judge: dict[str, Any] = {"kind": "reference"}
+    elif referee == "llm":
+        judge = {"kind": "llm", "model": settings.teacher.model.model_dump()}
+        note.print("No referee model is set: the teacher judges. Another: --set referee.model=...")
+    else:
+        raise Refusal(f"--referee {referee}: say reference or llm, and the model with --set referee.model=...")
+    return type(settings).model_validate(settings.model_dump() | {"referee": judge})
+
+
+@commands.command()
+def best(
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")
+    ] = None,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Print the checkpoint to use: the student that no later one of its run improved upon."""
+    use_home(home)
+    from flows.students import best_student
+
+    manifest = find_run(run_id)
+    found = best_student(manifest)
+    if as_json:
+        print(json.dumps({"run": manifest.run_id, "iteration": found.iteration, "path": str(found.checkpoint.path)}))
+        return
+    for record in manifest.iterations:
+        for line in record.notes:
+            note.print(f"Iteration {record.iteration}: {line}")
+    note.print(f"{found.name}" + ("" if found.iteration else ": the student before any training was never beaten"))
+    print(found.checkpoint.path)
+
+
+@commands.command()
+def contamination(
+    against: Annotated[
+        str, typer.Option("--against", help="Instructions of an evaluation, in any form; bundled: the held-out set.")
+    ],
+    run_id: Annotated[str | None, typer.Option("--run", help="Only this run's pools.")] = None,
+    max_similarity: Annotated[
+        float, typer.Option("--max-similarity", min=0.01, max=1, help="ROUGE-L F from which an instruction is near.")
+    ] = 0.7,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Find instructions of the pools that are near those of an evaluation."""
+    use_home(home)
+    from storage.catalog import ask
+    from storage.pools import read_rows
+    from tasks.contamination import find_near
+    from tasks.questions import read_questions
+
+    turns = read_rows(read_questions(against).turns)
+    statement = """
+    select run_id, instruction_id, instruction, input, origin, min(iteration) as iteration
+    from cache_pool where $run is null or starts_with(run_id, $run) group by all order by all
+    """
+    pool = ask(statement, {"run": run_id})
+    rows = [
+        {
+            "run_id": row["run_id"],
+            "iteration": row["iteration"],
+            "origin": row["origin"],
+            "instruction_id": row["instruction_id"],
+            "similarity": round(near.similarity, 3),
+            "instruction": row["instruction"],
+            "near": turns[int(near.key)]["instruction"],
+        }
+        for row, near in find_near(pool, turns, max_similarity)
+    ]
+    print_rows(rows, as_json=as_json)
+    note.print(f"{len(rows)} of {len(pool)} instructions in pools are near one of the {len(turns)} of {against}.")
+
+
+@commands.command()
+def compare(
+    run_ids: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Ids of runs, or their beginnings.")],
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Put runs side by side: the best student of each, the gain over the first with its interval, the settings."""
+    use_home(home)
+    from storage.journal import Journal
+    from tasks.selection import compare as compare_students
+
+    if len(run_ids) < 2:
+        raise Refusal("name two runs or more: lion compare RUN RUN. `lion runs` lists them.")
+    manifests = [find_run(name) for name in run_ids]
+    best = [_best_evaluation(manifest) for manifest in manifests]
+    rows = []
+    with Journal() as journal:
+        for manifest, (iteration, evaluation) in zip(manifests, best, strict=True):
+            gain = compare_students(evaluation, best[0][1], best[0][0], manifest.config["seed"])
+            taught = sum(record.trained_rows for record in manifest.iterations)
+            rows.append(
+                {
+                    "run": manifest.run_id,
+                    "best iteration": f"{iteration} of {len(manifest.iterations)}",
+                    "rows trained on": taught,
+                    "loss": evaluation.loss,
+                    "gain in loss over the first": _shown(gain.loss_gain),
+                    "score": evaluation.score,
+                    "gain in score": _shown(gain.score_gain),
+                    "relative": _shown(gain.relative),
+                    "usd": journal.spent(manifest.run_id).usd,
+                }
+            )
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    turned = [
+        {"": name} | {row["run"]: row[name] for row in rows} for name in rows[0] if name != "run"
+    ]  # a column a run
+    print_rows(turned)
+    settings = [dict(_flat(manifest.config)) for manifest in manifests]
+    keys = sorted({key for one in settings for key in one if len({json.dumps(s.get(key)) for s in settings}) > 1})
+    note.print("Settings that differ:" if keys else "The settings are the same.")
+    print_rows(
+        [
+            {"": key} | {m.run_id: json.dumps(s.get(key)) for m, s in zip(manifests, settings, strict=True)}
+            for key in keys
+        ]
+    ) if keys else None
+
+
+@commands.command()
+def ablate(
+    arms: Annotated[
+        str, typer.Option("--arms", help="Some of adversarial, random-generation, imitation-only; with commas.")
+    ] = "adversarial,random-generation,imitation-only",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=20, help="Runs of each arm.")] = 3,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Ask whether the method helps: the loop beside simpler ways to spend the same teacher tokens."""
+    use_home(home)
+    from flows.config import resolve
+
+    if preset is None and config is None and not overrides:
+        raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
+    settings = resolve(preset, overrides or [], config)
+    from flows.ablate import ablate as run_arms
+
+    rows = run_arms(settings, [arm.strip() for arm in arms.split(",") if arm.strip()], seeds)
+    if as_json:
+        plain = [
+            {key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in row.items()}
+            for row in rows
+        ]
+        print(json.dumps(plain, indent=2))
+        return
+    columns = ("loss", "score", "loss_over_adversarial", "score_over_adversarial")
+    print_rows([row | {name: _shown(row[name]) for name in columns} for row in rows])
+    out.print(
+        "Means over seeds, with 95 % intervals over the held-out questions. Lower loss and higher score are better."
+    )
+
+
+def _best_evaluation(manifest: Any) -> tuple[int, Any]:
+    from flows.students import best_student
+
+    iteration = best_student(manifest).iteration
+    assert iteration is not None
+    evaluation = manifest.iterations[iteration - 1].evaluation if iteration else manifest.baseline.evaluation
+    if evaluation is None:
+        raise Refusal(f"{manifest.run_id} was not evaluated yet. The same command that started it goes on.")
+    return iteration, evaluation
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(interval: Any) -> str:
+    return "" if interval is None else f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def print_study(study: Any) -> None:
+    """A study's figures as a table: over all questions, and by category."""
+    relative = study.relative
+    title = (
+        f"{study.student} against {study.reference} · {study.questions} · referee {study.settings['referee']['kind']}"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("category", "turns", *relative.overall.by_order, "mean", "95 % interval", "win/tie/lose"):
+        table.add_column(name.replace("teacher", "reference"), justify="left" if name == "category" else "right")
+    for name, part in [("all", relative.overall), *relative.by_category.items()]:
+        orders = [_percent(part.by_order[order].value) for order in relative.overall.by_order if order in part.by_order]
+        interval = f"{_percent(part.mean.low)} to {_percent(part.mean.high)}" if part.mean else ""
+        mean = _percent(part.mean.value) if part.mean else ""
+        table.add_row(
+            name, str(part.questions), *orders, mean, interval, f"{part.wins}/{part.ties}/{part.losses}",
+            end_section=name == "all",
+        )  # fmt: skip
+    out.print(table)
+    out.print("Relative score: the student's summed scores in % of the reference's.")
+    if effect := relative.overall.position_effect:
+        out.print(
+            f"Standing first is worth {effect.value:+.2f} points ({effect.low:+.2f} to {effect.high:+.2f}) of a score."
+        )
+    for line in study.notes:
+        out.print(f"Note: {line}")
+    out.print(f"Answers and reviews: {study.folder}", soft_wrap=True)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

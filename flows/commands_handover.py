@@ -1,0 +1,177 @@
+"""Commands that hand the work over: export, card, push."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.terminal import CheckpointName, Home, Refusal, find_run, note, out, use_home
+
+commands = typer.Typer()
+
+RunId = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")]
+
+
+class Form(StrEnum):
+    """What an export is written as."""
+
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+    messages = "messages"
+    dpo = "dpo"
+    parquet = "parquet"
+    hf = "hf"
+
+
+class What(StrEnum):
+    """What is exported."""
+
+    training = "training"
+    train_pool = "train_pool"
+    cache_pool = "cache_pool"
+
+
+@commands.command()
+def export(
+    to: Annotated[Path, typer.Option("--to", help="The file to write; for hf a folder.")],
+    run_id: RunId = None,
+    form: Annotated[
+        Form,
+        typer.Option("--format", help="dpo: the teacher's answer over the student's where all reviews say so."),
+    ] = Form.messages,
+    what: Annotated[What, typer.Option("--what", help="training: what the student was trained on.")] = What.training,
+    iteration: Annotated[int | None, typer.Option("--iteration", help="Only this one's; by default all.")] = None,
+    home: Home = None,
+) -> None:
+    """Write a run's training set or a pool for other programs, each row with its lineage and licence."""
+    use_home(home)
+    from tasks.export import export as write
+
+    if to.is_dir() != (form is Form.hf) and to.exists():
+        raise Refusal(
+            f"{to} is a {'folder' if to.is_dir() else 'file'}; {form.value} writes the other. Name a new path."
+        )
+    manifest = find_run(run_id)
+    rows = write(manifest, form.value, to, what.value, iteration)
+    note.print(f"{rows} rows of {manifest.run_id} in {to}", soft_wrap=True)
+    if not manifest.config["teacher"].get("license"):
+        note.print("The settings name no terms for the teacher's text: --set teacher.license=... Look them up.")
+
+
+@commands.command()
+def card(
+    student: CheckpointName = None,
+    to: Annotated[Path | None, typer.Option("--to", help="The file to write; by default it is printed.")] = None,
+    home: Home = None,
+) -> None:
+    """Write the model card: data, method, settings, scores with intervals, licence terms, limits."""
+    use_home(home)
+    from flows.students import find_student
+    from storage.files import write_atomic
+
+    text = card_of(find_student(student))
+    if to is None:
+        print(text)
+    else:
+        write_atomic(to, text)
+        note.print(f"Card in {to}", soft_wrap=True)
+
+
+@commands.command()
+def push(
+    repository: Annotated[str, typer.Argument(metavar="REPOSITORY", help="On the Hub, as in my-name/my-student.")],
+    student: CheckpointName = None,
+    public: Annotated[bool, typer.Option("--public", help="For everyone to see; by default it is private.")] = False,
+    home: Home = None,
+) -> None:
+    """Put a student with its card on the Hub. Without HF_TOKEN in the environment only say what would go there."""
+    use_home(home)
+    from flows.students import find_student
+
+    if repository.count("/") != 1:
+        raise Refusal(f"{repository}: a repository is called OWNER/NAME.")
+    found = find_student(student)
+    files = model_files(found.checkpoint.path)
+    text = card_of(found)
+    for path in files:
+        out.print(f"{path.stat().st_size / 1e6:10.1f} MB  {path.name}", soft_wrap=True)
+    out.print(f"{len(text.encode()) / 1e6:10.1f} MB  README.md")
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        note.print(f"Dry run: HF_TOKEN is not set, so nothing was sent. These files would go to {repository}.")
+        return
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise Refusal("pushing needs the extra: pip install 'lion-distill[hub]'") from None
+    api = HfApi(token=token)
+    api.create_repo(repository, private=not public, exist_ok=True)
+    api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repository)
+    api.upload_folder(
+        repo_id=repository, folder_path=found.checkpoint.path, allow_patterns=[path.name for path in files]
+    )
+    note.print(f"{found.name} is at {repository}")
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What a model is loaded from, and no log or job file beside it."""
+    from storage.files import MODEL_FILES
+
+    return sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+
+
+def card_of(student: Any) -> str:
+    """The model card of a student that a run of this home made.
+
+    Raises:
+        Refusal: no run of this home made it, so nothing is known of it.
+    """
+    from storage.studies import list_studies
+    from tasks.export import render_card, teacher_of
+
+    manifest = student.manifest
+    if manifest is None:
+        raise Refusal(f"{student.name}: no run of this home made this model, so there is nothing to write on its card.")
+    config = manifest.config
+    start = {
+        "iteration": 0,
+        "evaluation": manifest.baseline.evaluation,
+        "rolled_back": False,
+        "relative": "",
+        "gain": "",
+    }
+    rows = [start] + [
+        {
+            "iteration": record.iteration,
+            "evaluation": record.evaluation,
+            "rolled_back": record.rolled_back,
+            "relative": _interval(record.comparison and record.comparison.relative, 100, ".1f", " %"),
+            "gain": _interval(record.comparison and record.comparison.loss_gain, 1, "+.3f"),
+        }
+        for record in manifest.iterations
+        if record.iteration <= student.iteration
+    ]
+    init = config["student"]["start"]
+    pruned = f", pruned to {init['layers']} layers" if init["init"] == "pruned" else ""
+    return render_card(
+        "model.md.jinja",
+        manifest=manifest,
+        iteration=student.iteration,
+        checkpoint=student.checkpoint,
+        teacher=teacher_of(manifest),
+        license=config["teacher"].get("license"),
+        base=config["student"]["model"]["model_name_or_path"] + pruned,
+        rows=rows,
+        studies=[study for study in list_studies(manifest.run_id) if study.iteration == student.iteration],
+        training=config["finetune"]["training"],
+        truncated=config["finetune"]["train_on_truncated"],
+    )
+
+
+def _interval(interval: Any, scale: float, form: str, unit: str = "") -> str:
+    if interval is None:
+        return ""
+    value, low, high = (format(scale * figure, form) for figure in (interval.value, interval.low, interval.high))
+    return f"{value}{unit} [{low}, {high}]"

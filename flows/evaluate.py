@@ -1,0 +1,164 @@
+"""One student against a reference: both answer, the referee scores, and the relative score comes out.
+
+lion evaluate --questions vicuna_80.jsonl
+"""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.tasks import Task
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.config import DistillConfig
+from flows.steps import console
+from flows.students import Student, find_student
+from storage.files import digest_of, home, locked, write_atomic
+from storage.pools import by_id, read_rows
+from storage.studies import Study, load_study
+from tasks.models.budget import Account
+from tasks.models.endpoint import OpenAIModel
+from tasks.models.ready import ModelSettings, ReadyModel
+from tasks.mtbench import answer_lines, question_lines, review_lines
+from tasks.policies import identity, stage_key_of
+from tasks.prepare import prepare_model, source_digest
+from tasks.questions import Questions, answer_questions, read_answers, read_questions, transcripts
+from tasks.referee import LLMReferee, review_responses
+from tasks.relative import TIE_MARGIN, relative_score
+
+
+class EvaluateConfig(BaseModel):
+    """What is asked of whom, and who judges it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Evaluation of a student")
+
+    student: str | None = Field(None, description="RUN, RUN/ITERATION, a folder, a Hub id. Null: the last run's best.")
+    reference: str = Field(
+        "teacher", description="`teacher` (of the settings), a file of answers, or a checkpoint, named as a student is."
+    )
+    questions: str = Field(
+        "bundled", description="FastChat's question.jsonl, or any form of seeds. `bundled`: the held-out instructions."
+    )
+    max_questions: int | None = Field(None, ge=1, description="Only the first so many.")
+    tie_margin: float = Field(TIE_MARGIN, ge=0, le=9, description="Points within which two scores are a tie.")
+    distill: DistillConfig = Field(
+        DistillConfig(), description="Teacher, referee, sampling and seed, as a run has them."
+    )
+
+
+@flow(name="evaluate", flow_run_name="{config.questions}")
+def evaluate(config: EvaluateConfig) -> str:
+    """Evaluate and return the study's id. The same question again is answered from what is there."""
+    return _Evaluation(config, find_student(config.student)).run()
+
+
+class _Evaluation:
+    """One study while it is made."""
+
+    def __init__(self, config: EvaluateConfig, student: Student):
+        self.config, self.student, self.distill = config, student, config.distill
+        self.questions: Questions = read_questions(config.questions, config.max_questions)
+        self.reference, self.missing = self._reference()
+        settings = {
+            "referee": identity(self.distill.referee),
+            "student_sampling": identity(self.distill.evaluation.sampling),
+            "system_prompt": self.distill.student.system_prompt,
+            "tie_margin": config.tie_margin,
+            "seed": self.distill.seed,
+        }
+        asked = [student.checkpoint, self.reference, self.questions.turns]
+        teacher = identity(self.distill.teacher) if isinstance(self.reference, ReadyModel) else None
+        self.study = Study(
+            study_id=f"{Path(config.questions).stem}-{digest_of([settings, teacher, *map(identity, asked)])[:8]}",
+            student=student.name,
+            checkpoint=student.checkpoint,
+            run_id=student.manifest.run_id if student.manifest else None,
+            iteration=student.iteration,
+            reference=config.reference,
+            questions=config.questions,
+            rows=len(self.questions.source_ids),
+            settings=settings,
+        )
+
+    def run(self) -> str:
+        study = self.study
+        with locked(f"study-{study.study_id}"):
+            known = load_study(study.study_id)
+            if known and known.is_whole():
+                console.print(f"{study.study_id} is there: nothing to do.")
+                return study.study_id
+            self._judge()
+        return study.study_id
+
+    def _judge(self) -> None:
+        study, distill, questions = self.study, self.distill, self.questions.turns
+        own = self._step(
+            answer_questions, "student", ReadyModel(settings=distill.student.model, checkpoint=self.student.checkpoint),
+            questions, distill.evaluation.sampling, distill.student.system_prompt, distill.seed, self._account("student"),
+        )  # fmt: skip
+        if isinstance(self.reference, ReadyModel):
+            by_teacher = self.config.reference == "teacher"
+            answers = self._step(
+                answer_questions, "teacher", self.reference, questions,
+                distill.teacher.sampling if by_teacher else distill.evaluation.sampling,
+                distill.teacher.system_prompt if by_teacher else distill.student.system_prompt,
+                distill.seed, self._account("teacher"),
+            )  # fmt: skip
+        else:
+            answers = self.reference
+            if self.missing:
+                study.notes.append(f"{self.missing} turns have no answer in {self.config.reference}: left out")
+        judge = distill.referee
+        read = transcripts(questions, answers, own) if isinstance(judge, LLMReferee) else [questions, answers, own]
+        model = self._ready(judge.model) if isinstance(judge, LLMReferee) else None
+        reviews = self._step(review_responses, judge, model, *read, distill.seed, self._account("referee"))
+        study.snapshots = {"questions": questions, "reference": answers, "student": own, "reviews": reviews}
+        turns = by_id(questions)
+        study.relative = relative_score(
+            read_rows(reviews),
+            {key: row["category"] for key, row in turns.items()},
+            tie_margin=self.config.tie_margin,
+            seed=distill.seed,
+        )
+        if study.relative.left_out:
+            study.notes.append(f"{study.relative.left_out} turns without a valid review in every order: left out")
+        judged_by = judge.model if isinstance(judge, LLMReferee) else None
+        if judged_by is not None and judged_by == distill.teacher.model and self.config.reference == "teacher":
+            study.notes.append("the referee is the teacher itself, and may prefer its own answers")
+        self._write_files(turns, by_id(own), by_id(answers), read_rows(reviews))
+        study.save()
+
+    def _write_files(self, turns: Any, own: Any, answers: Any, reviews: list[dict[str, Any]]) -> None:
+        ids, conversations = self.questions.source_ids, self.questions.conversations
+        student, reference = self.study.student, self.study.reference
+        kind = self.distill.referee.kind
+        files = {
+            "question.jsonl": question_lines(ids, conversations, turns),
+            "student.jsonl": answer_lines(student, ids, conversations, own),
+            "reference.jsonl": answer_lines(reference, ids, conversations, answers),
+            "reviews.jsonl": review_lines(student, reference, kind, ids, conversations, reviews),
+        }
+        for name, lines in files.items():
+            write_atomic(self.study.folder / name, "".join(lines))
+
+    def _reference(self) -> tuple[Any, int]:
+        """Who the student is compared with: a model to ask, or the answers of a file and how many it lacks."""
+        name = self.config.reference
+        if name == "teacher":
+            return self._ready(self.distill.teacher.model), 0
+        if Path(name).expanduser().is_file():
+            return read_answers(Path(name).expanduser(), self.questions)
+        return ReadyModel(settings=self.distill.student.model, checkpoint=find_student(name).checkpoint), 0
+
+    def _ready(self, settings: ModelSettings) -> ReadyModel:
+        if isinstance(settings, OpenAIModel):
+            return ReadyModel(settings=settings)
+        return ReadyModel(settings=settings, checkpoint=prepare_model.fn(settings, source_digest(settings)))
+
+    def _step(self, stage: Task[..., Any], *inputs: Any) -> Any:
+        self.study.stage_keys.append(stage_key_of(stage, inputs))
+        named = stage.with_options(task_run_name=f"{stage.name} · evaluation", result_storage=home() / "results")
+        return named(*inputs)
+
+    def _account(self, role: str) -> Account:
+        return Account(run_id=self.study.study_id, role=role, budget=self.distill.budget)

@@ -1,0 +1,76 @@
+"""Which checkpoint a person means: a run's best student, one of its iterations, a folder, a model's name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.terminal import Refusal, find_run
+from storage.files import Checkpoint
+from storage.runs import Manifest, list_manifests
+from tasks.models.local import LocalModel
+from tasks.prepare import prepare_model, source_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A checkpoint of this home, and where it comes from."""
+
+    name: str  # as it was named, or RUN/ITERATION
+    checkpoint: Checkpoint
+    manifest: Manifest | None = None  # the run that made it
+    iteration: int | None = None  # 0: before any training
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of the run that made it; empty for a model from elsewhere."""
+        return self.manifest.config if self.manifest else {}
+
+
+def best_student(manifest: Manifest) -> Student:
+    """The student of a run to use: the last that was not rolled back.
+
+    Raises:
+        Refusal: the run has no student yet.
+    """
+    best = manifest.best()
+    if best is None:
+        raise Refusal(f"{manifest.run_id} has no student yet. The same command that started it goes on.")
+    iteration, checkpoint = best
+    return Student(f"{manifest.run_id}/{iteration}", checkpoint, manifest, iteration)
+
+
+def find_student(name: str | None) -> Student:
+    """The student that `name` means.
+
+    Args:
+        name: RUN or the beginning of its id (its best student), RUN/ITERATION, the path of a checkpoint in this
+            home, a folder with a model, `embedded`, or a Hub id. Null: the best student of the last run.
+
+    Raises:
+        Refusal: nothing is called that.
+        JobError: a model from elsewhere cannot be had.
+    """
+    if name is None:
+        return best_student(find_run(None))
+    manifests = list_manifests()
+    run, _, iteration = name.partition("/")
+    if run and not Path(name).expanduser().is_dir():
+        found = [manifest for manifest in manifests if manifest.run_id.startswith(run)]
+        if found and not iteration:
+            return best_student(found[0])
+        if found and iteration.isdigit():
+            return _of_iteration(found[0], int(iteration))
+    for manifest in manifests:
+        for number, checkpoint in manifest.students():
+            if checkpoint.path == Path(name).expanduser().resolve():
+                return Student(f"{manifest.run_id}/{number}", checkpoint, manifest, number)
+    settings = LocalModel(model_name_or_path=name)
+    return Student(name, prepare_model.fn(settings, source_digest(settings)))
+
+
+def _of_iteration(manifest: Manifest, iteration: int) -> Student:
+    students = dict(manifest.students())
+    if iteration not in students:
+        there = ", ".join(map(str, students)) or "none"
+        raise Refusal(f"{manifest.run_id} has no student of iteration {iteration}. There are: {there}.")
+    return Student(f"{manifest.run_id}/{iteration}", students[iteration], manifest, iteration)

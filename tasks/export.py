@@ -1,0 +1,147 @@
+"""A run's pools and training set in the forms that other programs read, each row with its lineage and licence.
+
+lion export --format messages --to train.jsonl
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from storage.catalog import ask
+from storage.files import write_atomic
+from storage.pools import write_parquet
+from storage.runs import Manifest
+from tasks.models.chat import conversation
+
+Form = Literal["alpaca", "sharegpt", "messages", "dpo", "parquet", "hf"]
+What = Literal["training", "train_pool", "cache_pool"]
+LINEAGE = ("instruction_id", "parent_id", "origin", "category", "run_id", "iteration", "teacher", "teacher_license")
+
+# An instruction that several iterations hold counts for the first; its answer is the latest.
+ANSWERED = """
+select distinct on (p.instruction_id)
+    p.instruction_id, p.parent_id, p.origin, p.category, p.run_id, p.iteration, p.instruction, p.input,
+    r.response, r.status
+from {pool} as p
+left join responses as r on r.run_id = p.run_id and r.instruction_id = p.instruction_id and r.role = 'teacher'
+where p.run_id = $run and ($iteration is null or p.iteration = $iteration)
+order by p.instruction_id, p.iteration, r.iteration desc
+"""
+
+# The teacher's answer over the student's, where the reviews in every order say so; the latest iteration's.
+PREFERRED = """
+with in_order as (
+    select run_id, iteration, instruction_id, "order", avg(teacher_score) as teacher, avg(student_score) as student
+    from reviews where run_id = $run and ($iteration is null or iteration = $iteration) group by all
+), agreed as (
+    select run_id, iteration, instruction_id, avg(teacher) as teacher_score, avg(student) as student_score
+    from in_order group by all having bool_and(coalesce(teacher > student, false))
+)
+select distinct on (a.instruction_id)
+    a.instruction_id, p.parent_id, p.origin, p.category, a.run_id, a.iteration, p.instruction, p.input,
+    t.response as chosen, t.status, s.response as rejected, a.teacher_score, a.student_score
+from agreed as a
+join cache_pool as p using (run_id, iteration, instruction_id)
+join responses as t on (t.run_id, t.iteration, t.instruction_id) = (a.run_id, a.iteration, a.instruction_id)
+    and t.role = 'teacher'
+join responses as s on (s.run_id, s.iteration, s.instruction_id) = (a.run_id, a.iteration, a.instruction_id)
+    and s.role = 'student' and s.status in ('ok', 'truncated')
+where t.response <> s.response
+order by a.instruction_id, a.iteration desc
+"""
+
+
+class NothingToExport(ValueError):
+    """The run has no row of what was asked for."""
+
+
+def export(manifest: Manifest, form: Form, to: Path, what: What = "training", iteration: int | None = None) -> int:
+    """Write a run's rows and return how many.
+
+    Args:
+        form: `hf` writes a folder, every other form a file; a written file is replaced whole.
+        what: training: what the student was trained on. A pool: all its instructions, answered or not.
+        iteration: of the pool, or of the reviews; by default all together.
+
+    Raises:
+        NothingToExport: there is no such row.
+    """
+    rows = _preferred(manifest, iteration) if form == "dpo" else _answered(manifest, what, iteration)
+    if not rows:
+        where = f" of iteration {iteration}" if iteration is not None else ""
+        raise NothingToExport(f"{manifest.run_id} has no row for {what}{where} as {form}. `lion pools` counts them.")
+    system = manifest.config["student"]["system_prompt"]
+    records = [_record(row, form, system) for row in rows]
+    if form == "hf":
+        write_parquet(to / "data" / "train.parquet", records)
+        write_atomic(to / "README.md", render_card("dataset.md.jinja", manifest=manifest, what=what, rows=rows))
+    elif form == "parquet":
+        write_parquet(to, records)
+    elif form in {"alpaca", "sharegpt"}:  # one JSON list, as their readers expect
+        write_atomic(to, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+    else:
+        write_atomic(to, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return len(records)
+
+
+def teacher_of(manifest: Manifest) -> str:
+    """The teacher as the settings name it."""
+    model = manifest.config["teacher"]["model"]
+    return model.get("model") or model["model_name_or_path"]
+
+
+def render_card(template: str, **values: Any) -> str:
+    """A Markdown card from a template beside this module."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
+def _answered(manifest: Manifest, what: What, iteration: int | None) -> list[dict[str, Any]]:
+    pool = "train_pool" if what == "training" else what
+    rows = ask(ANSWERED.format(pool=pool), {"run": manifest.run_id, "iteration": iteration})
+    if what == "training":
+        rows = [row for row in rows if row["status"] in _taught(manifest)]
+    return _with_teacher(manifest, rows)
+
+
+def _preferred(manifest: Manifest, iteration: int | None) -> list[dict[str, Any]]:
+    rows = ask(PREFERRED, {"run": manifest.run_id, "iteration": iteration})
+    return _with_teacher(manifest, [row for row in rows if row["status"] in _taught(manifest)])
+
+
+def _taught(manifest: Manifest) -> set[str]:
+    """Statuses of answers that the run trains on."""
+    return {"ok", "truncated"} if manifest.config["finetune"]["train_on_truncated"] else {"ok"}
+
+
+def _with_teacher(manifest: Manifest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    teacher, license = teacher_of(manifest), manifest.config["teacher"].get("license")
+    ordered = sorted(rows, key=lambda row: (row["iteration"], row["instruction_id"]))
+    return [row | {"teacher": teacher, "teacher_license": license} for row in ordered]
+
+
+def _record(row: dict[str, Any], form: Form, system: str | None) -> dict[str, Any]:
+    lineage = {key: row[key] for key in LINEAGE}
+    asked = conversation(row["instruction"], row["input"], system)
+    if form == "dpo":
+        scores = {key: row[key] for key in ("teacher_score", "student_score")}
+        return {"prompt": asked, "chosen": _said(row["chosen"]), "rejected": _said(row["rejected"])} | scores | lineage
+    if form == "alpaca":
+        return {"instruction": row["instruction"], "input": row["input"] or "", "output": row["response"]} | lineage
+    if form == "sharegpt":
+        names = {"system": "system", "user": "human", "assistant": "gpt"}
+        said = [
+            {"from": names[turn["role"]], "value": turn["content"]} for turn in [*asked, *_said(row["response"])]
+        ]  # fmt: skip
+        return {"id": row["instruction_id"], "conversations": said} | lineage
+    if form == "parquet":
+        return {"instruction": row["instruction"], "input": row["input"], "output": row["response"]} | lineage
+    return {"messages": [*asked, *_said(row["response"])]} | lineage
+
+
+def _said(response: str | None) -> list[dict[str, str]]:
+    return [] if response is None else [{"role": "assistant", "content": response}]

@@ -1,0 +1,151 @@
+"""The report's part on what the training was worth: relative score and gains with intervals, examples, losses.
+
+Gives charts and rows; `tasks.report` puts them on the page.
+"""
+
+from collections import Counter
+from typing import Any
+
+import altair as alt
+
+from storage.catalog import query
+from storage.files import Snapshot
+from storage.pools import by_id, read_lineage, read_rows
+from storage.runs import Evaluation, Interval, Manifest
+from tasks.relative import paired
+from tasks.scores import BEST_SCORE
+
+BLUE, INK = "#2f7ed8", "#7a828e"
+MOST = 10  # examples shown
+Described = tuple[str, str, alt.Chart | alt.LayerChart]  # title, how to read it, the chart
+
+IMPROVED = f"""
+select h.instruction, h.input, h.category, a.response as teacher, b.response as before, n.response as now,
+       b.score as score_before, n.score as score_now, n.score - b.score as gained
+from now as n
+join before as b using (instruction_id)
+join heldout as h using (instruction_id)
+join answers as a using (instruction_id)
+where n.score > b.score
+order by gained desc, n.instruction_id
+limit {MOST}
+"""
+
+
+def gain_charts(manifest: Manifest) -> list[Described]:
+    """Relative score by iteration, gain over the student before, training loss; each where there are data for it."""
+    charts: list[Described] = []
+    relative = [
+        {"iteration": iteration, **_bounds(interval, 100)}
+        for iteration, evaluation in _evaluations(manifest)
+        if (interval := relative_to_teacher(evaluation))
+    ]
+    if relative:
+        note = (
+            "The student's summed held-out scores in % of the teacher's, with 95 % intervals (bootstrap by question)."
+        )
+        charts.append(("Relative score", note, _with_bounds(relative, "% of the teacher")))
+    gains = [
+        {"iteration": record.iteration, **_bounds(record.comparison.loss_gain, 1)}
+        for record in manifest.iterations
+        if record.comparison and record.comparison.loss_gain
+    ]
+    if gains:
+        note = "Nats per token that the held-out loss fell since the student before. An interval over 0 is a sure gain."
+        zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=INK, strokeDash=[4, 3]).encode(y="zero:Q")
+        charts.append(("Gain of each iteration", note, zero + _with_bounds(gains, "nats per token")))
+    steps = [
+        {"iteration": str(record.iteration), "step": step, "loss": loss}
+        for record in manifest.iterations
+        for step, loss in record.training.get("loss_by_step", [])
+    ]
+    if steps:
+        lines = (
+            alt.Chart(alt.Data(values=steps))
+            .mark_line(strokeWidth=1.6)
+            .encode(
+                x=alt.X("step:Q", title="optimizer step"),
+                y=alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False)),
+                color=alt.Color("iteration:N", title="iteration"),
+            )
+        )
+        charts.append(("Training loss", "Of each step's batch, on the teacher's answers.", lines))
+    return charts
+
+
+def relative_to_teacher(evaluation: Evaluation) -> Interval | None:
+    """Sum of the student's held-out scores over the teacher's; null where nothing was scored."""
+    rows = sorted(by_id(evaluation.details, ["score"]).items())
+    scores = [row["score"] for _, row in rows if row["score"] is not None]
+    return paired(scores, [BEST_SCORE] * len(scores))
+
+
+def most_improved(manifest: Manifest) -> list[dict[str, Any]]:
+    """Held-out answers that gained most from before training to the student that goes on."""
+    start, best = manifest.baseline.evaluation, manifest.best()
+    made = manifest.baseline.snapshots
+    if not start or not best or not best[0]:
+        return []
+    evaluation = manifest.iterations[best[0] - 1].evaluation
+    assert evaluation, "the best student was evaluated"
+    return query(
+        IMPROVED, before=start.details, now=evaluation.details, heldout=made["heldout"], answers=made["heldout_answers"]
+    )
+
+
+def contaminated(manifest: Manifest) -> dict[str, int]:
+    """How many instructions were kept out of the pools because they are near a held-out one, by where they came from."""
+    heldout = manifest.baseline.snapshots.get("heldout")
+    if heldout is None:
+        return {}
+    ids = {row["instruction_id"] for row in read_rows(heldout, ["instruction_id"])}
+    found = Counter({"seeds": manifest.seeds.get("near_heldout", 0)})
+    for record in manifest.iterations:
+        if "candidates" in record.snapshots:
+            rows = read_rows(record.snapshots["candidates"], ["near_id"])
+            found["candidates"] += sum(row["near_id"] in ids for row in rows)
+    return dict(found)
+
+
+def lineage(manifest: Manifest) -> list[dict[str, Any]]:
+    """Every snapshot of the run: what wrote it, and from what, by the names they have in the run."""
+    named: dict[str, str] = {}
+    places: list[tuple[str, str, Snapshot]] = [
+        ("before", name, snapshot) for name, snapshot in manifest.baseline.snapshots.items()
+    ]
+    for record in manifest.iterations:
+        places += [(str(record.iteration), name, snapshot) for name, snapshot in record.snapshots.items()]
+    for where, name, snapshot in places:
+        named.setdefault(snapshot.digest, f"{name} ({where})")
+    rows = []
+    for where, name, snapshot in places:
+        if not snapshot.path.is_file():
+            continue
+        footer = read_lineage(snapshot)
+        sources = [named.get(digest, digest[:8]) for digest in footer["inputs"]]
+        rows.append(
+            {"iteration": where, "name": name, "rows": snapshot.rows, "digest": snapshot.digest}
+            | {"step": f"{footer['step']} v{footer['version']}", "inputs": ", ".join(sources)}
+        )
+    return rows
+
+
+def _evaluations(manifest: Manifest) -> list[tuple[int, Evaluation]]:
+    records = [(0, manifest.baseline.evaluation), *((r.iteration, r.evaluation) for r in manifest.iterations)]
+    return [(iteration, evaluation) for iteration, evaluation in records if evaluation]
+
+
+def _bounds(interval: Interval, scale: float) -> dict[str, float]:
+    return {name: scale * getattr(interval, name) for name in ("value", "low", "high")}
+
+
+def _with_bounds(points: list[dict[str, Any]], title: str) -> alt.LayerChart:
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("iteration:O", title="iteration (0: before training)", axis=alt.Axis(labelAngle=0))
+    )
+    bars = base.mark_rule(color=BLUE, strokeWidth=2).encode(
+        y=alt.Y("low:Q", title=title, scale=alt.Scale(zero=False, padding=14)), y2="high:Q"
+    )
+    dots = base.mark_point(color=BLUE, filled=True, size=60).encode(y="value:Q")
+    text = base.mark_text(dx=8, align="left", color=INK).encode(y="value:Q", text=alt.Text("value:Q", format=".3~r"))
+    return bars + dots + text

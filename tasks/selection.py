@@ -1,0 +1,90 @@
+"""Which student goes on, and whether another iteration is worth it: decided on the held-out instructions.
+
+Every new student is compared, question by question, with the one it came after. Where it is worse, `keep: best`
+rolls back: the loop goes on from the best so far. Where `stop.patience` iterations in a row gain nothing that their
+interval can tell from nothing, the loop ends.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.pools import by_id
+from storage.runs import Comparison, Evaluation, Interval
+from tasks.relative import paired
+from tasks.scores import BEST_SCORE
+
+Measure = Literal["loss", "score"]
+
+
+class StopConfig(BaseModel):
+    """When the loop ends before its last iteration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    measure: Measure = Field(
+        "loss",
+        description="What says whether a student is better, here and for `keep`. loss: nats per token of the teacher's "
+        "held-out answers, which tells small steps apart. score: mean score of the student's own answers.",
+    )
+    min_gain: float = Field(
+        0.0, ge=0, description="An iteration gained something if the 95 % interval of its gain lies above this."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many iterations in a row that gained nothing. Null: turn to the end."
+    )
+
+
+def compare(now: Evaluation, before: Evaluation, against: int, seed: int) -> Comparison:
+    """A student's held-out figures beside the teacher's and beside those of the student of iteration `against`."""
+    columns = ["loss_sum", "tokens", "score"]
+    new, old = by_id(now.details, columns), by_id(before.details, columns)
+    both = [(new[key], old[key]) for key in sorted(new.keys() & old.keys())]
+    losses = [(b["loss_sum"] - a["loss_sum"], a["tokens"]) for a, b in both if a["tokens"]]
+    scores = [(a["score"] - b["score"], 1) for a, b in both if a["score"] is not None and b["score"] is not None]
+    own = [(row["score"], BEST_SCORE) for _, row in sorted(new.items()) if row["score"] is not None]
+    return Comparison(
+        against=against, relative=_ratio(own, seed), loss_gain=_ratio(losses, seed), score_gain=_ratio(scores, seed)
+    )
+
+
+def _ratio(pairs: Sequence[tuple[float, float]], seed: int) -> Interval | None:
+    """Null as well where a loss is no number: a student that broke has no gain to speak of."""
+    if not all(math.isfinite(numerator) for numerator, _ in pairs):
+        return None
+    return paired(*zip(*pairs), seed=seed) if pairs else None
+
+
+def is_worse(now: Evaluation, before: Evaluation, measure: Measure) -> bool:
+    """Whether a student is worse than the one before. One whose figure cannot be had is, if the other's can."""
+    new, old = getattr(now, measure), getattr(before, measure)
+    if new is None or old is None:
+        return old is not None
+    return new > old if measure == "loss" else new < old
+
+
+def gain_in(comparison: Comparison, measure: Measure) -> Interval | None:
+    """The gain that decides."""
+    return comparison.loss_gain if measure == "loss" else comparison.score_gain
+
+
+def is_stalled(stop: StopConfig, comparisons: Sequence[Comparison]) -> bool:
+    """Whether the last `patience` iterations gained nothing that can be told from `min_gain`.
+
+    Args:
+        comparisons: of all iterations so far, in order.
+    """
+    if stop.patience is None or len(comparisons) < stop.patience:
+        return False
+    gains = [gain_in(comparison, stop.measure) for comparison in comparisons[-stop.patience :]]
+    return all(gain is None or gain.low <= stop.min_gain for gain in gains)
+
+
+def told(gain: Interval | None, measure: Measure) -> str:
+    """A gain in words, for notes: `loss +0.312 (+0.250 to +0.370)`; a gain in loss is a loss that fell."""
+    if gain is None:
+        return f"{measure}: no figure"
+    unit = "nats per token" if measure == "loss" else "points"
+    return f"{gain.value:+.3f} {unit}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}"

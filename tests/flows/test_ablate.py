@@ -1,0 +1,34 @@
+"""The ablation on a tiny model: every arm is run, with as many teacher tokens, and found again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.lion import arguments, lion
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+SETTINGS = (
+    # The tiny model hardly ever ends a line.
+    '--set=generate.sampling={temperature: 1.0, max_tokens: 24, stop: ["e"]}',
+    "--set=generate.max_attempts=8",
+)
+
+
+def test_every_arm_has_its_figures_and_about_as_many_teacher_tokens(tmp_path: Path, tiny_model: Path) -> None:
+    command = ["ablate", *arguments(tiny_model)[1:], *SETTINGS, "--seeds=1", "--json"]
+    rows = json.loads(lion(tmp_path, *command).stdout)
+    assert [row["arm"] for row in rows] == ["adversarial", "random-generation", "imitation-only"]
+    tokens = [row["teacher_tokens"] for row in rows]
+    assert max(tokens) <= 1.2 * min(tokens)
+    assert all(row["loss"]["low"] <= row["loss"]["value"] <= row["loss"]["high"] for row in rows)
+    assert rows[0]["loss_over_adversarial"] is None
+    for row in rows[1:]:
+        difference = row["loss"]["value"] - rows[0]["loss"]["value"]
+        assert row["loss_over_adversarial"]["value"] == pytest.approx(difference)
+
+
+def test_an_unknown_arm_is_refused(tmp_path: Path) -> None:
+    done = lion(tmp_path, "ablate", "--preset", "smoke", "--arms", "magic", code=2)
+    assert "no arm 'magic'" in " ".join(done.stderr.split())

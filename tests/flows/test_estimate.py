@@ -1,0 +1,80 @@
+"""The estimate: counted from the settings, free where the journal has the answer, and open about what it assumes."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.config import ConfigError, resolve
+from flows.estimate import estimate_run, total_usd
+from storage.journal import Answer, Journal, now
+from tasks.models.wire import keyer
+from tasks.seed import read_seeds
+from tests.storage.test_journal import ANSWER
+
+PAID = (
+    "seeds.max_rows=10",
+    "seeds.max_heldout=5",
+    "iterations=2",
+    "generate.hard_rows=6",
+    "generate.easy_rows=3",
+    "referee.votes=2",
+)
+
+
+def lines(*given: str, overrides: tuple[str, ...] = PAID) -> dict[tuple[str, int], int]:
+    found, _ = estimate_run(resolve("lion-7b", overrides), given)
+    return {(line.stage, line.iteration): line.requests for line in found}
+
+
+def test_requests_are_counted_through_the_loop(home: Path) -> None:
+    assert lines("new_share=0.5") == {
+        ("teacher", 0): 5,
+        ("teacher", 1): 10,
+        ("referee", 1): 10 * 2 * 2,
+        ("generator", 1): 18,
+        ("teacher", 2): 9,
+        ("referee", 2): 19 * 2 * 2,
+        ("generator", 2): 18,
+    }
+    assert not home.exists()
+
+
+def test_the_cap_on_attempts_bounds_the_generator(home: Path) -> None:
+    assert lines("new_share=0.1")["generator", 1] == 27
+
+
+def test_models_of_this_machine_cost_nothing_and_are_not_in_it(home: Path) -> None:
+    assert estimate_run(resolve("offline"))[0] == []
+
+
+def test_dollars_are_tokens_times_price(home: Path) -> None:
+    found, _ = estimate_run(resolve("lion-7b", PAID), ["teacher_tokens=100"])
+    line = found[0]
+    assert line.completion_tokens == 500
+    assert line.usd == pytest.approx((line.prompt_tokens * 0.4 + line.completion_tokens * 1.6) / 1e6)
+    batch = ("teacher.model.mode=batch",)
+    cheaper, _ = estimate_run(resolve("lion-7b", PAID + batch), ["teacher_tokens=100"])
+    assert cheaper[0].usd == pytest.approx(line.usd / 2)
+    assert total_usd(found) > total_usd(cheaper)
+
+
+def test_what_the_journal_has_is_free_and_tells_the_usual_length(home: Path) -> None:
+    config = resolve("lion-7b", PAID)
+    row = read_seeds("bundled").rows[0] | {"instruction_id": "x"}
+    key = keyer(config.teacher.model, config.teacher.sampling)(config.teacher.request(row))  # type: ignore[arg-type]
+    known = {"key": key, "model": "gpt-4.1-mini", "completion_tokens": 321, "created": now()}
+    with Journal() as journal:
+        journal.add([Answer(**{**{name: getattr(ANSWER, name) for name in ANSWER.__slots__}, **known})])
+    found, assumed = estimate_run(config)
+    line = next(line for line in found if (line.stage, line.iteration) == ("teacher", 1))
+    assert (line.requests, line.answered) == (9, 1)
+    assert assumed["teacher_tokens"] == (321, "mean of 1 answers in the journal")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("length=3", "no such assumption"), ("new_share=2", "up to 1"), ("teacher_tokens=x", "above 0")],
+)
+def test_an_assumption_that_cannot_be_is_named(home: Path, given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        estimate_run(resolve("lion-7b"), [given])

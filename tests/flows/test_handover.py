@@ -1,0 +1,94 @@
+"""Cards, push, compare, contamination and the report on a recorded run, in this process."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from storage.runs import Manifest
+from tasks.report import write_report
+from tests.recorded import SEEDS, record_run
+
+
+@pytest.fixture
+def run(home: Path) -> Manifest:
+    return record_run()
+
+
+def said(*args: str) -> str:
+    done = CliRunner().invoke(app, list(args), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_card_tells_data_method_scores_with_intervals_terms_and_limits(run: Manifest, tmp_path: Path) -> None:
+    said("card", "--to", str(tmp_path / "README.md"))
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert "| 1 (this one) | 1.500 | 4.50 | 45.0 % [30.0, 60.0] | +1.500 [+1.000, +2.000] |" in card
+    for part in ("## Data", "## Training", "`learning_rate`: 0.001", "## Licence", "## Limits", "arXiv 2305.12870"):
+        assert part in card
+    assert "trained on 2 of 3 rows; 1 hard, 1 easy, 1 undecided" in card
+
+
+def test_without_a_token_push_only_says_what_would_go(run: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    output = said("push", "me/mine")
+    assert "Dry run" in output
+    assert {"config.json", "model.safetensors", "README.md"} <= set(output.split())
+    assert "job.json" not in output and "log.txt" not in output
+
+
+def test_with_a_token_the_model_and_its_card_go_to_a_private_repository(
+    run: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Hub:
+        def __init__(self, token: str):
+            calls.append(("token", token))
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **given: calls.append((name, {"args": args, **given}))
+
+    huggingface_hub = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    output = said("push", "me/mine")
+    asked = dict(calls)
+    assert asked["create_repo"] == {"args": ("me/mine",), "private": True, "exist_ok": True}
+    assert asked["upload_folder"]["allow_patterns"] == ["config.json", "model.safetensors"]
+    assert asked["upload_file"]["path_or_fileobj"].startswith(b"---\nlicense")
+    assert "hf_secret" not in output
+
+
+def test_compare_puts_runs_side_by_side_with_the_settings_that_differ(run: Manifest) -> None:
+    record_run("second-1", None, "seed=7")
+    rows = json.loads(said("compare", "recorded", "second", "--json"))
+    assert [row["run"] for row in rows] == ["recorded-1", "second-1"]
+    assert rows[1]["gain in loss over the first"] == "0.000 [0.000, 0.000]"
+    assert rows[0]["relative"] == "0.450 [0.300, 0.600]"
+    table = said("compare", "recorded", "second")
+    assert re.search(r"seed\s*│\s*0\s*│\s*7", table)
+
+
+def test_contamination_finds_pool_rows_near_an_evaluation(run: Manifest, tmp_path: Path) -> None:
+    file = tmp_path / "question.jsonl"
+    file.write_text(json.dumps({"question_id": 1, "turns": ["Something new entirely.", "Why is the sky so blue?"]}))
+    (row,) = json.loads(CliRunner().invoke(app, ["contamination", "--against", str(file), "--json"]).stdout)
+    assert (row["instruction"], row["near"], row["run_id"]) == (SEEDS[0], "Why is the sky so blue?", "recorded-1")
+    assert "0 of 3 instructions" in said("contamination", "--against", "bundled")
+
+
+def test_the_report_shows_intervals_gains_training_and_the_most_improved(run: Manifest) -> None:
+    page = write_report(run).read_text()
+    for title in ("Relative score", "Gain of each iteration", "Training loss", "Most improved", "Lineage"):
+        assert title in page
+    assert "+1.500" in page and "[+1.000, +2.000]" in page
+    assert "1.00 &rarr; 6.00" in page and "Lava." in page
+    assert "1 seeds, 1 candidates" in page
+    assert re.findall(r"""(?:src|href)=["'](?!#)([^"']+)""", page) == []

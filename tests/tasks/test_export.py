@@ -1,0 +1,112 @@
+"""Exports hold what the run holds, in each form's own words, with lineage and licence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from storage.runs import Manifest
+from tasks.export import NothingToExport, export
+from tests.recorded import IDS, SEEDS, record_run
+
+
+@pytest.fixture
+def run(home: Path) -> Manifest:
+    return record_run()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def by_id(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {row["instruction_id"]: row for row in rows}
+
+
+def test_the_training_set_has_what_was_answered_and_a_pool_has_all(run: Manifest, tmp_path: Path) -> None:
+    assert export(run, "messages", tmp_path / "a.jsonl") == 2
+    row = by_id(lines(tmp_path / "a.jsonl"))[IDS[0]]
+    assert row["messages"] == [
+        {"role": "user", "content": SEEDS[0]},
+        {"role": "assistant", "content": "Rayleigh scattering."},
+    ]
+    assert (row["origin"], row["iteration"], row["run_id"]) == ("seed", 1, "recorded-1")
+    assert (row["teacher"], row["teacher_license"]) == ("embedded", "apache-2.0")
+    assert export(run, "messages", tmp_path / "b.jsonl", "cache_pool") == 3
+    assert len(by_id(lines(tmp_path / "b.jsonl"))[IDS[2]]["messages"]) == 1, "no answer was made up"
+
+
+def test_alpaca_and_sharegpt_have_their_own_names(run: Manifest, tmp_path: Path) -> None:
+    export(run, "alpaca", tmp_path / "a.json")
+    alpaca = by_id(json.loads((tmp_path / "a.json").read_text()))[IDS[1]]
+    assert [alpaca[key] for key in ("instruction", "input", "output")] == [SEEDS[1], "", "2, 3 and 5."]
+    export(run, "sharegpt", tmp_path / "s.json")
+    talk = by_id(json.loads((tmp_path / "s.json").read_text()))[IDS[1]]["conversations"]
+    assert talk == [{"from": "human", "value": SEEDS[1]}, {"from": "gpt", "value": "2, 3 and 5."}]
+
+
+def test_the_systems_words_are_those_of_training(home: Path, tmp_path: Path) -> None:
+    export(record_run("other", None, "student.system_prompt=Be brief."), "messages", tmp_path / "a.jsonl")
+    assert lines(tmp_path / "a.jsonl")[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_a_preference_needs_reviews_that_agree_in_both_orders(run: Manifest, tmp_path: Path) -> None:
+    export(run, "dpo", tmp_path / "d.jsonl")
+    (pair,) = lines(tmp_path / "d.jsonl")  # the second row's reviews disagree, the third lacks one
+    assert pair["prompt"] == [{"role": "user", "content": SEEDS[0]}]
+    assert pair["chosen"] == [{"role": "assistant", "content": "Rayleigh scattering."}]
+    assert pair["rejected"] == [{"role": "assistant", "content": "It is blue."}]
+    assert (pair["teacher_score"], pair["student_score"]) == (8.5, 4.5)
+
+
+def test_parquet_has_a_row_an_instruction(run: Manifest, tmp_path: Path) -> None:
+    export(run, "parquet", tmp_path / "p.parquet", "train_pool")
+    rows = by_id(pq.read_table(tmp_path / "p.parquet").to_pylist())
+    assert (rows[IDS[0]]["output"], rows[IDS[2]]["output"]) == ("Rayleigh scattering.", None)
+
+
+def test_what_is_not_there_is_refused(run: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(NothingToExport, match="has no row for training of iteration 7"):
+        export(run, "messages", tmp_path / "a.jsonl", iteration=7)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_exports_load_with_datasets_unchanged(run: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra hub")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    export(run, "hf", tmp_path / "set")
+    loaded = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert by_id(list(loaded))[IDS[0]]["messages"][1]["content"] == "Rayleigh scattering."
+    card = (tmp_path / "set" / "README.md").read_text()
+    assert card.startswith("---\n") and "license: apache-2.0" in card and "| `teacher`" in card
+    for form, name in (("messages", "m.jsonl"), ("dpo", "d.jsonl"), ("alpaca", "a.json"), ("sharegpt", "s.json")):
+        rows = export(run, form, tmp_path / name)  # type: ignore[arg-type]
+        files = str(tmp_path / name)
+        loaded = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+        assert len(loaded) == rows
+
+
+@pytest.mark.slow
+def test_exports_train_with_trl_unchanged(run: Manifest, tmp_path: Path, tiny_model: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra hub")
+    trl = pytest.importorskip("trl", reason="needs trl")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export(run, "hf", tmp_path / "set")
+    export(run, "dpo", tmp_path / "pairs.jsonl")
+    cache = str(tmp_path / "cache")
+    sets = {
+        "SFT": datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=cache),
+        "DPO": datasets.load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train", cache_dir=cache),
+    }
+    for kind, data in sets.items():
+        options = getattr(trl, f"{kind}Config")(
+            output_dir=str(tmp_path / kind), max_steps=1, use_cpu=True, bf16=False, report_to=[], save_strategy="no"
+        )
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=AutoModelForCausalLM.from_pretrained(tiny_model), args=options, train_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        )  # fmt: skip
+        assert trainer.train().global_step == 1

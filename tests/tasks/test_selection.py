@@ -1,0 +1,73 @@
+"""Who goes on and when the loop ends, on evaluations whose figures are known."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.pools import write_snapshot
+from storage.runs import Comparison, Evaluation, Interval
+from tasks.selection import StopConfig, compare, is_stalled, is_worse
+
+
+def evaluation(losses: dict[str, float], scores: dict[str, float | None], loss: float | None = None) -> Evaluation:
+    rows: list[dict[str, Any]] = [
+        {"instruction_id": key, "status": "ok", "loss_sum": losses[key], "tokens": 10, "score": scores[key]}
+        for key in losses
+    ]
+    details = write_snapshot("evaluations", rows, step="test", version=1)
+    known = [score for score in scores.values() if score is not None]
+    score = sum(known) / len(known) if known else None
+    return Evaluation(loss=loss, score=score, rows=len(rows), scored=len(known), details=details)
+
+
+def test_gains_are_paired_by_question(home: Path) -> None:
+    before = evaluation({"a": 30.0, "b": 20.0, "c": 10.0}, {"a": 1.0, "b": 2.0, "c": None})
+    after = evaluation({"c": 10.0, "b": 10.0, "a": 20.0}, {"c": 9.0, "b": 4.0, "a": 5.0})
+    found = compare(after, before, against=0, seed=0)
+    assert found.loss_gain and found.loss_gain.value == pytest.approx(20 / 30)
+    assert found.score_gain and found.score_gain.value == pytest.approx((4 + 2) / 2)
+    assert (found.score_gain.low, found.score_gain.high) == (2, 4)
+    assert found.relative and found.relative.value == pytest.approx(18 / 30)
+
+
+def test_a_student_whose_loss_is_no_number_is_worse_and_has_no_gain(home: Path) -> None:
+    before = evaluation({"a": 30.0}, {"a": 2.0}, loss=3.0)
+    broken = evaluation({"a": math.nan}, {"a": 1.0}, loss=None)
+    assert is_worse(broken, before, "loss")
+    assert not is_worse(before, broken, "loss")
+    assert compare(broken, before, against=0, seed=0).loss_gain is None
+
+
+def test_lower_loss_and_higher_score_are_better(home: Path) -> None:
+    good = evaluation({"a": 1.0}, {"a": 5.0}, loss=1.0)
+    bad = evaluation({"a": 2.0}, {"a": 4.0}, loss=2.0)
+    for measure in ("loss", "score"):
+        assert is_worse(bad, good, measure) and not is_worse(good, bad, measure)  # type: ignore[arg-type]
+        assert not is_worse(good, good, measure)  # type: ignore[arg-type]
+
+
+def gains(*lows: float | None) -> list[Comparison]:
+    return [
+        Comparison(
+            against=0,
+            relative=None,
+            score_gain=None,
+            loss_gain=None if low is None else Interval(value=low + 0.1, low=low, high=low + 0.2),
+        )
+        for low in lows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lows", "stalled"),
+    [((0.1, 0.1), False), ((0.1, -0.1), False), ((-0.1, -0.1), True), ((-0.1, -0.1, 0.1), False), ((0.1, 0.0, None), True)],
+)  # fmt: skip
+def test_the_loop_ends_after_patience_iterations_without_a_sure_gain(lows: tuple[Any, ...], stalled: bool) -> None:
+    assert is_stalled(StopConfig(patience=2), gains(*lows)) is stalled
+
+
+def test_without_patience_it_turns_to_the_end_and_a_least_gain_is_asked_for() -> None:
+    assert not is_stalled(StopConfig(), gains(-1, -1, -1))
+    assert is_stalled(StopConfig(patience=1, min_gain=0.2), gains(0.1))
