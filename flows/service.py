@@ -42,6 +42,7 @@ def environment() -> dict[str, str]:
         "LION_HOME": str(home()),
         "LION_ROOT": str(Path.cwd()),
         "LION_WORK_POOL": "lion",
+        "PREFECT_LOCAL_STORAGE_PATH": str(home() / "prefect" / "storage"),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home() / 'prefect' / 'server.db'}",
     }
     return own | os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()}

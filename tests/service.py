@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from flows.config import resolve
 from tests.lion import COMMAND
 
 ROOT = Path(__file__).parents[1]
@@ -57,10 +58,16 @@ class Service:
         return given | parameters
 
     def use_the_tiny_model(self, deployment: str) -> None:
-        """Let the deployment itself have it, for runs that are started by its form."""
+        """Let the deployment itself have it, for runs that are started by its form.
+
+        The groups are said in full: the form would fill a group that is there with the paper's values.
+        """
+        path = f"model.model_name_or_path={self.tiny}"
+        preset = resolve("smoke", [f"{role}.{path}" for role in ("teacher", "student", "generate")])
+        groups = preset.model_dump(mode="json", include={"teacher", "student", "generate"})
         found = self.api.get(f"/deployments/name/distill/{deployment}").json()
-        parameters = self.parameters() | found["parameters"]
-        assert self.api.patch(f"/deployments/{found['id']}", json={"parameters": parameters}).is_success
+        patch = {"parameters": found["parameters"] | groups}
+        assert self.api.patch(f"/deployments/{found['id']}", json=patch).is_success
 
     def start(self, deployment: str = "smoke", **parameters: Any) -> str:
         """Ask for a run; its id."""
