@@ -20,7 +20,7 @@ deploy: $(READY) ## the deployments and automations as they are here now
 down: $(READY) ## stop what `up` started
 	$(BIN)/lion down
 
-setup: $(READY) ## the environment alone
+setup: $(STAMP) ## the environment alone
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
