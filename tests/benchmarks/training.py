@@ -32,7 +32,7 @@ from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 TRL = Path.home() / ".cache" / "lion-bench" / "trl"
-ROWS, MAX_TOKENS, MAX_LENGTH, LAYERS = 96, 128, 256, 22
+ROWS, MAX_TOKENS, MAX_LENGTH, LAYERS = 64, 128, 256, 22
 INSTALL_SECONDS, RUN_SECONDS = 500, 580
 SETTINGS = SftSettings(
     num_train_epochs=1,
