@@ -11,10 +11,9 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.table import Table
 
-from flows import commands_evaluation, commands_handover, commands_human, commands_talk
+from flows import commands_evaluation, commands_handover, commands_human, commands_talk, commands_training
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -23,6 +22,7 @@ from flows.terminal import (
     Preset,
     Refusal,
     SeedFile,
+    end_orphans,
     escaped,
     find_run,
     note,
@@ -42,6 +42,7 @@ app.add_typer(commands_evaluation.commands)
 app.add_typer(commands_handover.commands)
 app.add_typer(commands_talk.commands)
 app.add_typer(commands_human.commands)
+app.add_typer(commands_training.commands)
 
 
 @app.command()
@@ -84,6 +85,7 @@ def run(
         _print_run(manifest)
         return
     note.print(f"Run {run_id} in {os.environ['LION_HOME']}")
+    end_orphans()
     from flows.distill import distill
 
     distill(settings)
@@ -202,7 +204,7 @@ def spend(
     if not lines:
         out.print("Nothing was paid for in this home.")
         return
-    table = Table("run", "", "role", "model", "day", box=SIMPLE)
+    table = Table("run", "", "role", "model", "day", box=None, padding=(0, 2, 0, 0))
     for name in ("requests", "tokens in", "out", "dollars"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in lines:
@@ -247,13 +249,17 @@ def estimate(
     if not lines:
         out.print("Nothing in this run is paid for: all of its models are of this machine.")
         return
-    table = Table("", "stage", "model", box=SIMPLE)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("", "stage", "model"):
+        table.add_column(name, no_wrap=True)
     for name in ("requests", "paid before", "tokens in", "out", "dollars"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in lines:
         counts = (line.requests, line.answered, line.prompt_tokens, line.completion_tokens)
         usd = "free" if line.usd is None else f"{line.usd:,.4f}"
         table.add_row(str(line.iteration or "start"), line.stage, line.model, *(f"{count:,}" for count in counts), usd)
+    if not any(line.answered for line in lines):
+        table.columns.pop(4)
     out.print(table)
     out.print(f"Total: [bold]{total:,.4f}[/bold] dollars, {sum(line.requests for line in lines):,} requests.")
     cap = settings.budget.max_usd

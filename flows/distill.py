@@ -132,7 +132,7 @@ class Run:
             finetune_student, config.finetune, start, pools.train, answers, config.student.system_prompt, seed
         )
         made["examples"], record.student = trained.examples, trained.checkpoint
-        record.trained_rows, record.left_out, record.training = trained.examples.rows, trained.left_out, trained.figures
+        record.trained_rows, record.left_out, record.training = trained.rows, trained.left_out, trained.figures
 
         # Did it help? A student that is worse than the one before is not built upon: that one goes on.
         record.evaluation = self._evaluate(step, trained.checkpoint)

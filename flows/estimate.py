@@ -181,8 +181,10 @@ class _Reckoning:
     def _generator(self, iteration: int, fresh: int, per_parent: float) -> Iterable[Line]:
         generate = self.config.generate
         if isinstance(generate.model, OpenAIModel) and fresh:
-            most = math.ceil(fresh * generate.max_attempts)
-            requests = min(math.ceil(fresh / self.assumed["new_share"]), most)
+            requests = sum(
+                min(math.ceil(rows / self.assumed["new_share"]), math.ceil(rows * generate.max_attempts))
+                for rows in (generate.hard_rows, generate.easy_rows)
+            )
             frames = [len(PROMPTS[generate.method, side].render(instruction="", input="")) for side in ("hard", "easy")]
             share = generate.hard_rows / fresh
             frame = share * frames[0] + (1 - share) * frames[1]

@@ -1,20 +1,23 @@
 """Imitation: choose what is worth training on, then fine-tune the student in a process of its own."""
 
+import shlex
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Checkpoint, Snapshot
 from storage.pools import by_id, read_rows, write_snapshot
-from tasks.jobs.launch import make_checkpoint
+from tasks.jobs.launch import checkpoint_folder, make_checkpoint
 from tasks.jobs.settings import SftSettings, launcher_command
 from tasks.models.chat import Status, conversation
 from tasks.policies import identity, stage
-from tasks.progress import progress
+from tasks.progress import progress, run_logger, tell
 
-VERSION = 1
-TRAINER_VERSION = 1  # raise it when the trainer makes other weights from the same job
+VERSION = 2
+TRAINER = "tasks.jobs.sft"
+TRAINER_VERSION = 2  # raise it when the trainer makes other weights from the same job
 
 
 class FinetuneConfig(BaseModel):
@@ -34,7 +37,8 @@ class TrainedStudent(BaseModel):
 
     checkpoint: Checkpoint
     examples: Snapshot  # what it was trained on
-    left_out: dict[str, int]  # rows of the pool it was not trained on, by reason
+    rows: int  # of these, how many were trained on
+    left_out: dict[str, int]  # rows it was not trained on, by reason
     figures: dict[str, Any]  # the trainer's own: losses, tokens, padding, speed
 
 
@@ -76,29 +80,78 @@ def finetune_student(
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the pool is empty"
         raise NothingToTrainOn(f"no row of the train pool has a response worth training on: {reasons}")
     data = write_snapshot("examples", examples, step="finetune", version=VERSION, inputs=[pool, responses])
+    trained = train_student(config.training, student, data, seed)
+    return trained.model_copy(update={"left_out": dict(left_out + Counter(trained.left_out))})
+
+
+def train_student(settings: SftSettings, student: Checkpoint, data: Snapshot, seed: int) -> TrainedStudent:
+    """Train on a table of examples. The same student, rows and settings are trained once, and found again.
+
+    Raises:
+        JobError: the trainer ended without a result; its last lines are in the message.
+    """
     job = {
         "model": str(student.path),
         "data": str(data.path),
-        "config": config.training.model_dump(mode="json"),
+        "config": settings.model_dump(mode="json"),
         "seed": seed,
     }
     made_from = {
         "version": TRAINER_VERSION,
         "student": student.digest,
         "data": data.digest,
-        "config": identity(config.training),
+        "config": identity(settings),
         "seed": seed,
     }
+    launcher = launcher_command(settings)
+    if settings.rdzv_endpoint:
+        job_file = str(checkpoint_folder(TRAINER, made_from) / "job.json")
+        command = shlex.join([*launcher, "-m", TRAINER, job_file])
+        tell(f"Waiting for {settings.nodes} machines that share this home. On each of the others: {command}")
     with progress("train the student") as on_progress:
         checkpoint, figures = make_checkpoint(
-            "tasks.jobs.sft",
+            TRAINER,
             job,
             made_from,
-            launcher=launcher_command(config.training),
+            launcher=launcher,
             on_progress=lambda report: on_progress(report.pop("done"), report.pop("total"), report),
+            on_notable_line=run_logger().warning,
         )
-    return TrainedStudent(checkpoint=checkpoint, examples=data, left_out=dict(left_out), figures=figures)
+    left_out = {reason: len(ids) for reason, ids in figures["left_out"].items() if ids}
+    return TrainedStudent(
+        checkpoint=checkpoint, examples=data, rows=figures["rows"], left_out=left_out, figures=figures
+    )
+
+
+def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -> list[dict[str, Any]]:
+    """Rows to train on from a file's records: Alpaca (`instruction`, `input`, `output`), `messages` that end with the
+    assistant's, or the columns of the table `examples`. A row without an id of its own is named by its place.
+
+    Raises:
+        NothingToTrainOn: a record holds no answer; the message names its place.
+    """
+    rows = []
+    for where, record in records:
+        known = record if isinstance(record, dict) else {}
+        match known:
+            case {"messages": [*asked], "response": str(answer)}:
+                pass
+            case {"messages": [*asked, {"role": "assistant", "content": str(answer)}]} if asked:
+                pass
+            case {"instruction": str(instruction), "output": str(answer)}:
+                asked = conversation(instruction, known.get("input"), system_prompt)
+            case _:
+                found = ", ".join(map(str, known)) or type(record).__name__
+                raise NothingToTrainOn(
+                    f"{where}: no answer to train on (found: {found}). Wanted: `instruction` and `output`, or "
+                    "`messages` whose last is the assistant's."
+                )
+        named = next((str(known[key]) for key in ("instruction_id", "id") if known.get(key) is not None), where)
+        rows.append({"instruction_id": named, "messages": asked, "response": answer, "whole": known.get("whole", True)})
+    if not rows:
+        raise NothingToTrainOn("the file holds no row")
+    return rows
 
 
 class NothingToTrainOn(ValueError):
-    """An imitation stage got no row to learn from."""
+    """There is no row, or no answer in a row, to learn from."""

@@ -81,7 +81,13 @@ def prune_student(config: StudentInit, base: Checkpoint, pool: Snapshot) -> Chec
     Raises:
         JobError: the model has not that many layers, or is not of a kind that can be pruned.
     """
-    prompts = [conversation(row["instruction"], row["input"]) for row in read_rows(pool)[:SAMPLE_PROMPTS]]
+    return prune_by_prompts(
+        config, base, [conversation(row["instruction"], row["input"]) for row in read_rows(pool)[:SAMPLE_PROMPTS]]
+    )
+
+
+def prune_by_prompts(config: StudentInit, base: Checkpoint, prompts: list[list[dict[str, str]]]) -> Checkpoint:
+    """As `prune_student`, the layers' influence being that on these conversations."""
     job = {"model": str(base.path), "layers": config.layers, "prompts": prompts}
     identity = {"version": VERSION, "base": base.digest, "layers": config.layers, "prompts": prompts}
     with progress("prune the student"):

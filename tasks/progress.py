@@ -1,11 +1,14 @@
-"""How far a long stage is: a bar in a terminal, a plain line now and then anywhere else."""
+"""How far a long stage is: a bar in a terminal, a line now and then in Prefect's log, or a plain line."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -52,13 +55,26 @@ def _lines(what: str) -> Iterator[OnProgress]:
         if now - last >= SECONDS_BETWEEN_LINES and 0 < done < total:
             last = now
             remaining = (now - started) / done * (total - done)
-            print(
-                f"  {what} {done}/{total}, about {remaining:.0f} s left {_written(figures)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell(f"{what} {done}/{total}, about {remaining:.0f} s left {_written(figures)}")
 
     yield show
+
+
+def tell(line: str) -> None:
+    """Say something in Prefect's log; where nobody reads that, on stderr."""
+    logger = run_logger()
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(line)
+    else:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
+    """The log of the run in Prefect; outside of any run, Python's."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return logging.getLogger(__name__)
 
 
 def _written(figures: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +29,33 @@ def lion(home: Path, *args: str, code: int = 0) -> subprocess.CompletedProcess[s
     return done
 
 
-def start(home: Path, *args: str) -> "subprocess.Popen[str]":
-    """A command in a process group of its own."""
+def start(home: Path, *args: str, errors: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+    """A command that is not waited for."""
     return subprocess.Popen(
-        [*COMMAND, *args],
-        env=environment(home),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        [*COMMAND, *args], env=environment(home), stdout=subprocess.DEVNULL, stderr=errors, text=True
     )
 
 
 def kill_after(seconds: float, home: Path, *args: str) -> None:
     """Start a command and `kill -9` it after a while, unless it has ended by then."""
-    child = start(home, *args)
+    child = start(home, *args, errors=subprocess.DEVNULL)  # an orphan would keep a pipe open
     try:
         child.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         child.send_signal(signal.SIGKILL)
-        time.sleep(0.5)  # whatever survives its parent survives it here too
-        os.killpg(child.pid, signal.SIGKILL)  # the temporary Prefect server does
-    child.communicate()
+    child.wait()
+
+
+def processes_of(home: Path) -> list[str]:
+    """Command lines of the processes that still work for a home."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"LION_HOME={home}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(environ.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
 
 
 def shown(home: Path, *args: str) -> dict[str, Any]:

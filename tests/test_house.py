@@ -29,6 +29,7 @@ SHARED = {
     "selection",
     "contamination",
     "export",
+    "weight_diff",
 }
 # The student's config holds how a student starts; questions are read from files as seeds are.
 SHARED_CONFIG = {("student", "prepare"), ("questions", "seed")}

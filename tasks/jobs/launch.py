@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from storage.files import Checkpoint, digest_of, digest_of_model, home, write_atomic
+from storage.files import Checkpoint, digest_of, digest_of_model, home, locked, write_atomic
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
 NOTABLE = re.compile(r"error|warning|\bnan\b|out of memory", re.IGNORECASE)
@@ -42,8 +42,10 @@ class JobError(RuntimeError):
         super().__init__(module, directory, returncode, tail)
 
     def __str__(self) -> str:
+        killed = self.returncode == -signal.SIGKILL or "SIGKILL" in self.tail
+        why = "Killed: the system does that to whoever holds most memory when memory runs out.\n" if killed else ""
         return (
-            f"{self.module} ended with exit code {self.returncode} and no result.\n"
+            f"{self.module} ended with exit code {self.returncode} and no result.\n{why}"
             f"Whole log: {Path(self.directory) / 'log.txt'}. Its last lines:\n{self.tail}"
         )
 
@@ -93,13 +95,19 @@ def make_checkpoint(
     Raises:
         JobError: the program ended without a result.
     """
-    digest = digest_of({"module": module, **identity})
-    directory = home() / "checkpoints" / digest
+    directory = checkpoint_folder(module, identity)
+    digest = directory.name
     result = directory / "result.json"
-    if result.exists() and json.loads(result.read_text())["content"] != digest_of_model(directory):
-        shutil.rmtree(directory)  # damaged: what is left of it is worth nothing
-    made = run_job(module, job, directory, **options)
+    with locked(f"checkpoint-{digest}"):  # two who want the same model: one makes it, one waits for it
+        if result.exists() and json.loads(result.read_text())["content"] != digest_of_model(directory):
+            shutil.rmtree(directory)  # damaged: what is left of it is worth nothing
+        made = run_job(module, job, directory, **options)
     return Checkpoint(digest=digest, content=made["content"]), made
+
+
+def checkpoint_folder(module: str, identity: dict[str, Any]) -> Path:
+    """Where `make_checkpoint` makes it."""
+    return home() / "checkpoints" / digest_of({"module": module, **identity})
 
 
 def report_progress(done: int, total: int, **figures: Any) -> None:
@@ -120,8 +128,12 @@ def _run(
     on_progress: Callable[[dict[str, Any]], None],
     on_notable_line: Callable[[str], None],
 ) -> tuple[int, str]:
-    """Exit code and last lines of a command whose output goes to `log`."""
+    """Exit code and last lines of a command whose output goes to `log`.
+
+    The program's own last word, a line that begins with "error: ", is among them even where a launcher says more.
+    """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
+    last_word = ""
     child = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -140,8 +152,12 @@ def _run(
                     continue
                 file.write(line)
                 tail.append(line.rstrip())
+                if line.startswith("error: "):
+                    last_word = line.rstrip()
                 if NOTABLE.search(line):
                     on_notable_line(line.rstrip())
+        if last_word and last_word not in tail:
+            tail.append(last_word)
         return child.wait(), "\n".join(tail)
     finally:
         _stop(child)

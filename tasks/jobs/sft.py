@@ -1,263 +1,224 @@
-"""Supervised fine-tuning: `python -m tasks.jobs.sft FOLDER/job.json`, alone or under torchrun.
+"""Supervised fine-tuning: `python -m tasks.jobs.sft FOLDER/job.json`, alone, under torchrun or under deepspeed.
 
-The loop is Hugging Face's Trainer. What is ours: the examples (loss on the answer and its end of turn alone),
-batches of like length, logits at labelled positions only, and the checks before the first step and after the
-last. Training keeps fp32 weights; the student is saved in the precision in which its base was stored.
+The loop is Hugging Face's Trainer. What is ours: which rows share a batch (`dataset`), what is said before the first
+step (`preflight`), what each strategy asks of the Trainer (`distributed`), and that what was saved is what was trained
+(`reload`).
 
-The same job gives the same weights, bit for bit on one machine, also when it was killed and went on.
+Training keeps fp32 weights, also where it computes in bf16 or fp16; the student is saved in the precision in which its
+base was stored. The same job gives the same weights, bit for bit on one machine, also when it was killed and went on.
+
+In the folder: the model; `adapter/` with LoRA; `history.jsonl`, a line a step; `tensorboard/`; `trainer/`, the encoded
+rows and the checkpoints to go on from, removed at the end; `result.json`, last.
 """
 
 import json
-import math
 import os
 import shutil
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import psutil
 import torch
-from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import logging as transformers_logging
 
-from tasks.jobs.engine import DTYPES, best_precision
-from tasks.jobs.launch import finish, report_progress
+from tasks.jobs.dataset import COLLATE, DataError, Examples, encode_rows
+from tasks.jobs.distributed import (
+    SettingsError,
+    choose_device,
+    choose_precision,
+    gather_weights,
+    training_arguments,
+)
+from tasks.jobs.engine import DTYPES
+from tasks.jobs.launch import die_with_parent, finish
+from tasks.jobs.preflight import advice, estimate
+from tasks.jobs.reload import loss_in_fresh_process, loss_of_saved, merge_adapter, save_model, stored_dtype
 from tasks.jobs.settings import SftSettings
-from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn, ensure_chat_template
+from tasks.jobs.template import ensure_chat_template
+from tasks.jobs.trainer import (
+    FirstCheck,
+    SftTrainer,
+    TrainingError,
+    Watch,
+    complete_checkpoints,
+    peak_memory_gb,
+    read_history,
+)
 
-IGNORE = -100  # the label that a loss passes over
+FIXED_ROWS = 2  # rows whose loss is compared before and after saving
+# How far the loss of what was saved may be from the trainer's own, relative. Rounding to 16 bit moves it by about 1e-3.
+TOLERANCE, TOLERANCE_16_BIT = 1e-3, 3e-2
+BEGAN = time.time()  # after the imports
 
 
-class Examples(Dataset[dict[str, Any]]):
-    """Training rows straight from Parquet: the file stays on disk, mapped; only token counts are held."""
+def load_model(job: dict[str, Any], settings: SftSettings, precision: str) -> Any:
+    """The model to train: fp32 weights, or with LoRA a frozen base in the computed precision and fp32 adapters."""
+    dtype = torch.float32 if settings.peft == "none" else DTYPES[precision]
+    if settings.peft == "none":
+        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    def __init__(self, data: str, tokenizer: Any, max_length: int):
-        self._rows = pq.read_table(data, memory_map=True)
-        self._tokenizer, self._max_length = tokenizer, max_length
-        self.kept: list[int] = []
-        self.lengths: list[int] = []
-        self.no_label: list[str] = []  # ids of rows whose prompt alone fills max_length
-        self.cut: list[str] = []
-        for index in range(self._rows.num_rows):
-            example = self.example(index)
-            if len(example.input_ids) > max_length or len(example.input_ids) == example.prompt_length:
-                self.no_label.append(self.id(index))
-                continue
-            if example.cut:
-                self.cut.append(self.id(index))
-            self.kept.append(index)
-            self.lengths.append(len(example.input_ids))
+    quantization = {}
+    if settings.peft == "qlora":
+        if not torch.cuda.is_available():
+            raise SettingsError("peft: qlora needs a CUDA GPU and bitsandbytes; take peft: lora")
+        from transformers import BitsAndBytesConfig
 
-    def row(self, index: int) -> dict[str, Any]:
-        return self._rows.slice(index, 1).to_pylist()[0]
-
-    def id(self, index: int) -> str:
-        return self._rows["instruction_id"][index].as_py()
-
-    def example(self, index: int) -> Example:
-        row = self.row(index)
-        return encode_example(
-            self._tokenizer, row["messages"], row["response"], whole=row["whole"], max_length=self._max_length
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        example = self.example(self.kept[place])
-        labels = [IGNORE] * example.prompt_length + example.input_ids[example.prompt_length :]
-        return {"input_ids": example.input_ids, "labels": labels}
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows as tensors (batch, longest), padded on the right by their lengths: no token is taken for padding."""
-    width = max(len(row["input_ids"]) for row in rows)
-    return {
-        "input_ids": torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]),
-        "labels": torch.tensor([row["labels"] + [IGNORE] * (width - len(row["labels"])) for row in rows]),
-        "attention_mask": torch.tensor(
-            [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
-        ),
-    }
-
-
-class SftTrainer(Trainer):
-    """Hugging Face's Trainer with batches of like length, and a loss whose vocabulary is computed at labels alone."""
-
-    grouped = False
-    real_tokens = computed_tokens = 0
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.grouped:
-            return super()._get_train_sampler(train_dataset)
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        generator = torch.Generator().manual_seed(self.args.data_seed)
-        return LengthGroupedSampler(rows, lengths=self.train_dataset.lengths, generator=generator)
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        labels = inputs.pop("labels")
-        self.real_tokens += int(inputs["attention_mask"].sum())
-        self.computed_tokens += inputs["attention_mask"].numel()
-        targets = labels[:, 1:]
-        first = int((targets != IGNORE).int().argmax(1).min())  # no row has a label before this position
-        keep = labels.shape[1] - first
-        logits = model(**inputs, logits_to_keep=keep).logits[:, :-1]
-        targets = targets[:, first:]
-        wanted = targets != IGNORE
-        loss = torch.nn.functional.cross_entropy(logits[wanted].float(), targets[wanted], reduction="sum")
-        loss = loss / (num_items_in_batch if num_items_in_batch is not None else wanted.sum())
-        if not torch.isfinite(loss):
-            raise SystemExit(f"error: the loss is {loss.item()}; lower the learning rate or look at the data")
-        return (loss, None) if return_outputs else loss
-
-
-class Watch(TrainerCallback):
-    """Reports each step to the parent process, and marks a checkpoint as complete once all of it is written."""
-
-    def __init__(self, directory: Path, tokens_per_step: float):
-        self._history, self._tokens, self._started = directory / "history.jsonl", tokens_per_step, time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._first, self._started = state.global_step, time.perf_counter()
-        if state.is_world_process_zero:
-            report_progress(state.global_step, state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in logs:
-            return
-        seconds = time.perf_counter() - self._started
-        rate = self._tokens * (state.global_step - self._first) / seconds
-        figures = {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
-        with self._history.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, "seconds": round(seconds, 2), **figures}) + "\n")
-        report_progress(state.global_step, state.max_steps, loss=round(logs["loss"], 3), **{"tokens/s": round(rate)})
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
-
-
-def preflight(examples: Examples, tokenizer: Any, data_rows: int) -> dict[str, Any]:
-    """Checks before the first step. Ends the job where training would be worth nothing.
-
-    Raises:
-        SystemExit: no row has a label, an end of turn is missing, or prompt and training text differ.
-    """
-    if not examples:
-        raise SystemExit(f"error: none of {data_rows} rows has a label: every prompt alone fills max_length")
-    end, wrong_end, wrong_prompt = end_of_turn(tokenizer), [], []
-    for index in examples.kept[:10]:
-        row, example = examples.row(index), examples.example(index)
-        if row["whole"] and example.input_ids[-1] != end:
-            wrong_end.append(row["instruction_id"])
-        if example.input_ids[: example.prompt_length] != encode_prompt(tokenizer, row["messages"]):
-            wrong_prompt.append(row["instruction_id"])
-    if wrong_end or wrong_prompt:
-        raise SystemExit(
-            f"error: no end of turn in the loss of {wrong_end}, another prompt than at inference in {wrong_prompt}"
-        )
-    return {
-        "rows": len(examples),
-        "left_out_no_label": examples.no_label,
-        "cut": examples.cut,
-        "cut_share": round(len(examples.cut) / len(examples), 4),
-        "end_of_turn": end,
-        "checked_rows": min(10, len(examples)),
-    }
-
-
-def last_complete(output: Path) -> str | None:
-    """The newest intermediate checkpoint that was written to its end."""
-    complete = [path.parent for path in output.glob("checkpoint-*/complete")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+        quantization["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, **quantization)
+    if settings.peft == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_target,
+    )
+    return get_peft_model(model, lora)
 
 
 def train(job: dict[str, Any], directory: Path) -> None:
+    """Do the whole job: rows, checks, training, validation, saving, reading back."""
     settings = SftSettings.model_validate(job["config"])
-    set_seed(job["seed"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    named = best_precision(torch.device(device)) if settings.precision == "auto" else settings.precision
-    dtype = DTYPES[named]
+    device = choose_device(settings)
+    precision = choose_precision(settings, device)
+    if device.type == "cuda":  # on a CPU every operation that we use is deterministic by itself
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    arguments = training_arguments(settings, directory, device, precision, job["seed"], sys.stdout.isatty())
+    if arguments.world_size != settings.world_size:
+        raise SettingsError(
+            f"{arguments.world_size} processes were started, and the settings say {settings.world_size}"
+        )
+    output, first = Path(arguments.output_dir), arguments.process_index == 0
+
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     ensure_chat_template(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
-    stored = model.dtype
-    model.float()
-    model.config.use_cache = False
-    examples = Examples(job["data"], tokenizer, settings.max_length)
-    checks = preflight(examples, tokenizer, examples._rows.num_rows)
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    if main_process:
+    with arguments.main_process_first(local=False):
+        report = encode_rows(Path(job["data"]), tokenizer, settings.max_length, output / "rows.arrow")
+    examples, held_out = Examples(output / "rows.arrow").split(settings.validation_share, job["seed"])
+    encoded = time.time()
+    set_seed(job["seed"])  # LoRA's matrices begin at random
+    model = load_model(job, settings, precision)
+    loaded = time.time()
+
+    checkpoint = next(reversed(complete_checkpoints(output)), None)
+    checks = {
+        **report,
+        "left_out": {reason: len(ids) for reason, ids in report["left_out"].items()},
+        "cut": len(report["cut"]),
+        "largest_batch": "is the first one trained",
+        "resumed_from": checkpoint and checkpoint.name,
+        "startup_seconds": {
+            "python": round(BEGAN - psutil.Process().create_time(), 2),
+            "rows": round(encoded - BEGAN, 2),
+            "model": round(loaded - encoded, 2),
+        },
+    }
+    if first:
+        checks |= estimate(settings, precision, device, model, examples)
         print(f"pre-flight: {json.dumps(checks)}", flush=True)
-    steps = math.ceil(math.ceil(len(examples) / settings.global_batch_size) * settings.num_train_epochs)
-    arguments = TrainingArguments(
-        output_dir=str(directory / "trainer"),
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        num_train_epochs=settings.num_train_epochs,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=math.ceil(steps * settings.warmup_ratio),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=device == "cpu",
-        logging_steps=1,
-        logging_first_step=True,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=2,
-        report_to=[*settings.report_to],
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        seed=job["seed"],
-        data_seed=job["seed"],
-        fsdp=settings.strategy == "fsdp",
-        fsdp_config={"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-        if settings.strategy == "fsdp"
-        else None,
+    trainer = SftTrainer(
+        settings=settings,
+        history=read_history(directory, checkpoint),
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=COLLATE[settings.packing],
     )
-    tokens = sum(examples.lengths)
-    watch = Watch(directory, tokens * settings.num_train_epochs / max(steps, 1))
-    trainer = SftTrainer(model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[watch])
-    trainer.grouped = settings.packing == "grouped"
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_complete(Path(arguments.output_dir)))
-    seconds = time.perf_counter() - started
-    trainer.model.config.use_cache = True
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if main_process:
-        unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        unwrapped.config.dtype = stored
-        unwrapped.save_pretrained(directory, state_dict={name: weight.to(stored) for name, weight in state.items()})
-        tokenizer.save_pretrained(directory)
-        shutil.rmtree(arguments.output_dir, ignore_errors=True)
-        losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+    trainer.remove_callback(PrinterCallback)  # Watch prints, at a bounded rate
+    trainer.add_callback(FirstCheck(trainer))
+    trainer.add_callback(watch := Watch(trainer, directory))
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+
+    validation_loss = trainer.mean_loss(held_out) if len(held_out) else None
+    fixed = Examples(examples.path, examples.places[:FIXED_ROWS])
+    trained_loss = trainer.mean_loss(fixed)
+    weights = gather_weights(trainer)
+    if first:
+        reloaded_loss = save(trainer, weights, tokenizer, job["model"], fixed, directory)
+        difference = abs(reloaded_loss - trained_loss)
+        exact = precision == "fp32" and stored_dtype(job["model"]) == torch.float32
+        if not difference <= (TOLERANCE if exact else TOLERANCE_16_BIT) * trained_loss:
+            raise TrainingError(
+                f"the saved model has another loss than the trained one: {reloaded_loss:.4f}, not {trained_loss:.4f}"
+            )
         finish(
             directory,
             {
-                "loss_by_step": losses,
-                "steps": trainer.state.global_step,
+                **watch.figures(),
+                "validation_loss": validation_loss,
                 "rows": len(examples),
-                "tokens": tokens,
-                "padding_share": round(1 - trainer.real_tokens / max(trainer.computed_tokens, 1), 4),
-                "seconds": round(seconds, 2),
-                "tokens_per_second": round(tokens * settings.num_train_epochs / seconds, 1),
-                "dtype": str(dtype).removeprefix("torch."),
-                "device": device,
+                "validation_rows": len(held_out),
+                "left_out": report["left_out"],
+                "cut": report["cut"],
+                "precision": precision,
+                "device": str(device),
                 "strategy": settings.strategy,
-                "processes": settings.processes_per_node,
-                "preflight": checks,
+                "world_size": arguments.world_size,
+                "wrapped_in": type(trainer.model_wrapped).__name__,
+                "peak_memory_gb": round(peak_memory_gb(), 3),
+                "preflight": checks | {"loss_differs_from_models_own_by": trainer.difference_from_own_loss},
+                "reloaded_loss_difference": difference,
             },
         )
+        shutil.rmtree(output)
+    trainer.accelerator.wait_for_everyone()  # a process that left early would end the others
+    trainer.accelerator.end_training()
+
+
+def save(
+    trainer: SftTrainer, weights: dict[str, torch.Tensor], tokenizer: Any, base: str, fixed: Examples, directory: Path
+) -> float:
+    """Save the model as anyone can load it, and return the loss it has when it is read back."""
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard the model that is made for saving
+    trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    tokenizer.save_pretrained(directory)
+    adapter = trainer.settings.peft != "none"
+    if adapter:
+        trained.save_pretrained(directory / "adapter", state_dict=weights)
+    else:
+        save_model(weights, trained, stored_dtype(base), directory)
+    rows = [fixed[place] for place in range(len(fixed))]
+    if trainer.settings.strategy not in ("single", "ddp"):
+        return loss_in_fresh_process(directory, rows)
+    if adapter:
+        merge_adapter(directory)
+    return loss_of_saved(directory, rows)
+
+
+@contextmanager
+def one_clear_last_line(job: dict[str, Any]) -> Iterator[None]:
+    """End the process with one line that says what is wrong and what to do, where we know."""
+    try:
+        yield
+    except (DataError, SettingsError, TrainingError) as error:
+        sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        told = str(error).lower()
+        if not isinstance(error, MemoryError) and "out of memory" not in told and "allocate memory" not in told:
+            raise
+        line = (str(error) or "of the host").split("\n")[0]
+        sys.exit(f"error: out of memory ({line}); {advice(SftSettings.model_validate(job['config']), [])}")
 
 
 if __name__ == "__main__":
+    die_with_parent()
+    warnings.simplefilter("ignore", FutureWarning)  # thousands, of torch about DeepSpeed's calls
+    transformers_logging.disable_progress_bar()
     job_file = Path(sys.argv[1])
-    train(json.loads(job_file.read_text()), job_file.parent)
+    given = json.loads(job_file.read_text())
+    with one_clear_last_line(given):
+        train(given, job_file.parent)

@@ -44,7 +44,7 @@ def render_prompt(tokenizer: Any, messages: Messages) -> str:
 
 def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
     """Token ids of the prompt. Inference sends these; `encode_example` begins with these."""
-    return tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    return tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_example(tokenizer: Any, messages: Messages, answer: str, *, whole: bool, max_length: int) -> Example:
@@ -54,7 +54,7 @@ def encode_example(tokenizer: Any, messages: Messages, answer: str, *, whole: bo
     the teacher itself never ended (`whole=False`) gets no end of turn: nothing is known of where it ends.
     """
     prompt = encode_prompt(tokenizer, messages)
-    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]  # a long one is no mistake
     end = [end_of_turn(tokenizer)] if whole else []
     room = max(max_length - len(prompt) - len(end), 0)
     return Example([*prompt, *tokens[:room], *end], len(prompt), cut=len(tokens) > room)

@@ -85,7 +85,7 @@ def estimated(server: FakeOpenAI, tiny: Path, home: Path, *more: str) -> dict[st
 
 @pytest.mark.slow
 def test_a_cap_of_a_quarter_of_the_estimate_holds_and_a_higher_one_goes_on(tmp_path: Path, tiny_model: Path) -> None:
-    lengths = [f"--assume={name}" for name in ("teacher_tokens=53", "referee_tokens=40", "generator_tokens=35", "student_tokens=8", "new_share=1")]  # fmt: skip
+    lengths = [f"--assume={name}" for name in ("teacher_tokens=53", "referee_tokens=40", "generator_tokens=35", "student_tokens=8", "new_share=0.9")]  # fmt: skip
     with FakeOpenAI(key=KEY) as server:
         dollars = estimated(server, tiny_model, tmp_path, *lengths)["usd"]
         dear = {name: value * 2.0 / dollars for name, value in PRICE.items()}  # so that the run costs two dollars

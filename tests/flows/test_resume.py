@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lion import arguments, digests, kill_after, lion, shown, start
+from tests.lion import arguments, digests, kill_after, lion, processes_of, shown, start
 
 KILLS = int(os.environ.get("LION_TEST_KILLS", "5"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -24,6 +24,7 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path,
         kill_after(rng.uniform(0.1, 0.45) * whole, tmp_path / "killed", *command)
     lion(tmp_path / "killed", *command)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    assert processes_of(tmp_path / "killed") == []
 
 
 def test_two_runs_at_once_both_end_right_and_do_no_work_twice(tmp_path: Path, tiny_model: Path) -> None:

@@ -2,85 +2,373 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage.pools import write_snapshot
+from tasks.jobs.dataset import DataError, Examples, encode_rows, order_of_rows, packed, padded
+from tasks.jobs.distributed import SettingsError
 from tasks.jobs.launch import JobError, run_job
-from tasks.jobs.settings import SftSettings
-from tasks.jobs.sft import IGNORE, Examples, SftTrainer, collate, last_complete
+from tasks.jobs.preflight import estimate
+from tasks.jobs.settings import SftSettings, launcher_command
+from tasks.jobs.sft import one_clear_last_line, train
 from tasks.jobs.template import end_of_turn
+from tasks.jobs.trainer import TrainingError, complete_checkpoints, model_inputs, read_history
 
 
-def examples(*answers: str, ask: str = "Say something about the number") -> Path:
+def write_rows(*answers: str, ask: str = "Say something about the number", whole: bool = True) -> Path:
+    """A Parquet file of prompts and these answers."""
     rows = [
         {
             "instruction_id": f"row-{number}",
             "messages": [{"role": "user", "content": f"{ask} {number}."}],
             "response": answer,
-            "whole": True,
+            "whole": whole,
         }
         for number, answer in enumerate(answers)
     ]
     return write_snapshot("examples", rows, step="test", version=1).path
 
 
-def job(model: Path, data: Path, **settings: Any) -> dict[str, Any]:
-    given = {"num_train_epochs": 1, "global_batch_size": 2, "per_device_train_batch_size": 2, "max_length": 128}
-    config = SftSettings(**(given | {"learning_rate": 1e-3} | settings))
+def make_job(model: Path, data: Path, **settings: Any) -> dict[str, Any]:
+    given = {"num_train_epochs": 1, "global_batch_size": 4, "per_device_train_batch_size": 4, "max_length": 128}
+    config = SftSettings(**(given | {"learning_rate": 1e-3, "precision": "fp32"} | settings))
     return {"model": str(model), "data": str(data), "config": config.model_dump(mode="json"), "seed": 0}
 
 
-def test_end_of_turn_is_in_the_loss_even_when_pad_is_eos(home: Path, tiny_model: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.pad_token = tokenizer.eos_token
-    rows = Examples(str(examples("Short.", "A much longer answer than the other one.")), tokenizer, 128)
-    batch = collate([rows[0], rows[1]])
-    end = end_of_turn(tokenizer)
-    for place in range(2):
-        labelled = batch["labels"][place][batch["labels"][place] != IGNORE]
-        assert labelled[-1] == end
-        assert batch["attention_mask"][place].sum() == len(rows[place]["input_ids"])
+def train_here(job: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Do a job in this process, which saves the seconds that a new one needs to import torch."""
+    directory.mkdir(parents=True, exist_ok=True)
+    train(job, directory)
+    return json.loads((directory / "result.json").read_text())
 
 
-def test_a_prompt_that_fills_the_length_is_left_out_by_name(home: Path, tiny_model: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rows = Examples(str(examples("Yes.", "No.", ask="word " * 400)), tokenizer, 64)
-    assert len(rows) == 0
-    assert rows.no_label == ["row-0", "row-1"]
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads would wait for each other longer than so small a model computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_a_very_long_answer_is_cut_and_named(home: Path, tiny_model: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rows = Examples(str(examples("Yes.", "word " * 20_000)), tokenizer, 64)
-    assert rows.cut == ["row-1"]
-    assert max(rows.lengths) == 64
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
 
 
-def test_the_loss_is_that_of_the_model_itself(home: Path, tiny_model: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    rows = Examples(str(examples("Short.", "A longer answer, with more words.")), tokenizer, 128)
-    batch = collate([rows[0], rows[1]])
-    trainer = object.__new__(SftTrainer)
-    ours = trainer.compute_loss(model, dict(batch))
-    torch.testing.assert_close(ours, model(**batch).loss, atol=1e-5, rtol=1e-5)
+def encode(tokenizer: Any, data: Path, target: Path, max_length: int = 128) -> tuple[Examples, dict[str, Any]]:
+    report = encode_rows(data, tokenizer, max_length, target / "rows.arrow")
+    return Examples(target / "rows.arrow"), report
 
 
-def test_training_lowers_the_loss_and_the_same_job_gives_the_same_weights(home: Path, tiny_model: Path) -> None:
-    data = examples(*["The answer is always the same."] * 12)
-    results = [run_job("tasks.jobs.sft", job(tiny_model, data, num_train_epochs=4), home / name) for name in ("a", "b")]
-    losses = [loss for _, loss in results[0]["loss_by_step"]]
-    assert losses[-1] < losses[0] - 0.5
-    assert results[0]["content"] == results[1]["content"]
+NUMBERS = [f"The answer is {'very ' * (number % 7)}{number}." for number in range(24)]
+
+
+class TestRows:
+    def test_end_of_turn_is_in_the_loss_even_when_pad_is_eos(self, home: Path, tokenizer: Any) -> None:
+        assert tokenizer.pad_token == tokenizer.eos_token
+        examples, _ = encode(tokenizer, write_rows("Short.", "A much longer answer than the other."), home)
+        batch = padded([examples[0], examples[1]])
+        ends = (batch["labels"] == end_of_turn(tokenizer)).nonzero().flatten().tolist()
+        assert ends == [examples.labelled[0] - 1, examples.labelled.sum() - 1]
+        assert batch["attention_mask"].sum(1).tolist() == examples.lengths.tolist()
+
+    def test_an_answer_that_was_never_ended_teaches_no_end(self, home: Path, tokenizer: Any) -> None:
+        examples, report = encode(tokenizer, write_rows("It goes on and", whole=False), home)
+        assert examples[0]["input_ids"][-1] != end_of_turn(tokenizer)
+        assert report["rows_without_end"] == 1
+
+    def test_rows_that_teach_nothing_are_left_out_by_name_and_reason(self, home: Path, tokenizer: Any) -> None:
+        rows = [("long", "word " * 400, "Yes."), ("blank", "Say", " \n"), ("good", "Say", "A word."),
+                ("huge", "Say", "x" * 100_000)]  # fmt: skip
+        data = write_snapshot(
+            "examples",
+            [
+                {
+                    "instruction_id": name,
+                    "messages": [{"role": "user", "content": ask}],
+                    "response": answer,
+                    "whole": True,
+                }
+                for name, ask, answer in rows
+            ],
+            step="test",
+            version=1,
+        ).path
+        examples, report = encode(tokenizer, data, home, max_length=64)
+        assert report["left_out"] == {"no_label": ["long"], "empty": ["blank"]}
+        assert report["cut"] == ["huge"]
+        assert sorted(row["instruction_id"] for row in (examples[0], examples[1])) == ["good", "huge"]
+        assert examples.lengths.max() == 64
+
+    def test_nothing_to_learn_from_is_an_error_that_says_why(self, home: Path, tokenizer: Any) -> None:
+        with pytest.raises(DataError, match="none of 2 rows has a label: the prompt alone fills max_length 64 in 2"):
+            encode(tokenizer, write_rows("Yes.", "No.", ask="word " * 400), home, max_length=64)
+
+    def test_rows_encoded_once_are_not_encoded_again(self, home: Path, tokenizer: Any) -> None:
+        data = write_rows("One.", "Two.")
+        _, report = encode(tokenizer, data, home)
+        data.unlink()
+        assert encode(tokenizer, data, home)[1] == report
+
+    def test_a_held_out_row_is_never_trained_on(self, home: Path, tokenizer: Any) -> None:
+        examples, _ = encode(tokenizer, write_rows(*NUMBERS), home)
+        trained, held_out = examples.split(0.25, seed=1)
+        assert sorted([*trained.places, *held_out.places]) == list(range(24))
+        assert len(held_out) == 6
+        assert examples.split(0.25, seed=1)[1].places.tolist() == held_out.places.tolist()
+
+    @pytest.mark.parametrize("collate", [padded, packed])
+    def test_the_loss_is_that_of_the_model_itself(
+        self, home: Path, tokenizer: Any, tiny_model: Path, collate: Any
+    ) -> None:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, use_cache=False).eval()
+        examples, _ = encode(tokenizer, write_rows("Short.", "A longer answer, with more words.", "Middle one."), home)
+        rows = [examples[place] for place in range(3)]
+        width = int(examples.lengths.max())
+        plain = {name: torch.zeros(3, width, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        labels = torch.full((3, width), -100)
+        for place, row in enumerate(rows):
+            tokens = torch.tensor(row["input_ids"], dtype=torch.long)
+            plain["input_ids"][place, : len(tokens)], plain["attention_mask"][place, : len(tokens)] = tokens, 1
+            labels[place, row["prompt_length"] : len(tokens)] = tokens[row["prompt_length"] :]
+        ours = model(**model_inputs(collate(rows))).loss
+        torch.testing.assert_close(ours, model(**plain, labels=labels).loss, atol=1e-5, rtol=1e-5)
+
+
+class TestOrder:
+    LENGTHS = np.random.default_rng(0).integers(5, 200, 2000)
+
+    def order(self, epoch: int = 0, **settings: Any) -> np.ndarray:
+        given = {"global_batch_size": 256, "per_device_train_batch_size": 4, "strategy": "ddp", "processes_per_node": 2}
+        return order_of_rows(self.LENGTHS, SftSettings(**(given | settings)), seed=3, epoch=epoch)
+
+    @pytest.mark.parametrize("packing", ["none", "grouped", "packed"])
+    def test_every_epoch_shows_each_row_once_in_an_order_of_its_own(self, packing: Any) -> None:
+        first, again, second = self.order(0, packing=packing), self.order(0, packing=packing), self.order(1)
+        assert sorted(first) == list(range(2000))
+        assert first.tolist() == again.tolist() != second.tolist()
+
+    def test_grouping_leaves_each_step_the_rows_that_a_random_order_gives_it(self) -> None:
+        grouped, random = self.order(1, packing="grouped"), self.order(1, packing="none")
+        for step in range(0, 2000, 256):
+            assert sorted(grouped[step : step + 256]) == sorted(random[step : step + 256])
+
+    def test_on_every_device_a_grouped_batch_is_of_like_length(self) -> None:
+        batches = self.LENGTHS[self.order(1, packing="grouped")].reshape(-1, 8)
+        padding = 1 - batches.sum() / (batches.max(1) * 8).sum()
+        assert padding < 0.05
+
+    def test_packed_batches_are_alike_in_tokens(self) -> None:
+        tokens = self.LENGTHS[self.order(1, packing="packed")].reshape(-1, 4).sum(1)
+        assert tokens.std() / tokens.mean() < 0.25  # a third of what random batches have
+
+    @pytest.mark.parametrize("packing", ["none", "grouped"])
+    def test_the_largest_batch_comes_first(self, packing: Any) -> None:
+        assert self.LENGTHS[self.order(0, packing=packing)[:8]].max() == self.LENGTHS.max()
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"global_batch_size": 8, "per_device_train_batch_size": 3}, "no multiple of the 3 rows.*to 9"),
+            ({"processes_per_node": 2, "global_batch_size": 2}, "several processes need another strategy"),
+            ({"offload": "optimizer"}, "needs strategy deepspeed"),
+            ({"offload": "parameters", "strategy": "ddp"}, "needs strategy deepspeed-zero3 or fsdp"),
+            ({"peft": "qlora", "strategy": "fsdp"}, "take peft: lora"),
+            ({"hostfile": "hosts", "strategy": "ddp"}, "hostfile is for DeepSpeed"),
+            ({"nodes": 2, "strategy": "ddp"}, "need rdzv_endpoint"),
+        ],
+    )
+    def test_what_cannot_work_is_refused_with_the_way_out(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            SftSettings(**settings)
+
+    def test_each_strategy_has_its_launcher(self) -> None:
+        assert launcher_command(SftSettings()) == [sys.executable]
+        several = launcher_command(SftSettings(strategy="deepspeed-zero2", processes_per_node=4))
+        assert several[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+        nodes = launcher_command(SftSettings(strategy="fsdp", nodes=2, rdzv_endpoint="one:29400"))
+        assert {"--nnodes=2", "--rdzv_endpoint=one:29400"} <= set(nodes)
+        hosts = launcher_command(SftSettings(strategy="deepspeed-zero3", hostfile="hosts"))
+        assert hosts[1:5] == ["-m", "deepspeed.launcher.runner", "--hostfile", "hosts"]
+
+    def test_memory_is_estimated_for_every_strategy_with_advice_where_it_falls_short(
+        self, home: Path, tokenizer: Any
+    ) -> None:
+        examples, _ = encode(tokenizer, write_rows("Yes."), home)
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        with torch.device("meta"):
+            seven_billion = LlamaForCausalLM(LlamaConfig())
+        settings = SftSettings(strategy="ddp", processes_per_node=8)
+        told = estimate(settings, "bf16", torch.device("cpu"), seven_billion, examples)
+        needed = told["needed_gb_a_process"]
+        assert 110 < needed["ddp"] < 140  # the paper says 112 GB
+        assert needed["fsdp"] < needed["deepspeed-zero2"] < needed["ddp"]
+        assert "gradient_checkpointing: true" in told["advice"]
+        assert "peft: lora" in told["advice"]
+
+
+class TestTraining:
+    def test_it_lowers_the_loss_and_keeps_precision_template_and_generation_config(
+        self, home: Path, tiny_model: Path, tmp_path: Path
+    ) -> None:
+        base = tmp_path / "base"
+        shutil.copytree(tiny_model, base)
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+        data = write_rows(*["The answer is always the same."] * 12)
+        result = train_here(make_job(base, data, num_train_epochs=4, validation_share=0.2), home / "job")
+        losses = [loss for _, loss in result["loss_by_step"]]
+        assert losses[-1] < losses[0] - 0.5
+        assert result["train_loss"] == pytest.approx(np.mean(losses[-3:]))
+        assert result["validation_loss"] < losses[0] - 0.5
+        assert result["rows"] == 10
+        assert 0 < result["reloaded_loss_difference"] < 0.05  # the weights were rounded to bf16
+        assert {tensor.dtype for tensor in load_file(home / "job" / "model.safetensors").values()} == {torch.bfloat16}
+        saved = json.loads((home / "job" / "config.json").read_text())
+        assert (saved["dtype"], saved["use_cache"]) == ("bfloat16", True)
+        assert (home / "job" / "generation_config.json").exists()
+        assert AutoTokenizer.from_pretrained(home / "job").chat_template
+        assert list((home / "job" / "tensorboard").iterdir())
+        assert not (home / "job" / "trainer").exists()
+
+    def test_accumulated_batches_give_the_step_of_one_large_batch(self, home: Path, tiny_model: Path) -> None:
+        data = write_rows(*NUMBERS)
+        settings = {"global_batch_size": 8, "num_train_epochs": 2, "packing": "none"}
+        large = train_here(make_job(tiny_model, data, per_device_train_batch_size=8, **settings), home / "large")
+        job = make_job(tiny_model, data, per_device_train_batch_size=2, gradient_checkpointing=True, **settings)
+        small = train_here(job, home / "small")
+        np.testing.assert_allclose(large["loss_by_step"][1:], small["loss_by_step"][1:], rtol=0.05)
+        assert large["steps"] == small["steps"] == 6
+
+    def test_packed_rows_train_without_padding(self, home: Path, tiny_model: Path) -> None:
+        result = train_here(make_job(tiny_model, write_rows(*NUMBERS), packing="packed"), home / "job")
+        assert result["padding_share"] == 0
+        assert result["preflight"]["loss_differs_from_models_own_by"] < 1e-4
+
+    def test_packing_is_refused_where_a_model_does_not_keep_rows_apart(
+        self, home: Path, tiny_model: Path, tmp_path: Path
+    ) -> None:
+        from transformers import MambaConfig, MambaForCausalLM
+
+        vocabulary = AutoModelForCausalLM.from_pretrained(tiny_model).config.vocab_size
+        shutil.copytree(tiny_model, tmp_path / "mamba")
+        torch.manual_seed(0)
+        config = MambaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, state_size=4)
+        MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+        with pytest.raises(TrainingError, match="take packing: grouped"):
+            train_here(make_job(tmp_path / "mamba", write_rows(*NUMBERS), packing="packed"), home / "job")
+
+    def test_a_loss_that_is_no_number_ends_the_job_and_names_its_rows(
+        self, home: Path, tiny_model: Path, tokenizer: Any, tmp_path: Path
+    ) -> None:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        model.get_input_embeddings().weight.data[tokenizer("@", add_special_tokens=False)["input_ids"]] = float("nan")
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(torch.nan_to_num(model.lm_head.weight.data.clone()))
+        shutil.copytree(tiny_model, tmp_path / "broken")
+        model.save_pretrained(tmp_path / "broken")
+        data = write_rows(*NUMBERS[:10], "One answer with @ in it, and more words than the others have.")
+        job = make_job(tmp_path / "broken", data, per_device_train_batch_size=1)
+        with pytest.raises(TrainingError, match=r"the loss is nan in step \d, on the rows row-10; lower"):
+            train_here(job, home / "job")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"precision": "fp16"}, "fp16 needs a GPU; .* take auto, bf16 or fp32"),
+            ({"peft": "qlora"}, "qlora needs a CUDA GPU and bitsandbytes; take peft: lora"),
+        ],
+    )
+    def test_what_needs_a_gpu_is_refused_without_one(
+        self, settings: dict[str, Any], message: str, home: Path, tiny_model: Path
+    ) -> None:
+        with pytest.raises(SettingsError, match=message):
+            train_here(make_job(tiny_model, write_rows(*NUMBERS), **settings), home / "job")
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    @pytest.mark.parametrize(
+        "settings", [{"precision": "fp16"}, {"peft": "qlora", "precision": "bf16"}, {"packing": "packed"}]
+    )
+    def test_what_only_a_gpu_can_do_lowers_the_loss(
+        self, settings: dict[str, Any], home: Path, tiny_model: Path
+    ) -> None:
+        if settings.get("peft") == "qlora":
+            pytest.importorskip("bitsandbytes")
+        data = write_rows(*["The answer is always the same."] * 12)
+        result = train_here(make_job(tiny_model, data, num_train_epochs=4, **settings), home / "job")
+        losses = [loss for _, loss in result["loss_by_step"]]
+        assert result["device"] == "cuda:0" and losses[-1] < losses[0] - 0.2
+
+    def test_memory_that_falls_short_is_named_with_advice(self, tiny_model: Path) -> None:
+        job = make_job(tiny_model, Path("none"))
+        advised = r"error: out of memory \(CUDA out of memory\); to make it fit: a smaller"
+        with pytest.raises(SystemExit, match=advised), one_clear_last_line(job):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        with pytest.raises(SystemExit, match="peft: lora"), one_clear_last_line(job):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    def test_lora_keeps_its_adapter_and_merges_it_into_the_model(self, home: Path, tiny_model: Path) -> None:
+        data = write_rows(*NUMBERS)
+        job = make_job(tiny_model, data, peft="lora", learning_rate=5e-3, num_train_epochs=3)
+        result = train_here(job, home / "job")
+        assert (home / "job" / "adapter" / "adapter_model.safetensors").exists()
+        assert result["reloaded_loss_difference"] < 1e-4
+        before, after = load_file(tiny_model / "model.safetensors"), load_file(home / "job" / "model.safetensors")
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {name for name in before if "_proj" in name}
+        assert before.keys() == after.keys()
+
+
+@pytest.mark.slow
+class TestProcesses:
+    """Real processes, killed with -9 where it matters."""
+
+    def test_a_killed_training_goes_on_to_the_very_same_weights(self, home: Path, tiny_model: Path) -> None:
+        data = write_rows(*NUMBERS * 2)
+        settings = {"num_train_epochs": 4, "packing": "grouped", "per_device_train_batch_size": 2, "peft": "lora"}
+        undisturbed = train_here(make_job(tiny_model, data, save_steps=0, **settings), home / "whole")
+        job = make_job(tiny_model, data, save_steps=7, save_total_limit=1, **settings)
+        directory = home / "killed"
+        directory.mkdir(parents=True)
+        (directory / "job.json").write_text(json.dumps(job))
+        command = [sys.executable, "-m", "tasks.jobs.sft", str(directory / "job.json")]
+        child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while not complete_checkpoints(directory / "trainer"):
+            time.sleep(0.02)
+            assert child.poll() is None, "the training ended before it could be killed"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not (directory / "result.json").exists()
+        (directory / "trainer" / "checkpoint-40").mkdir()  # half written: it has no mark
+        reports: list[dict[str, Any]] = []
+        threads = {"OMP_NUM_THREADS": "1"}  # as here: in how many parts a sum is made shows in its last bits
+        resumed = run_job("tasks.jobs.sft", job, directory, environment=threads, on_progress=reports.append)
+        assert reports[0]["done"] >= 7
+        assert resumed["content"] == undisturbed["content"]
+        assert resumed["loss_by_step"] == undisturbed["loss_by_step"]
+        assert resumed["tokens"] == undisturbed["tokens"]
+
+    def test_a_failure_is_told_in_one_clear_last_line(self, home: Path, tiny_model: Path) -> None:
+        data = write_rows("Yes.", ask="word " * 400)
+        with pytest.raises(JobError, match=r"\nerror: none of 1 rows has a label.*$"):
+            run_job("tasks.jobs.sft", make_job(tiny_model, data, max_length=64), home / "job")
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
@@ -88,35 +376,10 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-2" / "complete").touch()
     (tmp_path / "checkpoint-10" / "complete").touch()
-    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(home: Path, tiny_model: Path) -> None:
-    data = examples(*[f"The answer is {number}." for number in range(24)])
-    settings = job(tiny_model, data, num_train_epochs=4, save_steps=6)
-    undisturbed = run_job("tasks.jobs.sft", settings, home / "whole")
-    directory = home / "killed"
-    directory.mkdir(parents=True)
-    (directory / "job.json").write_text(json.dumps(settings))
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tasks.jobs.sft", str(directory / "job.json")], env=os.environ.copy()
-    )
-    while not list(directory.glob("trainer/checkpoint-*/complete")):
-        time.sleep(0.02)
-        assert child.poll() is None, "the training ended before it could be killed"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (directory / "result.json").exists()
-    resumed = run_job("tasks.jobs.sft", settings, directory)
-    assert resumed["content"] == undisturbed["content"]
-
-
-def test_nothing_to_learn_from_ends_the_job_with_one_clear_line(home: Path, tiny_model: Path) -> None:
-    data = examples("Yes.", ask="word " * 400)
-    with pytest.raises(JobError, match="none of 1 rows has a label"):
-        run_job("tasks.jobs.sft", job(tiny_model, data, max_length=64), home / "job")
-
-
-def test_batch_sizes_that_do_not_add_up_are_refused() -> None:
-    with pytest.raises(ValueError, match="no multiple of the 3 rows"):
-        SftSettings(global_batch_size=8, per_device_train_batch_size=3)
+def test_history_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert read_history(tmp_path, tmp_path / "checkpoint-2") == [{"step": 1}, {"step": 2}]
+    assert read_history(tmp_path, None) == []

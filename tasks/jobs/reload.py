@@ -1,0 +1,80 @@
+"""Saves a trained model, and reads it back as a stranger would: `python -m tasks.jobs.reload FOLDER ROWS.json`.
+
+Prints the loss that the model in FOLDER has on the encoded rows. The trainer compares it with its own: a model that was
+gathered wrongly from several devices is found out before anyone uses it. Under FSDP and ZeRO a fresh process does this,
+since in the trainer's own every model that is loaded would be sharded as well.
+
+With a folder `adapter` in FOLDER, the adapter is first merged into its base and the result saved into FOLDER.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tasks.jobs.dataset import padded
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+
+
+def stored_dtype(model: str) -> torch.dtype:
+    """The precision in which a model's weights are stored."""
+    dtype = AutoConfig.from_pretrained(model).dtype or "float32"
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def save_model(weights: dict[str, torch.Tensor], like: Any, dtype: torch.dtype, folder: Path) -> None:
+    """Save weights as a plain checkpoint in `dtype`, with the config and the generation config of the model `like`."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(like.config, dtype=dtype)
+    given = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    skeleton.load_state_dict(given, strict=False, assign=True)
+    skeleton.tie_weights()  # a tied weight may have been given by one of its names
+    if lost := [name for name, weight in skeleton.named_parameters() if weight.is_meta]:
+        raise RuntimeError(f"the trained model lacks the weights {lost}")
+    skeleton.generation_config, skeleton.config.use_cache = like.generation_config, True
+    skeleton.save_pretrained(folder)
+
+
+def merge_adapter(folder: Path) -> None:
+    """Merge `folder/adapter` into the base model that its config names, and save the result into `folder`."""
+    from peft import PeftModel
+
+    base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload()
+    save_model(merged.state_dict(), merged, stored_dtype(base), folder)
+
+
+@torch.no_grad()
+def loss_of_saved(folder: Path, rows: list[dict[str, Any]]) -> float:
+    """Mean loss a labelled token, by a model just read from disk, computed in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    AutoTokenizer.from_pretrained(folder)  # it must be there, and readable
+    batch = padded(rows)
+    names = ("input_ids", "attention_mask", "logits_to_keep", "labels", "shift_labels")
+    return model(**{name: batch[name] for name in names}).loss.item()
+
+
+def loss_in_fresh_process(folder: Path, rows: list[dict[str, Any]]) -> float:
+    """`python -m tasks.jobs.reload`, outside of the launcher's group of processes."""
+    file = folder / "trainer" / "rows.json"
+    file.write_text(json.dumps([row | {"input_ids": row["input_ids"].tolist()} for row in rows]))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
+    command = [sys.executable, "-m", "tasks.jobs.reload", str(folder), str(file)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the saved model could not be read back: {' '.join(command)}")
+    return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    if (directory / "adapter").is_dir():
+        merge_adapter(directory)
+    print(loss_of_saved(directory, json.loads(Path(sys.argv[2]).read_text())))

@@ -1,0 +1,39 @@
+"""`lion finetune`: this stage alone, on a file of one's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.lion import lion
+
+ROWS = [
+    {"instruction": "word " * 400, "input": "", "output": "The prompt alone fills the length."},
+    {"instruction": "Say nothing.", "input": "", "output": " \n"},
+    {"instruction": "Say x often.", "input": "", "output": "x" * 100_000},
+    {"messages": [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "One."}]},
+    *({"instruction": f"Say {number}.", "input": "", "output": f"The number {number}."} for number in range(8)),
+]
+
+
+@pytest.mark.slow
+def test_the_right_rows_are_trained_and_the_others_named(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    student = f"--set=student.model.model_name_or_path={tiny_model}"
+    command = ["finetune", "--preset", "smoke", student, f"--data={tmp_path / 'rows.jsonl'}"]
+    done = lion(tmp_path / "home", *command, f"--out={tmp_path / 'model'}")
+    assert "not trained on, no_label: " in done.stderr and "rows.jsonl, line 1\n" in done.stderr
+    assert "not trained on, empty: " in done.stderr and "rows.jsonl, line 2\n" in done.stderr
+    assert "1 answers were cut at 128 tokens" in done.stderr
+    result = json.loads((tmp_path / "model" / "result.json").read_text())
+    assert (result["rows"], result["steps"]) == (10, 3)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again = lion(tmp_path / "home", *command)
+    assert again.stdout.split("\n")[:-2] == done.stdout.split("\n")[:-2]  # found, not trained again: the same seconds
+
+
+def test_a_file_without_answers_is_refused_by_its_place(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"instruction": "Say it."}]')
+    done = lion(tmp_path, "finetune", "--preset", "smoke", f"--data={tmp_path / 'rows.json'}", code=2)
+    assert "rows.json, item 1: no answer to train on (found: instruction)" in done.stderr

@@ -1,0 +1,100 @@
+"""Every strategy with two real processes on the CPU: killed with -9, resumed, saved, read back, and the same curve.
+
+One undisturbed training in a single process is what all of them are held against: the same rows in the same steps.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tasks.jobs.launch import run_job
+from tasks.jobs.settings import SftSettings, launcher_command
+from tests.tasks.jobs.test_sft import NUMBERS, make_job, train_here, write_rows
+
+pytestmark = pytest.mark.slow
+
+TRAINING: dict[str, Any] = {"num_train_epochs": 4, "save_steps": 5, "save_total_limit": 1, "validation_share": 0.1}
+STRATEGIES = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp", "gradient_checkpointing": True},
+    "zero2": {"strategy": "deepspeed-zero2"},
+    "zero3": {"strategy": "deepspeed-zero3", "gradient_checkpointing": True},
+    "zero3-offload": {"strategy": "deepspeed-zero3", "offload": "parameters"},
+    "fsdp-lora": {"strategy": "fsdp", "peft": "lora", "lora_dropout": 0.0},
+}
+WRAPPED = {"ddp": "DistributedDataParallel", "fsdp": "FSDP", "deepspeed": "DeepSpeedEngine"}
+REFERENCE: dict[str, dict[str, Any]] = {}  # of each kind of peft, trained once
+
+
+@pytest.fixture
+def undisturbed(home: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A training in this process alone, of the same rows in the same steps."""
+
+    def of(peft: str) -> dict[str, Any]:
+        if peft not in REFERENCE:
+            data = write_rows(*NUMBERS * 2)
+            folder = tmp_path_factory.mktemp("undisturbed")
+            job = make_job(tiny_model, data, **TRAINING | {"peft": peft, "lora_dropout": 0.0})
+            REFERENCE[peft] = train_here(job, folder) | {"weights": load_file(folder / "model.safetensors")}
+        return REFERENCE[peft]
+
+    return of
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_killed_training_resumes_and_ends_as_one_process_would(
+    name: str, undisturbed: Any, home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    expected = undisturbed(STRATEGIES[name].get("peft", "none"))
+    launched = {"processes_per_node": 2, "per_device_train_batch_size": 2}
+    job = make_job(tiny_model, write_rows(*NUMBERS * 2), **TRAINING | launched | STRATEGIES[name])
+    launcher = launcher_command(SftSettings(**job["config"]))
+    directory = tmp_path / "job"
+    kill_after_a_checkpoint(job, launcher, directory, whom=list(STRATEGIES).index(name))
+    assert not (directory / "result.json").exists()
+
+    result = run_job("tasks.jobs.sft", job, directory, launcher=launcher)
+    assert result["preflight"]["resumed_from"].startswith("checkpoint-")
+    assert result["world_size"] == 2
+    assert WRAPPED[result["strategy"].split("-")[0]] in result["wrapped_in"]
+    assert [step for step, _ in result["loss_by_step"]] == [step for step, _ in expected["loss_by_step"]]
+    np.testing.assert_allclose(result["loss_by_step"], expected["loss_by_step"], rtol=2e-3)
+    assert result["validation_loss"] == pytest.approx(expected["validation_loss"], rel=2e-3)
+    assert result["tokens"] == expected["tokens"]
+    assert result["reloaded_loss_difference"] < 1e-4  # by a fresh process
+    saved = load_file(directory / "model.safetensors")
+    assert saved.keys() == expected["weights"].keys()
+    for key, weight in saved.items():
+        np.testing.assert_allclose(weight, expected["weights"][key], atol=2e-3, err_msg=key)
+    assert not (directory / "trainer").exists()
+    if "lora" in name:
+        assert (directory / "adapter" / "adapter_model.safetensors").exists()
+
+
+def kill_after_a_checkpoint(job: dict[str, Any], launcher: list[str], directory: Path, whom: int) -> None:
+    """Start a training and kill the process that asked for it, its launcher or a rank, once a checkpoint is complete.
+
+    All of them must be gone then.
+    """
+    asked = f"run_job('tasks.jobs.sft', json.loads(sys.argv[1]), Path({str(directory)!r}), launcher={launcher})"
+    code = f"import json, sys; from pathlib import Path; from tasks.jobs.launch import run_job; {asked}"
+    flow = subprocess.Popen([sys.executable, "-c", code, json.dumps(job)], stderr=subprocess.DEVNULL)
+    while not list(directory.glob("trainer/checkpoint-*/complete")):
+        time.sleep(0.02)
+        assert flow.poll() is None, (directory / "log.txt").read_text()
+    below = psutil.Process(flow.pid).children(recursive=True)
+    assert len(below) >= 3, "a launcher and two ranks"
+    os.kill([flow.pid, *(process.pid for process in below)][whom % 4], signal.SIGKILL)
+    assert flow.wait() != 0
+    _, alive = psutil.wait_procs(below, timeout=30)
+    assert not alive, f"still there: {alive}"

@@ -1,0 +1,84 @@
+"""What is trained on: rows of any usual form, and only those with an answer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.files import Checkpoint
+from storage.pools import read_rows, write_snapshot
+from tasks import finetune
+from tasks.finetune import FinetuneConfig, NothingToTrainOn, examples_of, finetune_student
+
+MADE = {"left_out": {"no_label": ["a"], "empty": []}, "rows": 1}
+
+
+def test_alpaca_and_messages_and_our_own_rows_become_examples() -> None:
+    asked = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "?"},
+    ]
+    records = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"messages": [*asked, {"role": "assistant", "content": "!"}], "id": 7},
+        {"instruction_id": "own", "messages": asked, "response": "cut sho", "whole": False},
+    ]
+    rows = examples_of(((f"file, line {number}", record) for number, record in enumerate(records, 1)), "Be brief.")
+    assert [row["instruction_id"] for row in rows] == ["file, line 1", "7", "own"]
+    assert [row["response"] for row in rows] == ["3", "!", "cut sho"]
+    assert [row["whole"] for row in rows] == [True, True, False]
+    assert rows[0]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Add.\n\n1 2"},
+    ]
+    assert rows[1]["messages"] == rows[2]["messages"] == asked
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "Add."},
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "assistant", "content": "Hi"}]},
+        {"instruction": "Add.", "output": None},
+        "Add.",
+    ],
+)
+def test_a_record_without_an_answer_is_refused_by_its_place(record: Any) -> None:
+    with pytest.raises(NothingToTrainOn, match=r"rows\.json, item 3: no answer"):
+        examples_of([("rows.json, item 3", record)], None)
+
+
+def test_only_whole_good_answers_are_trained_on_and_the_others_are_counted(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = [{"instruction_id": key, "instruction": key, "origin": "seed"} for key in "abcde"]
+    statuses = {"a": "ok", "b": "truncated", "c": "failed", "d": "ok"}
+    answers = [
+        {"instruction_id": key, "role": "teacher", "model": "m", "status": status, "prompt_tokens": 1,
+         "completion_tokens": 1, "response": None if status == "failed" else "answer"}
+        for key, status in statuses.items()
+    ]  # fmt: skip
+    jobs = []
+
+    def make_checkpoint(module: str, job: dict[str, Any], made_from: dict[str, Any], **options: Any) -> Any:
+        jobs.append(made_from)
+        return Checkpoint(digest="d", content="c"), MADE
+
+    monkeypatch.setattr(finetune, "make_checkpoint", make_checkpoint)
+    inputs = [
+        write_snapshot("instructions", pool, step="t", version=1),
+        write_snapshot("responses", answers, step="t", version=1),
+    ]
+    student = Checkpoint(digest="s", content="s")
+    trained = finetune_student.fn(FinetuneConfig(), student, *inputs, None, 0)
+    assert [row["instruction_id"] for row in read_rows(trained.examples)] == ["a", "d"]
+    assert trained.left_out == {"truncated": 1, "failed": 1, "unanswered": 1, "no_label": 1}
+    assert trained.rows == 1
+
+    often = FinetuneConfig.model_validate({"training": {"save_steps": 7, "report_to": ["wandb"]}})
+    finetune_student.fn(often, student, *inputs, None, 0)
+    longer = FinetuneConfig.model_validate({"training": {"max_length": 512}})
+    finetune_student.fn(longer, student, *inputs, None, 0)
+    assert jobs[0] == jobs[1] != jobs[2]
