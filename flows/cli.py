@@ -13,7 +13,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows import commands_evaluation, commands_handover, commands_human, commands_talk, commands_training
+from flows import (
+    commands_evaluation,
+    commands_handover,
+    commands_human,
+    commands_service,
+    commands_talk,
+    commands_training,
+)
 from flows.terminal import (
     AsJson,
     ConfigFile,
@@ -40,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(commands_evaluation.commands)
 app.add_typer(commands_handover.commands)
+app.add_typer(commands_service.commands)
 app.add_typer(commands_talk.commands)
 app.add_typer(commands_human.commands)
 app.add_typer(commands_training.commands)
@@ -58,6 +66,7 @@ def run(
     use_home(home)
     if preset is None and config is None and not overrides:
         raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
+    from flows.chain import settled
     from flows.config import resolve
     from storage.runs import load_manifest
     from tasks.models.endpoint import key_of
@@ -66,7 +75,7 @@ def run(
     from tasks.seed import read_seeds
 
     given = {"seeds": {"path": seeds}} if seeds else {}
-    settings = resolve(preset, overrides or [], config, **given)
+    settings = settled(resolve(preset, overrides or [], config, **given))
     read_seeds(settings.seeds.path)
     read_seeds(settings.seeds.heldout, bundled="heldout.jsonl")
     for model in settings.models().values():
@@ -113,20 +122,20 @@ def show(
 
 @app.command()
 def runs(as_json: AsJson = False, home: Home = None) -> None:
-    """List the runs of this home, the latest first."""
+    """List the runs of this home, the latest first. Runs that go on from each other are one line."""
     use_home(home)
-    from storage.runs import list_manifests
+    from storage.runs import chains, list_manifests
 
-    manifests = list_manifests()
     rows = [
         {
-            "run": manifest.run_id,
-            "state": manifest.state_now(),
-            "iterations": len(manifest.iterations),
-            "loss": next((r.evaluation.loss for r in reversed(manifest.iterations) if r.evaluation), None),
-            "updated": manifest.updated,
+            "run": last.run_id,
+            "state": last.state_now(),
+            "iterations": len(last.iterations),
+            "loss": next((r.evaluation.loss for r in reversed(last.iterations) if r.evaluation), None),
+            "updated": last.updated,
+            "goes on from": ", ".join(manifest.run_id for manifest in earlier),
         }
-        for manifest in manifests
+        for last, *earlier in chains(list_manifests())
     ]
     print_rows(rows, as_json=as_json)
 

@@ -7,7 +7,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,6 +33,35 @@ class ConfigError(ValueError):
     """A setting cannot be used. The message names it and the way out."""
 
 
+# What one changes from run to run; a deployment's form has these on top.
+Iterations = Annotated[int, Field(ge=1, le=100, description="How often the loop turns (the paper: 3).")]
+StartFrom = Annotated[
+    str,
+    Field(
+        pattern=r"^(base|latest|run:[a-z0-9-]+(:[1-9]\d*)?)$",
+        description="`base`: the first pools and an untrained student. `latest`: go on where the last run of this name "
+        "ended, or failed. `run:ID` or `run:ID:ITERATION`: go on from there.",
+    ),
+]
+Approve = Annotated[
+    Literal["none", "spend", "iteration"],
+    Field(
+        description="Wait for a person: before each iteration, with what it will ask of models (`spend`), or after "
+        "each, with what came of it (`iteration`). Needs a Prefect server.",
+        json_schema_extra=OPERATIONAL,
+    ),
+]
+ApproveWithin = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=30 * 86_400,
+        description="Seconds that a question to a person stays open. Then the run ends, with everything kept.",
+        json_schema_extra=OPERATIONAL,
+    ),
+]
+
+
 class DistillConfig(BaseModel):
     """Adversarial distillation: N iterations of imitation, discrimination and generation."""
 
@@ -41,7 +70,10 @@ class DistillConfig(BaseModel):
     name: str = Field(
         "run", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="The run's name: small letters, digits, -."
     )
-    iterations: int = Field(3, ge=1, le=100, description="How often the loop turns (the paper: 3).")
+    iterations: Iterations = 3
+    start_from: StartFrom = "base"
+    approve: Approve = "none"
+    approve_within: ApproveWithin = 86_400
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Of everything random. The same seed gives the same result.")
     seeds: SeedConfig = Field(SeedConfig(), description="The first instructions, and the held-out ones.")
     teacher: TeacherConfig = Field(TeacherConfig(), description="The model that is learned from.")

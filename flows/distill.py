@@ -10,6 +10,9 @@ Every line below that calls `step(...)` is one stage: cached by content, retried
 
 from prefect import flow
 
+from flows.approval import Approval
+from flows.artifacts import publish_artifacts
+from flows.chain import Start, start_of
 from flows.config import DistillConfig
 from flows.steps import Steps, recorded
 from storage import catalog
@@ -36,15 +39,26 @@ from tasks.teacher import answer_with_teacher
 @flow(name="distill", flow_run_name="{config.name}")
 def distill(config: DistillConfig) -> str:
     """Run N iterations and return the run's id. The same configuration goes on where it was interrupted."""
+    approval = Approval(config)
     with recorded(config) as manifest:
         run = Run(config, manifest)
+        start = start_of(config)
         pools, student = run.baseline()
-        for iteration in range(1, config.iterations + 1):
+        if start:
+            pools, student = run.go_on_from(start)
+        first = len(manifest.iterations) + 1
+        for iteration in range(first, first + config.iterations):
+            if not pools.train.rows:
+                break  # nothing new was found to learn from; the manifest's notes say why
+            run.config = approval.before(run.config, manifest, iteration, pools)
+            if approval.is_over:
+                break
             pools, student = run.iterate(iteration, pools, student)
             write_report(manifest)
             catalog.publish()
-            if not pools.train.rows or run.is_stalled():
-                break  # nothing new was found to learn from, or nothing is gained; the manifest's notes say which
+            publish_artifacts(manifest)
+            if run.is_stalled():
+                break  # nothing is gained; the manifest's notes say so
         manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}
     write_report(manifest)
     catalog.publish()
@@ -105,6 +119,16 @@ class Run:
         self.standing: Baseline | IterationRecord = record  # whose student goes on
         self.answers: list[Snapshot] = []  # the teacher's, of all iterations so far
         return Pools(train=seeds.pool, cache=seeds.pool), self.base
+
+    def go_on_from(self, start: Start) -> tuple[Pools, Checkpoint]:
+        """The pools and the student that an earlier run ended with, its iterations being part of this run's."""
+        self.manifest.iterations = list(start.records)
+        if start.same_teacher:
+            self.answers = [start.records[-1].snapshots["teacher_responses"]]
+        kept = [record for record in start.records if not record.rolled_back]
+        self.standing = kept[-1] if kept else self.manifest.baseline
+        assert self.standing.student, "a finished iteration has a student"
+        return start.pools, self.standing.student
 
     def iterate(self, iteration: int, pools: Pools, student: Checkpoint) -> tuple[Pools, Checkpoint]:
         """One iteration; the next one's pools and student."""

@@ -7,9 +7,11 @@ from importlib.metadata import version
 from typing import Any
 
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.tasks import Task
 from rich.console import Console
 
+from flows.approval import NotApproved
 from flows.config import DistillConfig
 from storage.files import home, locked
 from storage.runs import Baseline, IterationRecord, Manifest, load_manifest, now
@@ -65,6 +67,7 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
             config=config.model_dump(mode="json"),
             versions={name: version(name) for name in ("lion-distill", "prefect", "duckdb", "pyarrow")},
             stage_keys=before.stage_keys if before else [],
+            approvals=before.approvals if before else {},
             warnings=config.warnings(),
         )
         for warning in manifest.warnings:
@@ -72,7 +75,14 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
         manifest.save()
         try:
             yield manifest
-        except BudgetReached as error:
+        except TerminationSignal:
+            manifest.state, manifest.error = (
+                "interrupted",
+                "cancelled, or ended by SIGTERM; everything finished is kept",
+            )
+            manifest.save()
+            raise
+        except (BudgetReached, NotApproved) as error:
             manifest.state, manifest.error = "paused", str(error)
             manifest.save()
             raise

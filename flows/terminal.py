@@ -47,12 +47,18 @@ class Refusal(ValueError):
     """What was asked cannot be done. The message says what can."""
 
 
+def settle_home(home: Path | None) -> None:
+    """Settle where everything is kept."""
+    os.environ["LION_HOME"] = str((home or Path(os.environ.get("LION_HOME") or ".lion")).resolve())
+
+
 def use_home(home: Path | None) -> None:
     """Settle the home, and keep Prefect quiet and to itself; before anything of Prefect is imported."""
-    os.environ["LION_HOME"] = str((home or Path(os.environ.get("LION_HOME") or ".lion")).resolve())
+    settle_home(home)
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
-    if "PREFECT_API_URL" not in os.environ:  # a server of our own, gone with the process
+    if not os.environ.get("PREFECT_API_URL"):  # a server of our own, gone with the process
+        os.environ["PREFECT_API_URL"] = ""  # goes before the URL in prefect.toml
         os.environ.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:///:memory:")
 
 

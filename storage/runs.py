@@ -6,6 +6,7 @@ stages. The one exception is the question whether a *completed* run has anything
 """
 
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Checkpoint, Pointer, Snapshot, StorageError, home, is_locked, write_atomic
 
-State = Literal["running", "completed", "failed", "paused"]
+State = Literal["running", "completed", "failed", "paused", "interrupted"]
 
 
 class Interval(BaseModel):
@@ -122,6 +123,7 @@ class Manifest(BaseModel):
     baseline: Baseline = Field(default_factory=Baseline)
     iterations: list[IterationRecord] = Field(default_factory=list)
     next_pools: dict[str, Snapshot] = Field(default_factory=dict)  # what an iteration more would start from
+    approvals: dict[int, dict[str, Any]] = Field(default_factory=dict)  # by iteration: what a person answered
     stage_keys: list[str] = Field(default_factory=list)  # cache keys of the stages, for --fresh and gc
 
     @property
@@ -198,6 +200,25 @@ def list_manifests() -> list[Manifest]:
     names = (path.parent.name for path in (home() / "runs").glob("*/manifest.json"))
     found = [manifest for name in names if (manifest := load_manifest(name))]
     return sorted(found, key=lambda manifest: (manifest.updated, manifest.run_id), reverse=True)
+
+
+def chains(manifests: Sequence[Manifest]) -> list[list[Manifest]]:
+    """The runs by chain, the latest chain first: each from its last run back to its first."""
+    by_id = {manifest.run_id: manifest for manifest in manifests}
+
+    def before(manifest: Manifest) -> Manifest | None:
+        start: str = manifest.config.get("start_from", "base")
+        return by_id.get(start.removeprefix("run:").partition(":")[0])
+
+    gone_on_from = {earlier.run_id for manifest in manifests if (earlier := before(manifest))}
+    found = []
+    for last in manifests:
+        if last.run_id not in gone_on_from:
+            chain = [last]
+            while earlier := before(chain[-1]):
+                chain.append(earlier)
+            found.append(chain)
+    return found
 
 
 def pointers_in(value: Any) -> list[Pointer]:

@@ -8,25 +8,32 @@ The record of a finished stage is a small JSON file under `$LION_HOME/results`, 
 only while everything it points to is there and undamaged; otherwise that stage, and that one alone, runs again.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.client.orchestration import get_client
+from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
+from prefect.exceptions import ObjectNotFound
 from prefect.locking.protocol import LockManager
 from prefect.serializers import JSONSerializer, Serializer
+from prefect.settings import PREFECT_API_URL
 from prefect.tasks import Task
 from prefect.transactions import IsolationLevel
 from pydantic import BaseModel
 from pydantic.config import JsonDict
 
-from storage.files import Pointer, digest_of, flock, home
+from storage.files import Checkpoint, Pointer, digest_of, flock, home
 from storage.runs import pointers_in
 from tasks.models.budget import Account
 from tasks.models.errors import ModelError
+from tasks.models.ready import ReadyModel
 
 OPERATIONAL: JsonDict = {
     "operational": True
@@ -142,6 +149,46 @@ def stage_key_of(stage: Task[..., Any], inputs: tuple[Any, ...]) -> str:
     return stage.cache_policy.compute_key(None, parameters, {})  # type: ignore[arg-type, return-value]
 
 
+GPU_LIMIT, API_LIMIT = "lion-gpu", "lion-teacher-api"
+
+
+def limit_of(inputs: Iterable[Any]) -> str | None:
+    """The global concurrency limit that a stage with these inputs keeps: it runs a model here, or asks an endpoint."""
+    for value in inputs:
+        if isinstance(value, list | tuple) and (limit := limit_of(value)):
+            return limit
+        if isinstance(value, ReadyModel):
+            return GPU_LIMIT if value.checkpoint else API_LIMIT
+        if isinstance(value, Checkpoint):
+            return GPU_LIMIT
+    return None
+
+
+def on_a_server() -> bool:
+    """Whether this process talks to a Prefect server that others see too."""
+    return bool(PREFECT_API_URL.value())
+
+
+def _is_defined(limit: str) -> bool:
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_global_concurrency_limit_by_name(limit).active
+        except ObjectNotFound:
+            return False
+
+
+def _within_limits(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run only while the limit of its inputs has a free slot. A stage that is cached takes none."""
+
+    @functools.wraps(function)
+    def limited(*inputs: Any, **named: Any) -> Any:
+        limit = limit_of([*inputs, *named.values()]) if on_a_server() else None
+        with concurrency(limit) if limit and _is_defined(limit) else nullcontext():
+            return function(*inputs, **named)
+
+    return limited
+
+
 def stage(
     name: str,
     *,
@@ -176,6 +223,6 @@ def stage(
             retries=retries,
             retry_delay_seconds=5,
             retry_condition_fn=may_pass,
-        )(function)
+        )(_within_limits(function))
 
     return decorate

@@ -1,20 +1,28 @@
-"""How far a long stage is: a bar in a terminal, a line now and then in Prefect's log, or a plain line."""
+"""How far a long stage is: a bar in a terminal, a line now and then in Prefect's log, or a plain line.
+
+On a Prefect server also a progress artifact.
+"""
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import TaskRunContext
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tasks.models.chat import OnProgress
+from tasks.policies import on_a_server
 
 SECONDS_BETWEEN_LINES = 15
+SECONDS_BETWEEN_UPDATES = 3  # of the artifact
 
 
 @contextmanager
@@ -22,7 +30,30 @@ def progress(what: str) -> Iterator[OnProgress]:
     """Show the progress of `what` while the block runs; call the given function with done, total, figures."""
     console = Console(stderr=True)
     with _bar(console, what) if console.is_terminal else _lines(what) as show:
-        yield show
+        if on_a_server() and TaskRunContext.get():
+            with _artifact(what, show) as show_there_too:
+                yield show_there_too
+        else:
+            yield show
+
+
+@contextmanager
+def _artifact(what: str, show: OnProgress) -> Iterator[OnProgress]:
+    """A progress artifact under the key `progress-WHAT`; it ends at 100 only where the stage does."""
+    artifact: Any = create_progress_artifact(
+        0.0, key=f"progress-{re.sub('[^a-z0-9]+', '-', what.lower())}", description=what
+    )
+    last = time.monotonic()
+
+    def show_there_too(done: int, total: int, figures: dict[str, Any]) -> None:
+        nonlocal last
+        show(done, total, figures)
+        if total and time.monotonic() - last >= SECONDS_BETWEEN_UPDATES:
+            last = time.monotonic()
+            update_progress_artifact(artifact, 100 * done / total, f"{what} {done}/{total} {_written(figures)}")
+
+    yield show_there_too
+    update_progress_artifact(artifact, 100.0)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ TEMPLATE = "report.html.jinja"
 INK, GRID, STUDENT, HARD = "#7a828e", "#8888884d", "#2f7ed8", "#d9480f"  # greys that read on white and on black
 WIDEST = 10  # score gaps shown side by side
 
-WIDEST_GAPS = f"""
+WIDEST_GAPS = """
 select v.score_gap, v.teacher_score, v.student_score, p.instruction, p.input, p.category,
        t.response as teacher, t.status as teacher_status, s.response as student, s.status as student_status
 from verdicts as v
@@ -30,7 +30,7 @@ join teacher as t using (instruction_id)
 join student as s using (instruction_id)
 where v.score_gap is not null
 order by v.score_gap desc, v.instruction_id
-limit {WIDEST}
+limit $limit
 """
 
 HARD_SHARE = """
@@ -52,8 +52,8 @@ def write_report(manifest: Manifest) -> Path:
     page = environment.get_template(TEMPLATE).render(
         manifest=manifest,
         rows=progress_rows(manifest),
-        charts=_charts(manifest),
-        widest=_widest(manifest),
+        charts=charts(manifest),
+        widest=widest(manifest, WIDEST),
         improved=most_improved(manifest),
         contaminated=contaminated(manifest),
         lineage=lineage(manifest),
@@ -101,19 +101,19 @@ def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
     return rows
 
 
-def _charts(manifest: Manifest) -> list[dict[str, str]]:
+def charts(manifest: Manifest) -> list[dict[str, str]]:
     """Title, one line of reading help, and SVG of each chart that there are data for."""
     points = [row for row in progress_rows(manifest) if row["loss"] is not None]
-    charts = [
+    made = [
         _chart("Held-out loss", "Nats per token of the teacher's answers to instructions no pool holds. Lower is better.",
                _by_iteration(points, "loss", "nats per token")),
         _chart("Held-out score", "Mean ROUGE-L score of the student's answers against the teacher's, 1 to 10. Higher is better.",
                _by_iteration(points, "score", "score")),
     ]  # fmt: skip
-    charts += [_chart(*described) for described in gain_charts(manifest)]
+    made += [_chart(*described) for described in gain_charts(manifest)]
     judged = [record for record in manifest.iterations if "verdicts" in record.snapshots]
     for record in judged:
-        charts.append(
+        made.append(
             _chart(
                 f"Score gaps, iteration {record.iteration}",
                 "Teacher's score minus student's, a row of the cache pool each. Right of the line is hard.",
@@ -122,7 +122,7 @@ def _charts(manifest: Manifest) -> list[dict[str, str]]:
         )
     if judged:
         last = judged[-1]
-        charts.append(
+        made.append(
             _chart(
                 f"Hard share by category, iteration {last.iteration}",
                 "Where the student still falls behind.",
@@ -136,8 +136,8 @@ def _charts(manifest: Manifest) -> list[dict[str, str]]:
         if count
     ]
     if rejected:
-        charts.append(_chart("What became of the candidates", "New instructions by outcome.", _candidates(rejected)))
-    return charts
+        made.append(_chart("What became of the candidates", "New instructions by outcome.", _candidates(rejected)))
+    return made
 
 
 def _chart(title: str, note: str, chart: alt.Chart | alt.LayerChart) -> dict[str, str]:
@@ -199,13 +199,14 @@ def _candidates(rows: list[dict[str, Any]]) -> alt.Chart:
     )
 
 
-def _widest(manifest: Manifest) -> list[dict[str, Any]]:
-    """The widest gaps of the last iteration, with both answers."""
+def widest(manifest: Manifest, limit: int) -> list[dict[str, Any]]:
+    """The rows of the widest gaps in the last iteration, with both answers."""
     for record in reversed(manifest.iterations):
         made = record.snapshots
         if "verdicts" in made:
             return query(
                 WIDEST_GAPS,
+                {"limit": limit},
                 verdicts=made["verdicts"],
                 pool=made["cache_pool"],
                 teacher=made["teacher_responses"],

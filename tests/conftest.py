@@ -10,8 +10,8 @@ os.environ |= {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_API_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///:memory:",
     "HF_HUB_OFFLINE": "1",
+    "PREFECT_API_URL": "",  # a server of the tests' own; goes before the URL in prefect.toml
 }
-os.environ.pop("PREFECT_API_URL", None)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -9,12 +9,14 @@ Imports no torch: the orchestrating process starts this.
 
 import ctypes
 import json
+import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +34,20 @@ ENVIRONMENT = {
     # Threads that spin at a barrier make a shared CPU twenty times slower; sleeping costs microseconds.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+
+
+_logger = logging.getLogger("lion.jobs")  # Prefect shows it with the run: `logging.extra_loggers` in prefect.toml
+SECONDS_BETWEEN_LINES = 2
+_logger.addHandler(logging.NullHandler())  # without one, Python prints warnings
+_last_line = 0.0
+
+
+def log_now_and_then(line: str) -> None:
+    """Log a line of a job, one every two seconds at most: thousands of warnings are in `log.txt`, not in a database."""
+    global _last_line
+    if time.monotonic() - _last_line >= SECONDS_BETWEEN_LINES:
+        _last_line = time.monotonic()
+        _logger.warning(line)
 
 
 class JobError(RuntimeError):
@@ -58,7 +74,7 @@ def run_job(
     launcher: Sequence[str] = (sys.executable,),
     environment: dict[str, str] | None = None,
     on_progress: Callable[[dict[str, Any]], None] = lambda figures: None,
-    on_notable_line: Callable[[str], None] = lambda line: None,
+    on_notable_line: Callable[[str], None] = log_now_and_then,
 ) -> dict[str, Any]:
     """Run `<launcher> -m <module> <directory>/job.json` to its end and return its `result.json`.
 

@@ -1,0 +1,114 @@
+"""What a run shows in the Prefect UI: artifacts under keys that stay the same, so that each has a history.
+
+`NAME` is the name of the run's configuration: `NAME-iterations`, `NAME-hardest`, `NAME-spend`, `NAME-report`, and a
+chart each. How far a long stage is shows `tasks/progress.py`.
+"""
+
+import base64
+import os
+import re
+
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
+
+from storage.journal import Journal
+from storage.runs import Manifest
+from tasks.policies import on_a_server
+from tasks.report import charts, progress_rows, widest
+
+HARDEST = 10
+CELL = 300  # characters of a text in a table
+
+
+def publish_artifacts(manifest: Manifest) -> None:
+    """Show the run as far as it has come; without a server there is nobody to show it to."""
+    if not on_a_server():
+        return
+    name = manifest.config["name"]
+    create_table_artifact(
+        [
+            {
+                "iteration": row["iteration"] or "start",
+                "trained on": f"{record.trained_rows} of {record.train_rows}" if record else "",
+                "hard / easy / undecided": f"{record.hard} / {record.easy} / {record.undecided}" if record else "",
+                "new / rejected": f"{record.generated.accepted} / {sum(record.generated.rejected.values())}"
+                if record
+                else "",
+                "loss": _rounded(row["loss"]),
+                "score": _rounded(row["score"]),
+                "seconds": round(sum(row["seconds"].values())),
+            }
+            for row in progress_rows(manifest)
+            for record in [row["record"]]
+        ],
+        key=f"{name}-iterations",
+        description=f"Run {manifest.run_id}. Loss: nats per token of the teacher's held-out answers. Score: 1 to 10.",
+    )
+    create_table_artifact(
+        [
+            {
+                "gap": _rounded(row["score_gap"]),
+                "category": row["category"],
+                "instruction": _cut(row["instruction"]),
+                "teacher": _cut(row["teacher"]),
+                "student": _cut(row["student"]),
+            }
+            for row in widest(manifest, HARDEST)
+        ],
+        key=f"{name}-hardest",
+        description="Where the student falls furthest behind.",
+    )
+    if judged := [(record.iteration, record.judge) for record in manifest.iterations if record.judge]:
+        create_table_artifact(
+            [{"iteration": iteration, **judge.model_dump(exclude={"unusable"})} for iteration, judge in judged],
+            key=f"{name}-judge",
+            description="How far the referee can be trusted. Shares are of pairs read in both orders.",
+        )
+    with Journal() as journal:
+        spent = journal.spend(manifest.run_id)
+    create_table_artifact(
+        [
+            {
+                "iteration": line.iteration,
+                "role": line.role,
+                "model": line.model,
+                "requests": line.requests,
+                "tokens": line.prompt_tokens + line.completion_tokens,
+                "usd": round(line.usd, 4),
+            }
+            for line in spent
+        ]
+        or [{"nothing": "All models of this run are on this machine."}],
+        key=f"{name}-spend",
+        description=f"${sum(line.usd for line in spent):.2f} so far.",
+    )
+    for chart in charts(manifest):
+        create_image_artifact(
+            "data:image/svg+xml;base64," + base64.b64encode(chart["svg"].encode()).decode(),
+            key=f"{name}-{_slug(chart['title'])}",
+            description=f"{chart['title']}. {chart['note']}",
+        )
+    create_link_artifact(
+        _link(manifest), link_text="Report", key=f"{name}-report", description=str(manifest.folder / "report.html")
+    )
+
+
+def _link(manifest: Manifest) -> str:
+    """Where the report is: on this machine, or under LION_REPORTS_URL where the home's `runs` is served."""
+    served = os.environ.get("LION_REPORTS_URL")
+    return (
+        f"{served.rstrip('/')}/{manifest.run_id}/report.html" if served else (manifest.folder / "report.html").as_uri()
+    )
+
+
+def _slug(title: str) -> str:
+    """A chart's title as a key. Charts of a single iteration are its latest state, so its number is left out."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r", iteration \d+$", "", title).lower()).strip("-")
+
+
+def _cut(text: str | None) -> str:
+    text = text or ""
+    return text if len(text) <= CELL else text[:CELL] + " …"
+
+
+def _rounded(value: float | None) -> float | str:
+    return "" if value is None else round(value, 3)

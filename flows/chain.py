@@ -1,0 +1,69 @@
+"""Going on from an earlier run: nights in a row make one chain, the same as one run of as many iterations.
+
+A run that goes on takes over the records of the iterations before it, so that it shows the whole chain, and its own
+iterations are counted on. What `latest` means is settled before a run gets its id: a run never changes its start.
+"""
+
+from dataclasses import dataclass
+
+from flows.config import ConfigError, DistillConfig
+from storage.runs import IterationRecord, list_manifests, load_manifest
+from tasks.refresh import Pools
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on."""
+
+    records: list[IterationRecord]  # of the iterations so far
+    pools: Pools
+    same_teacher: bool  # its answers may be taken over
+
+
+def settled(config: DistillConfig) -> DistillConfig:
+    """The configuration with `latest` replaced by what it means now.
+
+    That is the end of the last run of this name; the base where there is none; and where the last run has not ended
+    well, the start which that run had: with unchanged settings it is then the same run, and goes on where it failed.
+    """
+    if config.start_from != "latest":
+        return config
+    last = next((run for run in list_manifests() if run.config["name"] == config.name), None)
+    if last is None:
+        start = "base"
+    elif last.state == "completed":
+        start = f"run:{last.run_id}:{len(last.iterations)}"
+    else:
+        start = last.config["start_from"]
+    return config.model_copy(update={"start_from": start})
+
+
+def is_begun(config: DistillConfig) -> bool:
+    """Whether this very run was begun before and has not come to its end."""
+    before = load_manifest(config.run_id)
+    return before is not None and before.state != "completed"
+
+
+def start_of(config: DistillConfig) -> Start | None:
+    """Where this run goes on; None where it begins from the base.
+
+    Raises:
+        ConfigError: there is no such run, or its iteration was not finished.
+    """
+    if config.start_from == "base":
+        return None
+    run_id, _, number = config.start_from.removeprefix("run:").partition(":")
+    earlier = load_manifest(run_id)
+    if earlier is None:
+        raise ConfigError(f"start_from: no run {run_id!r} here. `lion runs` lists them.")
+    finished = [record for record in earlier.iterations if "candidates" in record.snapshots]
+    wanted = int(number or len(finished))
+    records = finished[:wanted]
+    following = earlier.iterations[wanted].snapshots if wanted < len(earlier.iterations) else earlier.next_pools
+    if not records or len(records) < wanted or "cache_pool" not in following:
+        raise ConfigError(f"start_from: {run_id} has {len(finished)} finished iterations to go on from, not {wanted}.")
+    return Start(
+        records=records,
+        pools=Pools(train=following["train_pool"], cache=following["cache_pool"]),
+        same_teacher=all(earlier.config[part] == config.model_dump(mode="json")[part] for part in ("teacher", "seed")),
+    )

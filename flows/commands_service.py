@@ -1,0 +1,55 @@
+"""`lion up`, `lion deploy`, `lion down`: the loop behind a Prefect server of this machine."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.terminal import Home, note, settle_home
+
+commands = typer.Typer()
+
+
+@commands.command()
+def up(
+    host: Annotated[
+        str | None, typer.Option("--host", help="Listen here, for others. Wants PREFECT_SERVER_API_AUTH_STRING.")
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Start a Prefect server and a worker on this machine, and register all deployments. Again: nothing twice."""
+    _settle(home)
+    from flows import service
+
+    note.print("Server started." if service.start_server(host) else "A server answers already.")
+    deploy(home)
+    note.print("Worker started." if service.start_worker() else "The worker runs already.")
+    note.print(f"UI: {service.ui_url()}", soft_wrap=True)
+
+
+@commands.command()
+def deploy(home: Home = None) -> None:
+    """Bring the work pool, the deployments and the automations on the server up to date."""
+    _settle(home)
+    from flows import service
+
+    for name in service.register():
+        note.print(f"  {name}")
+
+
+@commands.command()
+def down(home: Home = None) -> None:
+    """Stop the worker and the server that `lion up` has started. Flow runs under way are ended, and can go on."""
+    _settle(home)
+    from flows import service
+
+    for name in ("worker", "server"):
+        note.print(f"{name} " + ("stopped" if service.stop(name) else "was not running"))
+
+
+def _settle(home: Path | None) -> None:
+    """The home, and the password: whoever starts the server may also speak to it."""
+    settle_home(home)
+    if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        os.environ.setdefault("PREFECT_API_AUTH_STRING", password)

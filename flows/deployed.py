@@ -1,0 +1,103 @@
+"""The flow that deployments run: typed parameters for the form in the Prefect UI and for `--param`.
+
+    prefect deployment run distill/offline --param iterations=1
+    prefect deployment run distill/offline --param 'discriminate={"threshold": 0.4}'
+
+What is changed from run to run stands at the top. Beneath are the groups of settings, a stage each, folded while they
+are None, which means: as in the preset. What a group says is laid upon the preset's, as `--set` does. The form of the
+UI says all of a group once it is opened, and fills it with the paper's values.
+"""
+
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Completed, Failed
+from pydantic import BaseModel
+
+from flows.approval import NotApproved
+from flows.chain import is_begun, settled
+from flows.config import Approve, ApproveWithin, Iterations, StartFrom, resolve
+from flows.distill import distill as loop
+from tasks.discriminate import DiscriminateConfig
+from tasks.evaluate import EvaluationConfig
+from tasks.finetune import FinetuneConfig
+from tasks.generate import GenerateConfig
+from tasks.models.budget import Budget
+from tasks.models.errors import BudgetReached
+from tasks.referee import RefereeConfig
+from tasks.seed import SeedConfig
+from tasks.selection import StopConfig
+from tasks.student import StudentConfig
+from tasks.teacher import TeacherConfig
+
+
+@flow(name="distill", flow_run_name="{preset} · iterations {iterations} · from {start_from}")
+def distill(
+    iterations: Iterations = 3,
+    start_from: StartFrom = "base",
+    approve: Approve = "none",
+    approve_within: ApproveWithin = 86_400,
+    preset: str = "lion-7b",
+    name: str | None = None,
+    seed: int | None = None,
+    seeds: SeedConfig | None = None,
+    teacher: TeacherConfig | None = None,
+    student: StudentConfig | None = None,
+    finetune: FinetuneConfig | None = None,
+    referee: RefereeConfig | None = None,
+    discriminate: DiscriminateConfig | None = None,
+    generate: GenerateConfig | None = None,
+    budget: Budget | None = None,
+    evaluation: EvaluationConfig | None = None,
+    keep: Literal["best", "last"] | None = None,
+    stop: StopConfig | None = None,
+) -> State[Any]:
+    """Turn the loop of imitation, discrimination and generation. What is already done is found again.
+
+    Args:
+        iterations: How often the loop turns.
+        start_from: base; latest (where the last run of this name ended; one that failed is resumed first); run:ID or
+            run:ID:ITERATION.
+        approve: Wait for a person before each iteration, with what it will ask of models (spend), or after each, with
+            what came of it (iteration).
+        approve_within: Seconds that a question to a person stays open. Then the run ends, with everything kept.
+        preset: Where all settings come from that are not said here.
+        name: The run's name; runs of one name make a chain with start_from latest.
+        seed: Of everything random.
+        seeds: The first instructions, and the held-out ones.
+        teacher: The model that is learned from.
+        student: The compact model that learns.
+        finetune: Imitation. How the student is trained.
+        referee: Who compares the two models' answers.
+        discriminate: Where hard begins.
+        generate: Who writes new instructions, and how many.
+        budget: What a run may spend at most.
+        evaluation: The held-out check after each iteration.
+        keep: Whether a student that is worse than an earlier one is built upon (last) or not (best).
+        stop: When the loop ends before its last iteration.
+    """
+    config = resolve(preset, **_said(locals()))
+    tonight = settled(config)
+    runs = []
+    try:
+        if start_from == "latest" and is_begun(tonight):
+            runs.append(loop.fn(tonight))  # what failed last night comes first
+            tonight = settled(config)
+        if not runs or flow_run.run_count == 1:  # a retry was for what failed, and asks for no further iterations
+            runs.append(loop.fn(tonight))
+    except BudgetReached as error:
+        return Failed(name="BudgetReached", message=str(error))
+    except NotApproved as error:
+        return Cancelled(message=str(error))
+    return Completed(message=f"Runs: {', '.join(runs)}")
+
+
+def _said(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the parameters that somebody gave."""
+    return {
+        name: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+        for name, value in parameters.items()
+        if value is not None and name != "preset"
+    }

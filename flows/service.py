@@ -1,0 +1,196 @@
+"""A Prefect server and a worker on this machine, and what is registered there: pool, deployments, automations.
+
+Everything is idempotent: what is there is left, or brought up to date. The server keeps its records in
+`$LION_HOME/prefect/server.db`, or where PREFECT_SERVER_DATABASE_CONNECTION_URL says (PostgreSQL for a team).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import yaml
+from prefect.automations import Automation
+from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import PREFECT_API_URL
+
+from storage.files import home, write_atomic
+
+DEPLOYMENTS = Path("deployments/prefect.yaml")  # in the repository's root
+AUTOMATIONS = Path("deployments/automations.yaml")
+START_SECONDS, STOP_SECONDS = 120, 20
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+AUTH, SERVER_AUTH = "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"  # the clients', the server's
+
+
+class ServiceError(RuntimeError):
+    """The server or the worker cannot be started, or nothing can be registered. The message says why."""
+
+
+def environment() -> dict[str, str]:
+    """What the server, the worker and the worker's flow runs get to see."""
+    own = {
+        "LION_HOME": str(home()),
+        "LION_ROOT": str(Path.cwd()),
+        "LION_WORK_POOL": "lion",
+        "PREFECT_LOCAL_STORAGE_PATH": str(home() / "prefect" / "storage"),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home() / 'prefect' / 'server.db'}",
+    }
+    return own | os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+
+
+def start_server(host: str | None = None) -> bool:
+    """Start the server where the API's URL says, and wait until it answers; False where one answers already.
+
+    Args:
+        host: the address to listen at, where others shall reach it too.
+
+    Raises:
+        ServiceError: it does not come up, or would be open to the network without a password.
+    """
+    url = urlsplit(PREFECT_API_URL.value())
+    listen = host or url.hostname or "127.0.0.1"
+    if listen not in LOOPBACK and SERVER_AUTH not in os.environ:
+        raise ServiceError(f"Open to the network only with a password: export {SERVER_AUTH}=NAME:PASSWORD")
+    if _answers():
+        return False
+    _start("server", ["server", "start", "--host", listen, "--port", str(url.port)])
+    deadline = time.monotonic() + START_SECONDS
+    while not _answers():
+        if _pid("server") is None or time.monotonic() > deadline:
+            raise ServiceError(f"the server does not come up. Its log: {_file('server', 'log')}\n{_tail('server')}")
+        time.sleep(0.2)
+    return True
+
+
+def start_worker() -> bool:
+    """Start a worker for the pool; False where ours runs already."""
+    if _pid("worker") is not None:
+        return False
+    pool = environment()["LION_WORK_POOL"]
+    _start("worker", ["worker", "start", "--pool", pool, "--type", "process", "--install-policy", "never"])
+    return True
+
+
+def ui_url() -> str:
+    return PREFECT_API_URL.value().removesuffix("/api")
+
+
+def stop(name: str) -> bool:
+    """Stop what was started as `server` or `worker`, with all of its children; False where it does not run."""
+    pid = _pid(name)
+    if pid is None:
+        return False
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while _pid(name) is not None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if _pid(name) is not None:
+        os.killpg(pid, signal.SIGKILL)
+    _file(name, "pid").unlink(missing_ok=True)
+    return True
+
+
+def register() -> list[str]:
+    """Bring the pool, the deployments and the automations up to date; the names of all that is there now.
+
+    Raises:
+        ServiceError: this is not the repository's root, or Prefect refuses.
+    """
+    if not DEPLOYMENTS.is_file():
+        raise ServiceError(f"no {DEPLOYMENTS} here: type this in the root of the checkout.")
+    seen = environment()
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=seen["LION_WORK_POOL"], type="process"))
+    command = [*_prefect(), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
+    done = subprocess.run(command, env=seen, capture_output=True, text=True)
+    if done.returncode:
+        raise ServiceError(f"Prefect refuses {DEPLOYMENTS}:\n{done.stdout}{done.stderr}")
+    names = [f"distill/{entry['name']}" for entry in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]]
+    return [*names, *(_keep_automation(wanted) for wanted in yaml.safe_load(AUTOMATIONS.read_text()))]
+
+
+def _keep_automation(wanted: dict[str, Any]) -> str:
+    """Make an automation, or bring it up to date; switched off while the block that it notifies by is not there."""
+    actions, enabled = [], True
+    for action in wanted["actions"]:
+        if block := action.get("block"):
+            try:
+                found = Block.load(block)
+                assert isinstance(found, Block)
+                action = {key: value for key, value in action.items() if key != "block"}
+                action["block_document_id"] = found._block_document_id
+            except ValueError:  # no such block
+                action, enabled = {"type": "do-nothing"}, False
+        actions.append(action)
+    automation = Automation.model_validate(wanted | {"actions": actions, "enabled": enabled})
+    with get_client(sync_client=True) as client:
+        there = client.read_automations_by_name(automation.name)
+        for surplus in there[1:]:
+            client.delete_automation(surplus.id)
+    if there:
+        automation.id = there[0].id
+        automation.update()
+    else:
+        automation.create()
+    return automation.name + ("" if enabled else " (off: there is no block to notify by)")
+
+
+def _answers() -> bool:
+    """Whether something answers at the API's URL."""
+    try:
+        return httpx.get(f"{PREFECT_API_URL.value()}/health", timeout=2).status_code in (200, 401)
+    except httpx.HTTPError:
+        return False
+
+
+def _prefect() -> list[str]:
+    return [sys.executable, "-m", "prefect"]
+
+
+def _start(name: str, arguments: list[str]) -> None:
+    """Start a Prefect process that outlives this one, in a session of its own."""
+    _file(name, "log").parent.mkdir(parents=True, exist_ok=True)
+    with _file(name, "log").open("a") as log:
+        child = subprocess.Popen(
+            [*_prefect(), *arguments],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    write_atomic(_file(name, "pid"), str(child.pid))
+
+
+def _pid(name: str) -> int | None:
+    """The process that was started by this name, if it still runs and is what it was."""
+    try:
+        pid = int(_file(name, "pid").read_text())
+        os.waitpid(pid, os.WNOHANG)  # where it is our own child: do not take a zombie for a process
+    except ChildProcessError:
+        pass
+    except (OSError, ValueError):
+        return None
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return None
+    return pid if b"prefect" in command and name.encode() in command else None
+
+
+def _file(name: str, ending: str) -> Path:
+    return home() / "prefect" / f"{name}.{ending}"
+
+
+def _tail(name: str) -> str:
+    return "\n".join(_file(name, "log").read_text().splitlines()[-15:])

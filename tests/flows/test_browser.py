@@ -1,0 +1,120 @@
+"""What a person does in the Prefect UI, in a real browser: fill in the form, look, retry what failed, cancel.
+
+With LION_SCREENSHOTS=FOLDER it leaves pictures there.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.flows.test_service import LONG
+from tests.service import Service, kill, process_of_flow
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator["Page"]:
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install -e '.[dev]')")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def picture(page: "Page", name: str) -> None:
+    if folder := os.environ.get("LION_SCREENSHOTS"):
+        page.wait_for_timeout(1500)
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def open_run(page: "Page", service: Service, run: str) -> None:
+    page.goto(f"{service.url}/v2/runs/flow-run/{run}")
+    page.get_by_role("tab", name="Artifacts").wait_for()
+
+
+def choose(page: "Page", action: str, confirm: str) -> None:
+    """An action of the menu of a run, and yes to its question."""
+    page.get_by_role("button", name="Open menu").first.click()
+    page.get_by_role("menuitem", name=action, exact=True).click()
+    page.get_by_role("alertdialog").get_by_role("button", name=confirm, exact=True).click()
+
+
+def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", service: Service) -> None:
+    deployment = service.api.get("/deployments/name/distill/smoke").json()
+    page.goto(f"{service.url}/v2/deployments/deployment/{deployment['id']}/run")
+    iterations = page.get_by_label("iterations (Optional)")
+    iterations.wait_for()
+    assert page.get_by_text("How often the loop turns.").is_visible()
+    iterations.fill("2")
+    iterations.fill("1")
+    picture(page, "form")
+    page.get_by_role("button", name="Submit").click()
+    page.wait_for_url("**/deployments/deployment/*?tab=Runs")
+    (run,) = service.post("/flow_runs/filter", deployments={"id": {"any_": [deployment["id"]]}}, sort="START_TIME_DESC")
+    assert run["parameters"]["iterations"] == 1
+    service.wait(run["id"], "Completed")
+    assert service.tasks(run["id"])["teacher · iteration 1"] == "Completed"
+    open_run(page, service, run["id"])
+    page.get_by_text("Completed").first.wait_for()
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("smoke-iterations").first.wait_for()
+    picture(page, "artifacts")
+    page.get_by_text("smoke-held-out-loss").first.click()
+    page.locator("img[src^='data:image/svg']").first.wait_for()
+    picture(page, "chart")
+
+
+def test_a_run_killed_in_training_is_retried_from_its_checkpoint(page: "Page", service: Service) -> None:
+    training = {"training": {"num_train_epochs": 12, "save_steps": 1}}
+    run = service.start(name="killed", finetune=training)
+    trainer = service.until_it_trains()
+    (history,) = [
+        path for path in service.home.glob("checkpoints/*/history.jsonl") if not (path.parent / "result.json").exists()
+    ]
+    kill(process_of_flow(trainer))
+    service.wait(run, "Crashed")
+    while service.trainers():
+        time.sleep(0.1)
+    before = len(history.read_text().splitlines())
+    open_run(page, service, run)
+    page.get_by_text("Crashed").first.wait_for()
+    picture(page, "crashed")
+    choose(page, "Retry", "Retry")
+    deadline = time.monotonic() + 400
+    while service.state(run)["name"] != "Completed":
+        assert time.monotonic() < deadline, service.state(run)
+        time.sleep(1)
+    tasks = service.tasks(run)
+    assert (tasks["teacher · iteration 1"], tasks["finetune · iteration 1"]) == ("Cached", "Completed")
+    steps = len(history.read_text().splitlines())
+    assert 36 <= steps < 36 + before, "it began again from the first step"
+
+
+def test_a_run_is_cancelled_by_the_menu(page: "Page", service: Service) -> None:
+    run = service.start(name="stopped", finetune=LONG)
+    service.until_it_trains()
+    open_run(page, service, run)
+    page.get_by_text("Running").first.wait_for()
+    choose(page, "Cancel", "Cancel Flow Run")
+    asked = time.monotonic()
+    while service.trainers():
+        assert time.monotonic() - asked < 10, "the trainer is still there"
+        time.sleep(0.1)
+    service.wait(run, "Cancelled")
+    page.get_by_text("Cancelled").first.wait_for()

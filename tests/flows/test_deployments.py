@@ -1,0 +1,173 @@
+"""What is registered on a Prefect server is valid: every parameter set, every automation, the schedule."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.automations import Automation
+from prefect.schedules import Cron
+from prefect.utilities.callables import parameter_schema
+
+from flows.config import DistillConfig, presets, resolve
+from flows.deployed import _said, distill
+from storage.files import Snapshot
+from storage.runs import Baseline, IterationRecord, Manifest, chains
+
+ROOT = Path(__file__).parents[2]
+DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+AUTOMATIONS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments" / "automations.yaml").read_text())
+
+
+def config_of(parameters: dict[str, Any]) -> DistillConfig:
+    return resolve(parameters["preset"], **_said(distill.validate_parameters(parameters)))
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda entry: entry["name"])
+def test_every_parameter_set_is_valid_and_its_entrypoint_is_there(deployment: dict[str, Any]) -> None:
+    config_of(deployment["parameters"])
+    assert deployment["entrypoint"] == "flows/deployed.py:distill"
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_is_a_deployment_that_runs_what_the_preset_says(preset: str) -> None:
+    (deployment,) = [entry for entry in DEPLOYMENTS if entry["name"] == preset]
+    assert config_of(deployment["parameters"]).run_id == resolve(preset).run_id
+
+
+def test_nights_go_on_from_each_other_one_at_a_time_once_they_are_switched_on() -> None:
+    (nightly,) = [entry for entry in DEPLOYMENTS if entry["name"] == "nightly"]
+    assert (nightly["parameters"]["iterations"], nightly["parameters"]["start_from"]) == (1, "latest")
+    assert nightly["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+    (schedule,) = nightly["schedules"]
+    assert schedule["active"] is False
+    Cron(schedule["cron"], timezone=schedule["timezone"])
+
+
+def test_every_setting_is_in_the_form_with_help_and_bounds() -> None:
+    schema = parameter_schema(distill).model_dump()["properties"]
+    assert set(DistillConfig.model_fields) == set(schema) - {"preset"}
+    assert all(field.get("description") for field in schema.values())
+    assert (schema["iterations"]["minimum"], schema["iterations"]["maximum"]) == (1, 100)
+    assert schema["approve"]["enum"] == ["none", "spend", "iteration"]
+
+
+def test_a_group_changes_only_what_it_says() -> None:
+    changed = config_of({"preset": "offline", "discriminate": {"threshold": 0.4}})
+    assert changed.discriminate.threshold_kind == "quantile"
+    assert changed == resolve("offline", ["discriminate.threshold=0.4", "iterations=3"])
+
+
+@pytest.mark.parametrize("automation", AUTOMATIONS, ids=lambda entry: entry["name"])
+def test_every_automation_is_one(automation: dict[str, Any]) -> None:
+    actions = [
+        {key: value for key, value in action.items() if key != "block"}
+        | ({"block_document_id": "00000000-0000-0000-0000-000000000000"} if "block" in action else {})
+        for action in automation["actions"]
+    ]
+    Automation.model_validate(automation | {"actions": actions})
+
+
+def test_runs_that_go_on_from_each_other_are_one_chain() -> None:
+    def run(name: str, start: str) -> Manifest:
+        return Manifest(run_id=name, config={"start_from": start}, baseline=Baseline(), iterations=[])
+
+    runs = [run("c", "run:b:2"), run("alone", "base"), run("fork", "run:a:1"), run("b", "run:a"), run("a", "base")]
+    assert [[manifest.run_id for manifest in chain] for chain in chains(runs)] == [
+        ["c", "b", "a"],
+        ["alone"],
+        ["fork", "a"],
+    ]
+
+
+@pytest.fixture
+def earlier(home: Path) -> Manifest:
+    """A run of two finished iterations, and the first stages of a third."""
+    from storage.files import Checkpoint
+    from storage.runs import Evaluation
+
+    def snapshot(digest: str) -> Snapshot:
+        return Snapshot(digest=digest, table="instructions", rows=1)
+
+    def record(iteration: int, done: bool) -> IterationRecord:
+        made = {name: snapshot(f"{name}-{iteration}") for name in ("train_pool", "cache_pool", "teacher_responses")}
+        if done:
+            made["candidates"] = snapshot("candidates")
+        evaluation = Evaluation(loss=1.0, score=None, rows=1, scored=0, details=snapshot("e")) if done else None
+        student = Checkpoint(digest=f"student-{iteration}", content="")
+        return IterationRecord(iteration=iteration, snapshots=made, student=student, evaluation=evaluation)
+
+    config = resolve("smoke").model_dump(mode="json")
+    manifest = Manifest(run_id="smoke-1", state="failed", config=config)
+    manifest.iterations = [record(1, True), record(2, True), record(3, False)]
+    manifest.save()
+    return manifest
+
+
+def test_a_run_goes_on_after_any_finished_iteration_of_another(earlier: Manifest) -> None:
+    from flows.chain import start_of
+
+    last = start_of(resolve("smoke", ["start_from=run:smoke-1"]))
+    first = start_of(resolve("smoke", ["start_from=run:smoke-1:1", "teacher.draw=1"]))
+    assert last and first
+    assert (last.records[-1].student.digest, last.pools.cache.digest, last.same_teacher) == (
+        "student-2",
+        "cache_pool-3",
+        True,
+    )
+    assert (first.records[-1].student.digest, first.pools.train.digest, first.same_teacher) == (
+        "student-1",
+        "train_pool-2",
+        False,
+    )
+
+
+@pytest.mark.parametrize("start", ["run:smoke-1:3", "run:gone"])
+def test_a_run_does_not_go_on_from_what_is_not_there(earlier: Manifest, start: str) -> None:
+    from flows.chain import start_of
+    from flows.config import ConfigError
+
+    with pytest.raises(ConfigError, match="start_from"):
+        start_of(resolve("smoke", [f"start_from={start}"]))
+
+
+def test_latest_is_the_start_of_a_failed_run_and_the_end_of_a_good_one(earlier: Manifest) -> None:
+    from flows.chain import settled
+
+    wish = resolve("smoke", ["start_from=latest"])
+    assert settled(wish).start_from == "base"
+    assert settled(wish.model_copy(update={"name": "other"})).start_from == "base"
+    earlier.state = "completed"
+    earlier.save()
+    assert settled(wish).start_from == "run:smoke-1:3"
+
+
+def test_a_person_can_lower_the_number_of_rows_and_not_raise_it() -> None:
+    from flows.approval import lowered
+
+    config = resolve("lion-7b")
+    fewer = lowered(config, 100).generate
+    assert (fewer.hard_rows, fewer.easy_rows) == (50, 50)
+    assert lowered(config, 10_000) == config
+
+
+def test_a_question_without_a_server_to_answer_it_is_refused() -> None:
+    from flows.approval import Approval
+    from flows.config import ConfigError
+
+    with pytest.raises(ConfigError, match="make up"):
+        Approval(resolve("smoke", ["approve=spend"]))
+
+
+def test_a_stage_keeps_the_limit_of_what_it_uses() -> None:
+    from storage.files import Checkpoint
+    from tasks.models.endpoint import OpenAIModel
+    from tasks.models.local import LocalModel
+    from tasks.models.ready import ReadyModel
+    from tasks.policies import limit_of
+
+    checkpoint = Checkpoint(digest="a", content="b")
+    assert limit_of(["x", ReadyModel(settings=LocalModel(), checkpoint=checkpoint)]) == "lion-gpu"
+    assert limit_of(["x", checkpoint]) == "lion-gpu"
+    assert limit_of(["x", ReadyModel(settings=OpenAIModel(model="m"))]) == "lion-teacher-api"
+    assert limit_of(["x", 1, None]) is None

@@ -1,0 +1,168 @@
+"""The loop on a real Prefect server with a real worker: nights, cancelling, questions, a dead machine, no key."""
+
+import json
+import sqlite3
+import time
+from datetime import datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fake_openai import FakeOpenAI
+from tests.flows.conftest import KEY
+from tests.lion import digests, lion, shown
+from tests.service import Service, kill, process_of_flow
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+LONG = {"training": {"num_train_epochs": 100, "save_steps": 1}}
+
+
+@pytest.fixture(scope="module")
+def dead(service: Service) -> dict[str, Any]:
+    """A run whose worker died with it, in the midst of a training: nobody is left to tell the server."""
+    run = service.start(name="dead", finetune=LONG, seed=1)
+    trainer = service.until_it_trains()
+    worker = int((service.home / "prefect" / "worker.pid").read_text())
+    kill(worker)
+    kill(process_of_flow(trainer))
+    return {"run": run, "died": time.monotonic()}
+
+
+def test_up_again_brings_back_what_is_missing_and_makes_nothing_twice(service: Service, dead: dict[str, Any]) -> None:
+    said = service.lion("up")
+    assert "A server answers already." in said
+    assert "Worker started." in said
+    names = [automation["name"] for automation in service.post("/automations/filter")]
+    assert sorted(names) == sorted(set(names))
+    assert len(names) == 4
+    deployments = {entry["name"] for entry in service.post("/deployments/filter")}
+    assert deployments == {"offline", "smoke", "lion-7b", "nightly"}
+
+
+def test_three_nights_are_one_chain_and_the_same_as_one_run_of_three_iterations(service: Service) -> None:
+    service.wait(service.start(iterations=3, name="whole"), "Completed")
+    night = {"deployment": "nightly", "name": "night", "start_from": "latest"}
+    first, other = service.start(**night), service.start("nightly", name="other")
+    service.wait(first, "Completed")
+    service.wait(other, "Completed")
+    times = [service.api.get(f"/flow_runs/{run}").json() for run in (first, other)]
+    ended, began = datetime.fromisoformat(times[0]["end_time"]), datetime.fromisoformat(times[1]["start_time"])
+    assert began >= ended, "two nights at once"
+
+    away = service.tiny.rename(service.tiny.with_name("away"))
+    try:
+        service.wait(service.start(**night), "Failed")
+    finally:
+        away.rename(service.tiny)
+    third = service.start(**night)
+    assert len(service.wait(third, "Completed")["message"].split(",")) == 2, "the failed night, then this one"
+
+    (chain,) = [line for line in json.loads(lion(service.home, "runs", "--json").stdout) if "night" in line["run"]]
+    assert (chain["iterations"], len(chain["goes on from"].split(", ")), chain["state"]) == (3, 2, "completed")
+    runs = {line["run"].split("-")[0]: line["run"] for line in json.loads(lion(service.home, "runs", "--json").stdout)}
+    assert digests(service.home, chain["run"]) == digests(service.home, runs["whole"])
+    assert shown(service.home, chain["run"])["iterations"][2]["cached"] == dict.fromkeys(
+        shown(service.home, runs["whole"])["iterations"][2]["cached"], True
+    )
+
+
+def test_a_run_shows_tables_charts_and_the_report_under_keys_that_stay(service: Service) -> None:
+    run = service.start(name="whole", iterations=3)
+    service.wait(run, "Completed")
+    assert set(service.tasks(run).values()) == {"Cached"}
+    assert "finetune · iteration 2" in service.tasks(run)
+    shown_there = service.artifacts(run)
+    wanted = {"iterations", "hardest", "spend", "report", "held-out-loss", "held-out-score", "score-gaps"}
+    assert {f"whole-{key}" for key in wanted} <= set(shown_there)
+    assert len(json.loads(shown_there["whole-iterations"]["data"])) == 4
+    assert 0 < len(json.loads(shown_there["whole-hardest"]["data"])) <= 10
+    assert shown_there["whole-held-out-loss"]["data"].startswith("data:image/svg+xml;base64,")
+    everything = service.post("/artifacts/filter")
+    assert "progress-train-the-student" in {artifact["key"] for artifact in everything}
+
+
+def test_cancelling_ends_the_trainer_within_ten_seconds_and_keeps_what_was_done(service: Service) -> None:
+    run = service.start(name="cancelled", finetune=LONG)
+    service.until_it_trains()
+    service.post(f"/flow_runs/{run}/set_state", state={"type": "CANCELLING"})
+    asked = time.monotonic()
+    while service.trainers():
+        assert time.monotonic() - asked < 10, "the trainer is still there"
+        time.sleep(0.1)
+    service.wait(run, "Cancelled")
+    assert shown(service.home, "cancelled")["state"] == "interrupted"
+    assert list(service.home.glob("checkpoints/*/checkpoint-*/complete")), "checkpoints are kept"
+
+
+def test_a_paid_run_asks_first_and_leaves_no_key_on_the_server(service: Service) -> None:
+    with FakeOpenAI(key=KEY) as endpoint:
+        model = {"kind": "openai", "model": "gpt-test", "base_url": endpoint.url, "price": {"input": 1, "output": 4}}
+        run = service.start(name="paid", approve="spend", teacher={"model": model, "sampling": {"max_tokens": 200}})
+        service.wait(run, "Paused")
+        asked = service.api.get(f"/flow_runs/{run}").json()["state"]["state_details"]["run_input_keyset"]
+        question = service.api.get(f"/flow_runs/{run}/input/{asked['description']}").json()
+        assert "| teacher | 12 |" in question
+        answer = {"decision": "go on", "max_new_rows": 2}
+        reply = service.api.post(f"/flow_runs/{run}/resume", json={"run_input": answer})
+        assert reply.json()["status"] == "ACCEPT", reply.text
+        service.wait(run, "Completed")
+    record = shown(service.home, "paid")["iterations"][0]
+    assert record["generated"]["wanted"] == 2
+    paid = json.loads(service.artifacts(run)["paid-spend"]["data"])
+    assert {line["role"] for line in paid} == {"teacher"}
+    database = service.home / "prefect" / "server.db"
+    with sqlite3.connect(database) as connection:
+        dumped = "\n".join(connection.iterdump())
+    assert "gpt-test" in dumped and KEY not in dumped
+    for file in [*database.parent.rglob("*"), *service.home.glob("runs/*/*"), *service.home.glob("results/*")]:
+        assert file.is_dir() or KEY.encode() not in file.read_bytes(), f"the key is in {file}"
+
+
+def test_a_question_nobody_answers_ends_the_run_and_the_same_run_asks_again(service: Service) -> None:
+    whole = {"name": "asked", "iterations": 2, "approve": "iteration"}
+    run = service.start(**whole, approve_within=1)
+    assert "nobody answered" in service.wait(run, "Cancelled")["message"]
+    assert shown(service.home, "asked")["state"] == "paused"
+    again = service.start(**whole)
+    service.wait(again, "Paused")
+    service.post(f"/flow_runs/{again}/resume", run_input={"decision": "stop here"})
+    service.wait(again, "Completed")
+    stopped = shown(service.home, "asked")
+    assert (stopped["state"], len(stopped["iterations"])) == ("completed", 1)
+
+
+def test_a_limit_that_is_defined_makes_stages_wait(service: Service) -> None:
+    limit = service.post("/v2/concurrency_limits/", name="lion-gpu", limit=1, active_slots=1)
+    try:
+        run = service.start(name="limited", seed=2)
+        service.wait(run, "Running")
+        deadline = time.monotonic() + 60
+        while service.tasks(run).get("teacher · baseline") != "Running":
+            assert time.monotonic() < deadline, service.tasks(run)
+            time.sleep(0.2)
+        time.sleep(5)  # ample for a tiny model, were it let in
+        assert service.tasks(run)["teacher · baseline"] == "Running"
+    finally:
+        service.api.delete(f"/v2/concurrency_limits/{limit['id']}")
+    service.post(f"/flow_runs/{run}/set_state", state={"type": "CANCELLING"})
+
+
+def test_a_run_that_died_with_its_worker_is_found_within_two_minutes(service: Service, dead: dict[str, Any]) -> None:
+    while service.state(dead["run"])["name"] != "Crashed":
+        assert time.monotonic() - dead["died"] < 600, service.state(dead["run"])
+        time.sleep(1)
+    state = service.state(dead["run"])
+    history = service.api.get("/flow_run_states/", params={"flow_run_id": dead["run"]}).json()
+    running = max(datetime.fromisoformat(entry["timestamp"]) for entry in history if entry["type"] == "RUNNING")
+    assert (datetime.fromisoformat(state["timestamp"]) - running).total_seconds() < 120 + 60
+    assert shown(service.home, "dead")["state"] == "running"  # it could not say so itself,
+    (line,) = [line for line in json.loads(lion(service.home, "runs", "--json").stdout) if "dead" in line["run"]]
+    assert line["state"] == "interrupted"  # but nobody holds it
+
+
+def test_down_stops_what_up_started(service: Service) -> None:
+    service.lion("down")
+    with pytest.raises(httpx.HTTPError):
+        service.api.get("/health")
+    assert "was not running" in service.lion("down")

@@ -1,0 +1,53 @@
+"""The images and the compose file, as far as they can be checked where no container runs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+DOCKER = Path(__file__).parents[1] / "docker"
+COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="needs hadolint (pip install -e '.[dev]')")
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    done = subprocess.run([str(HADOLINT), DOCKER / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_accepts_the_file(tmp_path: Path) -> None:
+    if (
+        subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+        if shutil.which("docker")
+        else 1
+    ):
+        pytest.skip("needs the compose plugin of docker")
+    command = ["docker", "compose", "-f", str(DOCKER / "compose.yaml"), "--profile", "gpu", "config", "--quiet"]
+    done = subprocess.run(
+        command, env={"LION_AUTH": "a:b", "PATH": "/usr/bin:/bin:/usr/local/bin"}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_images_are_built_as_the_dockerfile_says_and_run_without_root() -> None:
+    stages = (DOCKER / "Dockerfile").read_text().split("FROM ")[1:]
+    named = {stage.splitlines()[0].split(" AS ")[1]: stage for stage in stages}
+    targets = {service["build"]["target"] for service in COMPOSE["services"].values() if "build" in service}
+    assert targets == {"orchestrator", "trainer"} == set(named) - {"base"}
+    for target in targets:
+        assert "\nUSER 10001\n" in named[target] and "HEALTHCHECK" in named[target]
+    assert "torch" not in named["orchestrator"].split("RUN", 1)[1].split("\n", 1)[0]
+
+
+def test_nothing_is_open_to_the_network_unless_asked_and_no_secret_is_written_down() -> None:
+    for service in COMPOSE["services"].values():
+        for port in service.get("ports", []):
+            assert port.startswith("${LION_LISTEN:-127.0.0.1}:")
+        for name, value in service.get("environment", {}).items():
+            if "KEY" in name or "AUTH" in name or "PASSWORD" in name:
+                assert value.startswith("${") or value.startswith("/run/secrets/"), name
