@@ -62,8 +62,9 @@ class Browser:
                 return heard["result"]
 
     def open(self, address: str) -> None:
+        self.js("window.left = true")  # so that the page before is not taken for the new one
         self.call("Page.navigate", url=address)
-        self.until("document.readyState === 'complete'")
+        self.until("!window.left && document.readyState === 'complete'")
 
     def js(self, expression: str) -> Any:
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
