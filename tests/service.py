@@ -92,9 +92,9 @@ class Service:
         return {task["name"]: task["state"]["name"] for task in reversed(found)}
 
     def artifacts(self, run: str) -> dict[str, Any]:
-        """The artifacts of a run by key."""
-        found = self.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
-        return {artifact["key"]: artifact for artifact in found}
+        """The latest artifact of each key of a run."""
+        found = self.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}}, sort="CREATED_DESC")
+        return {artifact["key"]: artifact for artifact in reversed(found)}
 
     def trainers(self) -> list[int]:
         """Processes of the trainer that work in this home."""
