@@ -109,18 +109,17 @@ class Service:
         return found
 
     def until_it_trains(self, seconds: float = 400) -> int:
-        """Wait for a trainer that has taken its first steps; its process."""
+        """Wait for a trainer that has a complete checkpoint (`save_steps: 1`) and goes on; its process."""
         deadline = time.monotonic() + seconds
-        while not (self.trainers() and self.steps()):
+        while not any(list(self.folder_of(one).glob("checkpoint-*/complete")) for one in self.trainers()):
             assert time.monotonic() < deadline, self.log("worker")
             time.sleep(0.1)
         return self.trainers()[0]
 
-    def steps(self) -> int:
-        """Optimizer steps that unfinished trainings have logged."""
-        histories = (self.home / "checkpoints").glob("*/history.jsonl")
-        unfinished = [path for path in histories if not (path.parent / "result.json").exists()]
-        return sum(len(path.read_text().splitlines()) for path in unfinished)
+    def folder_of(self, trainer: int) -> Path:
+        """Where a trainer keeps what it makes."""
+        command = Path(f"/proc/{trainer}/cmdline").read_text().split("\0")
+        return next(Path(part).parent for part in command if part.endswith("job.json"))
 
 
 def process_of_flow(trainer: int) -> int:

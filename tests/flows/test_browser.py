@@ -85,9 +85,7 @@ def test_a_run_killed_in_training_is_retried_from_its_checkpoint(page: "Page", s
     training = {"training": {"num_train_epochs": 12, "save_steps": 1}}
     run = service.start(name="killed", finetune=training)
     trainer = service.until_it_trains()
-    (history,) = [
-        path for path in service.home.glob("checkpoints/*/history.jsonl") if not (path.parent / "result.json").exists()
-    ]
+    history = service.folder_of(trainer) / "history.jsonl"
     kill(process_of_flow(trainer))
     service.wait(run, "Crashed")
     while service.trainers():
