@@ -111,7 +111,7 @@ class Service:
     def until_it_trains(self, seconds: float = 400) -> int:
         """Wait for a trainer that has a complete checkpoint (`save_steps: 1`) and goes on; its process."""
         deadline = time.monotonic() + seconds
-        while not any(list(self.folder_of(one).glob("checkpoint-*/complete")) for one in self.trainers()):
+        while not any(list(self.folder_of(one).glob("trainer/checkpoint-*/complete")) for one in self.trainers()):
             assert time.monotonic() < deadline, self.log("worker")
             time.sleep(0.1)
         return self.trainers()[0]

@@ -92,7 +92,7 @@ def test_cancelling_ends_the_trainer_within_ten_seconds_and_keeps_what_was_done(
         time.sleep(0.1)
     service.wait(run, "Cancelled")
     assert shown(service.home, "cancelled")["state"] == "interrupted"
-    assert list(kept.glob("checkpoint-*/complete")), "checkpoints are kept"
+    assert list(kept.glob("trainer/checkpoint-*/complete")), "checkpoints are kept"
 
 
 def test_a_paid_run_asks_first_and_leaves_no_key_on_the_server(service: Service) -> None:
