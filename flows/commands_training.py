@@ -33,23 +33,12 @@ def finetune(
     """Fine-tune the student on a file, without the loop. Interrupted, the same command goes on."""
     use_home(home)
     from flows.config import resolve
-    from storage.pools import write_snapshot
-    from tasks.finetune import VERSION, examples_of, train_student
-    from tasks.prepare import SAMPLE_PROMPTS, prepare_model, prune_by_prompts, source_digest
-    from tasks.seed import read_records
+    from flows.finetune import finetune_on_file
 
     if copy_to and copy_to.exists():
         raise Refusal(f"{copy_to} is there already. Name a new folder as --out.")
     settings = resolve(preset, overrides or [], config)
-    student = settings.student
-    place, records = read_records(data)
-    rows = examples_of(((f"{place}, {where}", record) for where, record in records), student.system_prompt)
-    examples = write_snapshot("examples", rows, step="finetune", version=VERSION)
-
-    base = prepare_model.fn(student.model, source_digest(student.model))  # no Prefect: found again by its content
-    if student.start.init == "pruned":
-        base = prune_by_prompts(student.start, base, [row["messages"] for row in rows[:SAMPLE_PROMPTS]])
-    trained = train_student(settings.finetune.training, base, examples, settings.seed)
+    trained = finetune_on_file(settings, data)
 
     figures = trained.figures
     for reason, ids in figures["left_out"].items():

@@ -1,4 +1,4 @@
-"""The flow that deployments run: typed parameters for the form in the Prefect UI and for `--param`.
+"""The flows that deployments run: typed parameters for the form in the Prefect UI and for `--param`.
 
     prefect deployment run distill/offline --param iterations=1
     prefect deployment run distill/offline --param 'discriminate={"threshold": 0.4}'
@@ -8,18 +8,21 @@ are None, which means: as in the preset. What a group says is laid upon the pres
 UI says all of a group once it is opened, and fills it with the paper's values.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from flows.approval import NotApproved
 from flows.chain import is_begun, settled
 from flows.config import Approve, ApproveWithin, Iterations, StartFrom, resolve
 from flows.distill import distill as loop
+from flows.evaluate import EvaluateConfig
+from flows.evaluate import evaluate as study
+from flows.finetune import finetune_on_file
 from tasks.discriminate import DiscriminateConfig
 from tasks.evaluate import EvaluationConfig
 from tasks.finetune import FinetuneConfig
@@ -92,6 +95,46 @@ def distill(
     except NotApproved as error:
         return Cancelled(message=str(error))
     return Completed(message=f"Runs: {', '.join(runs)}")
+
+
+@flow(name="evaluate", flow_run_name="evaluate {student} on {questions}")
+def evaluate(
+    student: str | None = None,
+    questions: str = "bundled",
+    reference: str = "teacher",
+    max_questions: Annotated[int, Field(ge=1)] | None = None,
+    preset: str = "lion-7b",
+    referee: RefereeConfig | None = None,
+) -> State[Any]:
+    """Score one student against a reference. The same question again is answered from what is there.
+
+    Args:
+        student: RUN, RUN/ITERATION, a folder or a Hub id; None is the last run's best.
+        questions: The held-out instructions (bundled), FastChat's question.jsonl, or any form of seeds.
+        reference: teacher (the preset's), a file of answers, or a checkpoint, named as a student is.
+        max_questions: Only the first so many.
+        preset: Teacher, sampling and seed.
+        referee: Who judges; None is the preset's.
+    """
+    asked = {"student": student, "questions": questions, "reference": reference, "max_questions": max_questions}
+    config = EvaluateConfig(**asked, distill=resolve(preset, **_said({"referee": referee})))
+    return Completed(message=f"Study: {study.fn(config)}")
+
+
+@flow(name="finetune", flow_run_name="finetune on {data}")
+def finetune(
+    data: str, preset: str = "lion-7b", student: StudentConfig | None = None, finetune: FinetuneConfig | None = None
+) -> State[Any]:
+    """Train on a file of answers, without the loop.
+
+    Args:
+        data: Rows with answers, Alpaca or messages, on the worker's machine.
+        preset: Where all settings come from that are not said here.
+        student: The compact model that learns.
+        finetune: How it is trained.
+    """
+    trained = finetune_on_file(resolve(preset, **_said({"student": student, "finetune": finetune})), data)
+    return Completed(message=f"Model: {trained.checkpoint.path}")
 
 
 def _said(parameters: dict[str, Any]) -> dict[str, Any]:

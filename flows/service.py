@@ -115,7 +115,8 @@ def register() -> list[str]:
     done = subprocess.run(command, env=seen, capture_output=True, text=True)
     if done.returncode:
         raise ServiceError(f"Prefect refuses {DEPLOYMENTS}:\n{done.stdout}{done.stderr}")
-    names = [f"distill/{entry['name']}" for entry in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]]
+    entries = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    names = [f"{entry['entrypoint'].partition(':')[2]}/{entry['name']}" for entry in entries]
     return [*names, *(_keep_automation(wanted) for wanted in yaml.safe_load(AUTOMATIONS.read_text()))]
 
 

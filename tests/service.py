@@ -92,9 +92,9 @@ class Service:
         return {task["name"]: task["state"]["name"] for task in reversed(found)}
 
     def artifacts(self, run: str) -> dict[str, Any]:
-        """The artifacts of a run by key."""
-        found = self.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
-        return {artifact["key"]: artifact for artifact in found}
+        """The latest artifact of each key of a run."""
+        found = self.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}}, sort="CREATED_DESC")
+        return {artifact["key"]: artifact for artifact in reversed(found)}
 
     def trainers(self) -> list[int]:
         """Processes of the trainer that work in this home."""
@@ -109,18 +109,17 @@ class Service:
         return found
 
     def until_it_trains(self, seconds: float = 400) -> int:
-        """Wait for a trainer that has taken its first steps; its process."""
+        """Wait for a trainer that has a complete checkpoint (`save_steps: 1`) and goes on; its process."""
         deadline = time.monotonic() + seconds
-        while not (self.trainers() and self.steps()):
+        while not any(list(self.folder_of(one).glob("trainer/checkpoint-*/complete")) for one in self.trainers()):
             assert time.monotonic() < deadline, self.log("worker")
             time.sleep(0.1)
         return self.trainers()[0]
 
-    def steps(self) -> int:
-        """Optimizer steps that unfinished trainings have logged."""
-        histories = (self.home / "checkpoints").glob("*/history.jsonl")
-        unfinished = [path for path in histories if not (path.parent / "result.json").exists()]
-        return sum(len(path.read_text().splitlines()) for path in unfinished)
+    def folder_of(self, trainer: int) -> Path:
+        """Where a trainer keeps what it makes."""
+        command = Path(f"/proc/{trainer}/cmdline").read_text().split("\0")
+        return next(Path(part).parent for part in command if part.endswith("job.json"))
 
 
 def process_of_flow(trainer: int) -> int:

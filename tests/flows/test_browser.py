@@ -75,7 +75,8 @@ def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", se
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("smoke-iterations").first.wait_for()
     picture(page, "artifacts")
-    page.get_by_text("smoke-held-out-loss").first.click()
+    chart = service.artifacts(run["id"])["smoke-held-out-loss"]["id"]
+    page.goto(f"{service.url}/v2/artifacts/artifact/{chart}")
     page.locator("img[src^='data:image/svg']").first.wait_for()
     picture(page, "chart")
 
@@ -84,9 +85,7 @@ def test_a_run_killed_in_training_is_retried_from_its_checkpoint(page: "Page", s
     training = {"training": {"num_train_epochs": 12, "save_steps": 1}}
     run = service.start(name="killed", finetune=training)
     trainer = service.until_it_trains()
-    (history,) = [
-        path for path in service.home.glob("checkpoints/*/history.jsonl") if not (path.parent / "result.json").exists()
-    ]
+    history = service.folder_of(trainer) / "history.jsonl"
     kill(process_of_flow(trainer))
     service.wait(run, "Crashed")
     while service.trainers():

@@ -9,6 +9,7 @@ from prefect.automations import Automation
 from prefect.schedules import Cron
 from prefect.utilities.callables import parameter_schema
 
+from flows import deployed
 from flows.config import DistillConfig, presets, resolve
 from flows.deployed import _said, distill
 from storage.files import Snapshot
@@ -23,15 +24,22 @@ def config_of(parameters: dict[str, Any]) -> DistillConfig:
     return resolve(parameters["preset"], **_said(distill.validate_parameters(parameters)))
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda entry: entry["name"])
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda entry: entry["tags"][-1])
 def test_every_parameter_set_is_valid_and_its_entrypoint_is_there(deployment: dict[str, Any]) -> None:
-    config_of(deployment["parameters"])
-    assert deployment["entrypoint"] == "flows/deployed.py:distill"
+    module, _, name = deployment["entrypoint"].partition(":")
+    assert module == "flows/deployed.py"
+    flow = getattr(deployed, name)
+    given = deployment["parameters"] | ({"data": "answers.jsonl"} if name == "finetune" else {})
+    flow.validate_parameters(given)
+    if name == "distill":
+        config_of(given)
+    else:
+        resolve(given["preset"])
 
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_is_a_deployment_that_runs_what_the_preset_says(preset: str) -> None:
-    (deployment,) = [entry for entry in DEPLOYMENTS if entry["name"] == preset]
+    (deployment,) = [entry for entry in DEPLOYMENTS if (entry["name"], entry["tags"]) == (preset, [f"preset:{preset}"])]
     assert config_of(deployment["parameters"]).run_id == resolve(preset).run_id
 
 

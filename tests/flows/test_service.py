@@ -3,7 +3,7 @@
 import json
 import sqlite3
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -26,7 +26,7 @@ def dead(service: Service) -> dict[str, Any]:
     worker = int((service.home / "prefect" / "worker.pid").read_text())
     kill(worker)
     kill(process_of_flow(trainer))
-    return {"run": run, "died": time.monotonic()}
+    return {"run": run, "died": datetime.now(UTC)}
 
 
 def test_up_again_brings_back_what_is_missing_and_makes_nothing_twice(service: Service, dead: dict[str, Any]) -> None:
@@ -36,8 +36,8 @@ def test_up_again_brings_back_what_is_missing_and_makes_nothing_twice(service: S
     names = [automation["name"] for automation in service.post("/automations/filter")]
     assert sorted(names) == sorted(set(names))
     assert len(names) == 4
-    deployments = {entry["name"] for entry in service.post("/deployments/filter")}
-    assert deployments == {"offline", "smoke", "lion-7b", "nightly"}
+    deployments = [entry["name"] for entry in service.post("/deployments/filter")]
+    assert sorted(deployments) == ["lion-7b", "nightly", "offline", "offline", "offline", "smoke"]
 
 
 def test_three_nights_are_one_chain_and_the_same_as_one_run_of_three_iterations(service: Service) -> None:
@@ -84,7 +84,7 @@ def test_a_run_shows_tables_charts_and_the_report_under_keys_that_stay(service: 
 
 def test_cancelling_ends_the_trainer_within_ten_seconds_and_keeps_what_was_done(service: Service) -> None:
     run = service.start(name="cancelled", finetune=LONG)
-    service.until_it_trains()
+    kept = service.folder_of(service.until_it_trains())
     service.post(f"/flow_runs/{run}/set_state", state={"type": "CANCELLING"})
     asked = time.monotonic()
     while service.trainers():
@@ -92,7 +92,7 @@ def test_cancelling_ends_the_trainer_within_ten_seconds_and_keeps_what_was_done(
         time.sleep(0.1)
     service.wait(run, "Cancelled")
     assert shown(service.home, "cancelled")["state"] == "interrupted"
-    assert list(service.home.glob("checkpoints/*/checkpoint-*/complete")), "checkpoints are kept"
+    assert list(kept.glob("trainer/checkpoint-*/complete")), "checkpoints are kept"
 
 
 def test_a_paid_run_asks_first_and_leaves_no_key_on_the_server(service: Service) -> None:
@@ -149,13 +149,10 @@ def test_a_limit_that_is_defined_makes_stages_wait(service: Service) -> None:
 
 
 def test_a_run_that_died_with_its_worker_is_found_within_two_minutes(service: Service, dead: dict[str, Any]) -> None:
-    while service.state(dead["run"])["name"] != "Crashed":
-        assert time.monotonic() - dead["died"] < 600, service.state(dead["run"])
+    while (state := service.state(dead["run"]))["name"] != "Crashed":
+        assert (datetime.now(UTC) - dead["died"]).total_seconds() < 400, state
         time.sleep(1)
-    state = service.state(dead["run"])
-    history = service.api.get("/flow_run_states/", params={"flow_run_id": dead["run"]}).json()
-    running = max(datetime.fromisoformat(entry["timestamp"]) for entry in history if entry["type"] == "RUNNING")
-    assert (datetime.fromisoformat(state["timestamp"]) - running).total_seconds() < 120 + 60
+    assert (datetime.fromisoformat(state["timestamp"]) - dead["died"]).total_seconds() < 120
     assert shown(service.home, "dead")["state"] == "running"  # it could not say so itself,
     (line,) = [line for line in json.loads(lion(service.home, "runs", "--json").stdout) if "dead" in line["run"]]
     assert line["state"] == "interrupted"  # but nobody holds it

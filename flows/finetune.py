@@ -1,0 +1,27 @@
+"""The training stage alone, on a file of answers: without a teacher, without the loop."""
+
+from flows.config import DistillConfig
+from storage.pools import write_snapshot
+from tasks.finetune import VERSION, TrainedStudent, examples_of, train_student
+from tasks.prepare import SAMPLE_PROMPTS, prepare_model, prune_by_prompts, source_digest
+from tasks.seed import read_records
+
+
+def finetune_on_file(settings: DistillConfig, data: str) -> TrainedStudent:
+    """Fine-tune the settings' student on the rows of a file. Interrupted, the same call goes on.
+
+    Args:
+        data: rows with answers, Alpaca or messages, in any form that seeds have.
+
+    Raises:
+        SeedError: the file cannot be used.
+        JobError: the trainer ended without a result.
+    """
+    student = settings.student
+    place, records = read_records(data)
+    rows = examples_of(((f"{place}, {where}", record) for where, record in records), student.system_prompt)
+    examples = write_snapshot("examples", rows, step="finetune", version=VERSION)
+    base = prepare_model.fn(student.model, source_digest(student.model))  # no Prefect: found again by its content
+    if student.start.init == "pruned":
+        base = prune_by_prompts(student.start, base, [row["messages"] for row in rows[:SAMPLE_PROMPTS]])
+    return train_student(settings.finetune.training, base, examples, settings.seed)
