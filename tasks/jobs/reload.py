@@ -1,10 +1,10 @@
-"""Saves a trained model, and reads it back as a stranger would: `python -m tasks.jobs.reload FOLDER ROWS.json`.
+"""Saves a trained model, and reads it back as a stranger would: `python -m tasks.jobs.reload FOLDER ROWS.json DTYPE`.
 
 Prints the loss that the model in FOLDER has on the encoded rows. The trainer compares it with its own: a model that was
 gathered wrongly from several devices is found out before anyone uses it. Under FSDP and ZeRO a fresh process does this,
 since in the trainer's own every model that is loaded would be sharded as well.
 
-With a folder `adapter` in FOLDER, the adapter is first merged into its base and the result saved into FOLDER.
+With a folder `adapter` in FOLDER, the adapter is first merged into its base and the result saved into FOLDER in DTYPE.
 """
 
 import json
@@ -41,14 +41,14 @@ def save_model(weights: dict[str, torch.Tensor], like: Any, dtype: torch.dtype, 
     skeleton.save_pretrained(folder)
 
 
-def merge_adapter(folder: Path) -> None:
+def merge_adapter(folder: Path, dtype: torch.dtype) -> None:
     """Merge `folder/adapter` into the base model that its config names, and save the result into `folder`."""
     from peft import PeftModel
 
     base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload()
-    save_model(merged.state_dict(), merged, stored_dtype(base), folder)
+    save_model(merged.state_dict(), merged, dtype, folder)
 
 
 @torch.no_grad()
@@ -61,12 +61,12 @@ def loss_of_saved(folder: Path, rows: list[dict[str, Any]]) -> float:
     return model(**{name: batch[name] for name in names}).loss.item()
 
 
-def loss_in_fresh_process(folder: Path, rows: list[dict[str, Any]]) -> float:
+def loss_in_fresh_process(folder: Path, rows: list[dict[str, Any]], dtype: torch.dtype) -> float:
     """`python -m tasks.jobs.reload`, outside of the launcher's group of processes."""
     file = folder / "trainer" / "rows.json"
     file.write_text(json.dumps([row | {"input_ids": row["input_ids"].tolist()} for row in rows]))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
-    command = [sys.executable, "-m", "tasks.jobs.reload", str(folder), str(file)]
+    command = [sys.executable, "-m", "tasks.jobs.reload", str(folder), str(file), str(dtype).split(".")[1]]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"the saved model could not be read back: {' '.join(command)}")
@@ -76,5 +76,5 @@ def loss_in_fresh_process(folder: Path, rows: list[dict[str, Any]]) -> float:
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     if (directory / "adapter").is_dir():
-        merge_adapter(directory)
+        merge_adapter(directory, getattr(torch, sys.argv[3]))
     print(loss_of_saved(directory, json.loads(Path(sys.argv[2]).read_text())))

@@ -4,8 +4,8 @@ The loop is Hugging Face's Trainer. What is ours: which rows share a batch (`dat
 step (`preflight`), what each strategy asks of the Trainer (`distributed`), and that what was saved is what was trained
 (`reload`).
 
-Training keeps fp32 weights, also where it computes in bf16 or fp16; the student is saved in the precision in which its
-base was stored. The same job gives the same weights, bit for bit on one machine, also when it was killed and went on.
+Training keeps fp32 weights. Where it computes in bf16 or fp16 the student is saved in the precision in which its base
+was stored; where it computes in fp32, in fp32: rounding a base that was bf16 back to it would undo small updates. The same job gives the same weights, bit for bit on one machine, also when it was killed and went on.
 
 In the folder: the model; `adapter/` with LoRA; `history.jsonl`, a line a step; `tensorboard/`; `trainer/`, the encoded
 rows and the checkpoints to go on from, removed at the end; `result.json`, last.
@@ -148,10 +148,10 @@ def train(job: dict[str, Any], directory: Path) -> None:
     trained_loss = trainer.mean_loss(fixed)
     weights = gather_weights(trainer)
     if first:
-        reloaded_loss = save(trainer, weights, tokenizer, job["model"], fixed, directory)
+        dtype = torch.float32 if precision == "fp32" else stored_dtype(job["model"])
+        reloaded_loss = save(trainer, weights, tokenizer, dtype, fixed, directory)
         difference = abs(reloaded_loss - trained_loss)
-        exact = precision == "fp32" and stored_dtype(job["model"]) == torch.float32
-        if not difference <= (TOLERANCE if exact else TOLERANCE_16_BIT) * trained_loss:
+        if not difference <= (TOLERANCE if precision == "fp32" else TOLERANCE_16_BIT) * trained_loss:
             raise TrainingError(
                 f"the saved model has another loss than the trained one: {reloaded_loss:.4f}, not {trained_loss:.4f}"
             )
@@ -180,7 +180,12 @@ def train(job: dict[str, Any], directory: Path) -> None:
 
 
 def save(
-    trainer: SftTrainer, weights: dict[str, torch.Tensor], tokenizer: Any, base: str, fixed: Examples, directory: Path
+    trainer: SftTrainer,
+    weights: dict[str, torch.Tensor],
+    tokenizer: Any,
+    dtype: torch.dtype,
+    fixed: Examples,
+    directory: Path,
 ) -> float:
     """Save the model as anyone can load it, and return the loss it has when it is read back."""
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard the model that is made for saving
@@ -190,12 +195,12 @@ def save(
     if adapter:
         trained.save_pretrained(directory / "adapter", state_dict=weights)
     else:
-        save_model(weights, trained, stored_dtype(base), directory)
+        save_model(weights, trained, dtype, directory)
     rows = [fixed[place] for place in range(len(fixed))]
     if trainer.settings.strategy not in ("single", "ddp"):
-        return loss_in_fresh_process(directory, rows)
+        return loss_in_fresh_process(directory, rows, dtype)
     if adapter:
-        merge_adapter(directory)
+        merge_adapter(directory, dtype)
     return loss_of_saved(directory, rows)
 
 
