@@ -16,10 +16,17 @@ SETTINGS = (
 )
 
 
-def test_every_arm_has_its_figures_and_about_as_many_teacher_tokens(tmp_path: Path, tiny_model: Path) -> None:
-    command = ["ablate", *arguments(tiny_model)[1:], *SETTINGS, "--seeds=1", "--json"]
+def test_an_arm_has_its_figures_and_about_as_many_teacher_tokens(tmp_path: Path, tiny_model: Path) -> None:
+    command = [
+        "ablate",
+        *arguments(tiny_model)[1:],
+        *SETTINGS,
+        "--seeds=1",
+        "--arms=adversarial,imitation-only",
+        "--json",
+    ]
     rows = json.loads(lion(tmp_path, *command).stdout)
-    assert [row["arm"] for row in rows] == ["adversarial", "random-generation", "imitation-only"]
+    assert [row["arm"] for row in rows] == ["adversarial", "imitation-only"]
     tokens = [row["teacher_tokens"] for row in rows]
     assert max(tokens) <= 1.2 * min(tokens)
     assert all(row["loss"]["low"] <= row["loss"]["value"] <= row["loss"]["high"] for row in rows)

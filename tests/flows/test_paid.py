@@ -13,7 +13,7 @@ from tests.fake_openai import FakeOpenAI
 from tests.lion import arguments, digests, kill_after, lion, shown
 
 KEY = "sk-test-0123456789abcdef"
-KILLS = int(os.environ.get("LION_TEST_KILLS", "8"))
+KILLS = int(os.environ.get("LION_TEST_KILLS", "4"))
 CONCURRENCY = 4
 PRICE = {"input": 1, "output": 4}
 
