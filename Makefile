@@ -44,10 +44,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test: check ## under ten minutes on two cores
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(STAMP) ## the embedded model, real processes killed and resumed: under forty minutes
-	$(BIN)/pytest -n 2 --dist worksteal -m slow
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 bench: $(STAMP) ## measure, and append to tests/benchmarks/history.jsonl; ONLY=name for one
 	$(BIN)/python -m tests.benchmarks.run $(ONLY)
