@@ -13,7 +13,7 @@ from tasks.jobs.launch import checkpoint_folder, make_checkpoint
 from tasks.jobs.settings import SftSettings, launcher_command
 from tasks.models.chat import Status, conversation
 from tasks.policies import identity, stage
-from tasks.progress import progress, run_logger, tell
+from tasks.progress import progress, tell
 
 VERSION = 2
 TRAINER = "tasks.jobs.sft"
@@ -115,7 +115,6 @@ def train_student(settings: SftSettings, student: Checkpoint, data: Snapshot, se
             made_from,
             launcher=launcher,
             on_progress=lambda report: on_progress(report.pop("done"), report.pop("total"), report),
-            on_notable_line=run_logger().warning,
         )
     left_out = {reason: len(ids) for reason, ids in figures["left_out"].items() if ids}
     return TrainedStudent(
