@@ -36,6 +36,7 @@ CheckpointName = Annotated[
 QUIET_PREFECT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "",  # what jobs say is in their logs
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "50",
@@ -58,7 +59,7 @@ def use_home(home: Path | None) -> None:
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("PREFECT_API_URL"):  # a server of our own, gone with the process
-        os.environ["PREFECT_API_URL"] = ""  # goes before the URL in prefect.toml
+        os.environ["PREFECT_PROFILES_PATH"] = os.devnull  # in place of the one in prefect.toml, which names a server
         os.environ.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:///:memory:")
 
 

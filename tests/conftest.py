@@ -10,7 +10,7 @@ os.environ |= {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_API_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///:memory:",
     "HF_HUB_OFFLINE": "1",
-    "PREFECT_API_URL": "",  # a server of the tests' own; goes before the URL in prefect.toml
+    "PREFECT_PROFILES_PATH": os.devnull,  # a server of the tests' own, not the one that prefect.toml leads to
 }
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
