@@ -9,7 +9,7 @@ import pytest
 
 from tests.lion import arguments, digests, kill_after, lion, processes_of, shown, start
 
-KILLS = int(os.environ.get("LION_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("LION_TEST_KILLS", "2"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
