@@ -23,6 +23,7 @@ def test_an_arm_has_its_figures_and_about_as_many_teacher_tokens(tmp_path: Path,
         *SETTINGS,
         "--seeds=1",
         "--arms=adversarial,imitation-only",
+        "--set=iterations=1",
         "--json",
     ]
     rows = json.loads(lion(tmp_path, *command).stdout)
