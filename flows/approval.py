@@ -1,8 +1,8 @@
 """Waits for a person: the run pauses in Prefect, shows what it is about, and goes on with a typed answer.
 
 `approve: spend` asks before each iteration, with what it will ask of models. `approve: iteration` asks after each
-iteration that another one follows (also one of the night before), with what came of it. Answers are kept in the manifest, so that a run which is
-started again does not ask the same question twice.
+iteration that another one follows (also one of the night before), with what came of it. Answers are kept in the
+manifest, so that a run which is started again does not ask the same question twice.
 """
 
 from typing import Literal
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from flows.config import ConfigError, DistillConfig
 from flows.estimate import estimate_run, total_usd
-from storage.journal import Journal
+from storage.journal import spend_of
 from storage.runs import Manifest
 from tasks.policies import on_a_server
 from tasks.referee import LLMReferee
@@ -94,8 +94,7 @@ def lowered(config: DistillConfig, rows: int) -> DistillConfig:
 
 def forecast(config: DistillConfig, manifest: Manifest, pools: Pools) -> str:
     """What the next iteration will ask of models, as Markdown: requests, and dollars at the mean price so far."""
-    with Journal() as journal:
-        spent = journal.spend(manifest.run_id)
+    spent = spend_of(manifest.run_id)
     wanted = config.generate.hard_rows + config.generate.easy_rows
     requests = {
         "teacher": pools.train.rows,

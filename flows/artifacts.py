@@ -10,7 +10,7 @@ import re
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
 
-from storage.journal import Journal
+from storage.journal import spend_of
 from storage.runs import Manifest
 from tasks.policies import on_a_server
 from tasks.report import charts, progress_rows, widest
@@ -63,8 +63,7 @@ def publish_artifacts(manifest: Manifest) -> None:
             key=f"{name}-judge",
             description="How far the referee can be trusted. Shares are of pairs read in both orders.",
         )
-    with Journal() as journal:
-        spent = journal.spend(manifest.run_id)
+    spent = spend_of(manifest.run_id)
     create_table_artifact(
         [
             {

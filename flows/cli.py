@@ -28,6 +28,7 @@ from flows.terminal import (
     Overrides,
     Preset,
     Refusal,
+    RunName,
     SeedFile,
     end_orphans,
     escaped,
@@ -105,9 +106,7 @@ def run(
 
 @app.command()
 def show(
-    run_id: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")
-    ] = None,
+    run_id: RunName = None,
     as_json: AsJson = False,
     home: Home = None,
 ) -> None:
@@ -203,10 +202,9 @@ def spend(
 ) -> None:
     """Say what was paid: by run, role, iteration, model and day, straight from the journal."""
     use_home(home)
-    from storage.journal import Journal
+    from storage.journal import spend_of
 
-    with Journal() as journal:
-        lines = journal.spend(run_id)
+    lines = spend_of(run_id)
     if as_json:
         print_rows([asdict(line) for line in lines], as_json=True)
         return

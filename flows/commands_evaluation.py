@@ -15,6 +15,7 @@ from flows.terminal import (
     Overrides,
     Preset,
     Refusal,
+    RunName,
     find_run,
     note,
     out,
@@ -142,9 +143,7 @@ def _settings(
 
 @commands.command()
 def best(
-    run_id: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")
-    ] = None,
+    run_id: RunName = None,
     as_json: AsJson = False,
     home: Home = None,
 ) -> None:

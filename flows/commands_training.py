@@ -98,7 +98,6 @@ def _folder(base: str, home: Path | None) -> Path:
         return Path(base)
     use_home(home)
     from tasks.models.local import LocalModel
-    from tasks.prepare import prepare_model, source_digest
+    from tasks.prepare import base_model
 
-    settings = LocalModel(model_name_or_path=base)
-    return prepare_model.fn(settings, source_digest(settings)).path
+    return base_model(LocalModel(model_name_or_path=base)).path

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.config import ConfigError, DistillConfig
-from storage.files import home
-from storage.journal import Journal
+from storage.journal import answered_among, spend_of
 from storage.pools import instruction_id
 from tasks.generate import EXPECTED_YIELD, PROMPTS
 from tasks.models.endpoint import OpenAIModel
@@ -96,15 +95,12 @@ def _assumptions(config: DistillConfig, given: Sequence[str]) -> Assumptions:
 
 def _measured(config: DistillConfig) -> dict[str, tuple[float, str]]:
     """Mean answer lengths of the same role and model in this home's journal."""
-    if not (home() / "journal.sqlite").is_file():
-        return {}
     models = {name.split()[0]: model.model for name, model in config.models().items() if model.kind == "openai"}
     tokens, requests = Counter[str](), Counter[str]()
-    with Journal() as journal:
-        for row in journal.spend():
-            if models.get(row.role) == row.model:
-                tokens[row.role] += row.completion_tokens
-                requests[row.role] += row.requests
+    for row in spend_of():
+        if models.get(row.role) == row.model:
+            tokens[row.role] += row.completion_tokens
+            requests[row.role] += row.requests
     return {
         role: (round(tokens[role] / count, 1), f"mean of {count:,} answers in the journal")
         for role, count in requests.items()
@@ -145,7 +141,7 @@ class _Reckoning:
                 continue
             requests = [teacher.request(row) for row in rows if teacher.chosen(row) == number]
             key_of_request = keyer(model, teacher.sampling)
-            answered = _answered([key_of_request(request) for request in requests])
+            answered = answered_among(key_of_request(request) for request in requests)
             asked = [request for request in requests if key_of_request(request) not in answered]
             chars = sum(len(message["content"]) for request in asked for message in request.messages)
             messages = sum(len(request.messages) for request in asked)
@@ -216,10 +212,3 @@ def _with_ids(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _chars(row: dict[str, Any]) -> int:
     return len(row["instruction"]) + (len(row["input"]) + 2 if row["input"] else 0)
-
-
-def _answered(keys: list[str]) -> set[str]:
-    if not (home() / "journal.sqlite").is_file():
-        return set()
-    with Journal() as journal:
-        return set(journal.find(keys))

@@ -21,7 +21,7 @@ from tasks.models.endpoint import OpenAIModel
 from tasks.models.ready import ModelSettings, ReadyModel
 from tasks.mtbench import answer_lines, question_lines, review_lines
 from tasks.policies import identity, stage_key_of
-from tasks.prepare import prepare_model, source_digest
+from tasks.prepare import base_model
 from tasks.questions import Questions, answer_questions, read_answers, read_questions, transcripts
 from tasks.referee import LLMReferee, review_responses
 from tasks.relative import TIE_MARGIN, relative_score
@@ -122,9 +122,8 @@ class _Evaluation:
         )
         if study.relative.left_out:
             study.notes.append(f"{study.relative.left_out} turns without a valid review in every order: left out")
-        judged_by = judge.model if isinstance(judge, LLMReferee) else None
-        if judged_by is not None and judged_by == distill.teacher.model and self.config.reference == "teacher":
-            study.notes.append("the referee is the teacher itself, and may prefer its own answers")
+        if self.config.reference == "teacher":
+            study.notes += distill.warnings()
         self._write_files(turns, by_id(own), by_id(answers), read_rows(reviews))
         study.save()
 
@@ -153,7 +152,7 @@ class _Evaluation:
     def _ready(self, settings: ModelSettings) -> ReadyModel:
         if isinstance(settings, OpenAIModel):
             return ReadyModel(settings=settings)
-        return ReadyModel(settings=settings, checkpoint=prepare_model.fn(settings, source_digest(settings)))
+        return ReadyModel(settings=settings, checkpoint=base_model(settings))
 
     def _step(self, stage: Task[..., Any], *inputs: Any) -> Any:
         self.study.stage_keys.append(stage_key_of(stage, inputs))

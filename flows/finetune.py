@@ -3,7 +3,7 @@
 from flows.config import DistillConfig
 from storage.pools import write_snapshot
 from tasks.finetune import VERSION, TrainedStudent, examples_of, train_student
-from tasks.prepare import SAMPLE_PROMPTS, prepare_model, prune_by_prompts, source_digest
+from tasks.prepare import SAMPLE_PROMPTS, base_model, prune_by_prompts
 from tasks.seed import read_records
 
 
@@ -21,7 +21,7 @@ def finetune_on_file(settings: DistillConfig, data: str) -> TrainedStudent:
     place, records = read_records(data)
     rows = examples_of(((f"{place}, {where}", record) for where, record in records), student.system_prompt)
     examples = write_snapshot("examples", rows, step="finetune", version=VERSION)
-    base = prepare_model.fn(student.model, source_digest(student.model))  # no Prefect: found again by its content
+    base = base_model(student.model)
     if student.start.init == "pruned":
         base = prune_by_prompts(student.start, base, [row["messages"] for row in rows[:SAMPLE_PROMPTS]])
     return train_student(settings.finetune.training, base, examples, settings.seed)

@@ -8,7 +8,7 @@ from flows.terminal import Refusal, find_run
 from storage.files import Checkpoint
 from storage.runs import Manifest, list_manifests
 from tasks.models.local import LocalModel
-from tasks.prepare import prepare_model, source_digest
+from tasks.prepare import base_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,7 @@ def find_student(name: str | None) -> Student:
         for number, checkpoint in manifest.students():
             if checkpoint.path == Path(name).expanduser().resolve():
                 return Student(f"{manifest.run_id}/{number}", checkpoint, manifest, number)
-    settings = LocalModel(model_name_or_path=name)
-    return Student(name, prepare_model.fn(settings, source_digest(settings)))
+    return Student(name, base_model(LocalModel(model_name_or_path=name)))
 
 
 def _of_iteration(manifest: Manifest, iteration: int) -> Student:

@@ -28,6 +28,9 @@ SeedFile = Annotated[
     typer.Option("--seeds", help="Your instructions: .json, .jsonl, .csv, .parquet, .txt, or hf:dataset[:split]."),
 ]
 
+RunName = Annotated[
+    str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")
+]
 CheckpointName = Annotated[
     str | None,
     typer.Argument(metavar="[CKPT]", help="RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."),

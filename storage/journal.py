@@ -366,6 +366,22 @@ class Journal:
         return self._locks / f"journal-{owner}.lock"
 
 
+def spend_of(run_id: str | None = None) -> list[Spent]:
+    """What a run of this home, or all of them, paid. A home that never paid gets no journal by the question."""
+    if not (home() / "journal.sqlite").is_file():
+        return []
+    with Journal() as journal:
+        return journal.spend(run_id)
+
+
+def answered_among(keys: Iterable[str]) -> set[str]:
+    """Those of `keys` that this home has an answer to. It gets no journal by the question either."""
+    if not (home() / "journal.sqlite").is_file():
+        return set()
+    with Journal() as journal:
+        return set(journal.find(keys))
+
+
 def _hold(path: Path, *, wait: bool) -> int:
     """Take the lock at `path`; a descriptor to close when it is no longer wanted."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -10,10 +10,9 @@ import altair as alt
 
 from storage.catalog import query
 from storage.files import Snapshot
-from storage.pools import by_id, read_lineage, read_rows
+from storage.pools import read_lineage, read_rows
 from storage.runs import Evaluation, Interval, Manifest
-from tasks.relative import paired
-from tasks.scores import BEST_SCORE
+from tasks.selection import relative_to_teacher
 
 BLUE, INK = "#2f7ed8", "#7a828e"
 MOST = 10  # examples shown
@@ -71,13 +70,6 @@ def gain_charts(manifest: Manifest) -> list[Described]:
         )
         charts.append(("Training loss", "Of each step's batch, on the teacher's answers.", lines))
     return charts
-
-
-def relative_to_teacher(evaluation: Evaluation) -> Interval | None:
-    """Sum of the student's held-out scores over the teacher's; null where nothing was scored."""
-    rows = sorted(by_id(evaluation.details, ["score"]).items())
-    scores = [row["score"] for _, row in rows if row["score"] is not None]
-    return paired(scores, [BEST_SCORE] * len(scores))
 
 
 def most_improved(manifest: Manifest) -> list[dict[str, Any]]:

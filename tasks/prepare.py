@@ -72,6 +72,16 @@ def prepare_model(settings: LocalModel, source: str) -> Checkpoint:
         return make_checkpoint("tasks.jobs.convert", job, {"version": VERSION, "source": source})[0]
 
 
+def base_model(settings: LocalModel) -> Checkpoint:
+    """The base model, outside of any run: found again by its content where it is in the home.
+
+    Raises:
+        ModelNotFound: the name looks like a folder, and no model is in it.
+        JobError: the model cannot be had.
+    """
+    return prepare_model.fn(settings, source_digest(settings))
+
+
 @stage("prune", version=VERSION)
 def prune_student(config: StudentInit, base: Checkpoint, pool: Snapshot) -> Checkpoint:
     """Make a student from a base model by dropping the layers that change their input least.

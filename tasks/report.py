@@ -11,8 +11,8 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from storage.catalog import query
-from storage.files import home, write_atomic
-from storage.journal import Journal, Spent
+from storage.files import write_atomic
+from storage.journal import spend_of
 from storage.runs import IterationRecord, Manifest
 from storage.studies import list_studies
 from tasks.gains import contaminated, gain_charts, lineage, most_improved
@@ -64,14 +64,6 @@ def write_report(manifest: Manifest) -> Path:
     path = manifest.folder / "report.html"
     write_atomic(path, page)
     return path
-
-
-def spend_of(run_id: str) -> list[Spent]:
-    """What a run paid for, from the journal; nothing where this home never paid."""
-    if not (home() / "journal.sqlite").is_file():
-        return []
-    with Journal() as journal:
-        return journal.spend(run_id)
 
 
 def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:

@@ -44,10 +44,18 @@ def compare(now: Evaluation, before: Evaluation, against: int, seed: int) -> Com
     both = [(new[key], old[key]) for key in sorted(new.keys() & old.keys())]
     losses = [(b["loss_sum"] - a["loss_sum"], a["tokens"]) for a, b in both if a["tokens"]]
     scores = [(a["score"] - b["score"], 1) for a, b in both if a["score"] is not None and b["score"] is not None]
-    own = [(row["score"], BEST_SCORE) for _, row in sorted(new.items()) if row["score"] is not None]
     return Comparison(
-        against=against, relative=_ratio(own, seed), loss_gain=_ratio(losses, seed), score_gain=_ratio(scores, seed)
+        against=against,
+        relative=relative_to_teacher(now, seed),
+        loss_gain=_ratio(losses, seed),
+        score_gain=_ratio(scores, seed),
     )
+
+
+def relative_to_teacher(evaluation: Evaluation, seed: int = 0) -> Interval | None:
+    """Sum of the student's held-out scores over the teacher's; null where nothing was scored."""
+    rows = sorted(by_id(evaluation.details, ["score"]).items())
+    return _ratio([(row["score"], BEST_SCORE) for _, row in rows if row["score"] is not None], seed)
 
 
 def _ratio(pairs: Sequence[tuple[float, float]], seed: int) -> Interval | None:

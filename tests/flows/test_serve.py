@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tasks.models.local import LocalModel
-from tasks.prepare import prepare_model, source_digest
+from tasks.prepare import base_model
 from tests.lion import arguments, lion, shown
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -26,7 +26,7 @@ STARTING_SECONDS = 180
 @pytest.fixture
 def served(home: Path) -> Iterator[tuple[str, str]]:
     """The base URL of a running server, and its model's name."""
-    checkpoint = prepare_model.fn(LocalModel(), source_digest(LocalModel()))
+    checkpoint = base_model(LocalModel())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -148,7 +148,6 @@ def test_a_limit_that_is_defined_makes_stages_wait(service: Service) -> None:
     service.post(f"/flow_runs/{run}/set_state", state={"type": "CANCELLING"})
 
 
-@pytest.mark.xfail(reason="the automation that marks a dead run was not yet seen to fire", strict=False)
 def test_a_run_that_died_with_its_worker_is_found_within_two_minutes(service: Service, dead: dict[str, Any]) -> None:
     while (state := service.state(dead["run"]))["name"] != "Crashed":
         assert (datetime.now(UTC) - dead["died"]).total_seconds() < 400, state
