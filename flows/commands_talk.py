@@ -1,11 +1,15 @@
-"""Commands to talk to a student: chat, demo, serve."""
+"""Commands to talk to a student: chat, demo, serve, and to have it answer a file."""
 
+import json
 import sys
-from typing import Annotated
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from flows.terminal import CheckpointName, Home, Refusal, escaped, note, out, use_home
+from storage.files import write_atomic
 
 commands = typer.Typer()
 
@@ -110,3 +114,64 @@ def serve(student: CheckpointName = None, home: Home = None) -> None:
 def serve_lines(path: str) -> list[str]:
     """The command of each server, to type as it is."""
     return [f"vllm serve {path} --served-model-name student", f"transformers serve {path}"]
+
+
+@commands.command()
+def answer(
+    data: Annotated[
+        str, typer.Option("--data", help="Instructions: Alpaca, messages or plain lines; .json, .jsonl, .csv, .txt, …")
+    ],
+    to: Annotated[Path, typer.Option("--out", help="The rows with their answers: a new .jsonl or .json.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="Said before every instruction.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=32768, help="Of an answer, at most.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
+    shards: Annotated[
+        int | None, typer.Option("--shards", min=1, max=64, help="Processes that share the rows; one a GPU by default.")
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Have a model answer every row of a file. Interrupted, the same command goes on."""
+    if to.suffix not in WRITERS:
+        raise Refusal(f"--out {to}: name a file that ends in {', '.join(WRITERS)}.")
+    if to.exists():
+        raise Refusal(f"{to} is there already. Name a new file as --out.")
+    use_home(home)
+    from flows.answer import answer_file
+    from flows.students import find_student
+    from tasks.models.chat import Sampling
+    from tasks.models.local import LocalModel
+    from tasks.seed import read_seeds
+
+    read_seeds(data)  # a file that cannot be used is refused before a model is fetched
+    found = find_student(model)
+    settings = LocalModel.model_validate(found.config["student"]["model"]) if found.config else LocalModel()
+    system = system or (found.config["student"]["system_prompt"] if found.config else None)
+    rows = answer_file(
+        settings.model_copy(update={"shards": shards}),
+        found.checkpoint,
+        data,
+        Sampling(temperature=temperature, max_tokens=max_tokens),
+        system,
+        seed,
+    )
+    to.parent.mkdir(parents=True, exist_ok=True)
+    WRITERS[to.suffix](to, rows)
+    counts = Counter(row["status"] for row in rows)
+    note.print(f"{escaped(found.name)}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    out.print(str(to), soft_wrap=True)
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_list(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomic(path, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+
+
+WRITERS = {".jsonl": _write_lines, ".json": _write_list}

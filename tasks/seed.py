@@ -88,7 +88,7 @@ def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
     rows: dict[str, dict[str, Any]] = {}
     duplicates = 0
     for where, record in records:
-        row = _row(record, f"{place}, {where}")
+        row = read_row(record, f"{place}, {where}")
         key = instruction_id(row["instruction"], row["input"])
         duplicates += key in rows
         rows.setdefault(key, row)
@@ -242,8 +242,12 @@ def _dataset(spec: str) -> tuple[str, Records]:
     return spec, ((f"row {number}", record) for number, record in enumerate(rows, 1))
 
 
-def _row(record: Any, where: str) -> dict[str, Any]:
-    """One record of any known form as instruction, input, category, output."""
+def read_row(record: Any, where: str) -> dict[str, Any]:
+    """One record of any known form as instruction, input, category, output; `where` is for the message.
+
+    Raises:
+        SeedError: the record is of no known form, or its instruction is empty.
+    """
     if isinstance(record, str):
         record = {"instruction": record}
     if not isinstance(record, dict):

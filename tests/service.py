@@ -101,11 +101,11 @@ class Service:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                command = (folder / "cmdline").read_bytes().split(b"\0")
+                named = (folder / "comm").read_text().strip()
+                if named == "tasks.jobs.sft" and f"LION_HOME={self.home}\0" in (folder / "environ").read_text():
+                    found.append(int(folder.name))
             except OSError:
                 continue
-            if b"tasks.jobs.sft" in command and any(part.startswith(str(self.home).encode()) for part in command):
-                found.append(int(folder.name))
         return found
 
     def until_it_trains(self, seconds: float = 400) -> int:
@@ -117,14 +117,18 @@ class Service:
         return self.trainers()[0]
 
     def folder_of(self, trainer: int) -> Path:
-        """Where a trainer keeps what it makes."""
-        command = Path(f"/proc/{trainer}/cmdline").read_text().split("\0")
-        return next(Path(part).parent for part in command if part.endswith("job.json"))
+        """Where a trainer keeps what it makes: the checkpoint whose files it has open."""
+        checkpoints = self.home / "checkpoints"
+        open_files = (line.split(maxsplit=5)[-1] for line in Path(f"/proc/{trainer}/maps").read_text().splitlines())
+        kept = (Path(file).relative_to(checkpoints) for file in open_files if file.startswith(f"{checkpoints}/"))
+        return next((checkpoints / file.parts[0] for file in kept if file.name == "rows.arrow"), checkpoints / "none")
 
 
 def process_of_flow(trainer: int) -> int:
-    """The process of the flow run that started a trainer."""
-    return int(Path(f"/proc/{trainer}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    """The process of the flow run that a trainer works for: its parent is the warm process, and the flow that one's."""
+    for _ in range(2):
+        trainer = int(Path(f"/proc/{trainer}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return trainer
 
 
 def kill(process: int) -> None:

@@ -7,7 +7,7 @@ is run again, and the program finds in it what it had already made.
 Imports no torch: the orchestrating process starts this.
 """
 
-import ctypes
+import functools
 import json
 import logging
 import os
@@ -18,22 +18,18 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from storage.files import Checkpoint, digest_of, digest_of_model, home, locked, write_atomic
+from tasks.jobs.process import ENVIRONMENT, Fork, can_fork, start, start_fork, stop
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
 NOTABLE = re.compile(r"error|warning|\bnan\b|out of memory", re.IGNORECASE)
 TAIL_LINES = 15
-GRACE_SECONDS = 5
-ENVIRONMENT = {
-    "PYTHONUNBUFFERED": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Threads that spin at a barrier make a shared CPU twenty times slower; sleeping costs microseconds.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 
 
 _logger = logging.getLogger("lion.jobs")  # Prefect shows it with the run: `logging.extra_loggers` in prefect.toml
@@ -71,8 +67,9 @@ def run_job(
     job: dict[str, Any],
     directory: Path,
     *,
-    launcher: Sequence[str] = (sys.executable,),
-    environment: dict[str, str] | None = None,
+    launcher: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    on_start: Callable[["subprocess.Popen[str] | Fork"], None] = lambda process: None,
     on_progress: Callable[[dict[str, Any]], None] = lambda figures: None,
     on_notable_line: Callable[[str], None] = log_now_and_then,
 ) -> dict[str, Any]:
@@ -82,7 +79,9 @@ def run_job(
         module: a program of tasks.jobs, as `python -m` takes it.
         job: what `job.json` says; JSON-like.
         directory: the job's folder, named by what the job is made from. Made if missing.
-        launcher: what starts it: python itself, torchrun, deepspeed.
+        launcher: what starts it where python alone does not: torchrun, deepspeed.
+        environment: variables of its own.
+        on_start: called with its process, unless the job is complete already.
         on_progress: called with each progress report of the program.
         on_notable_line: called with each line that speaks of an error, a warning, NaN or memory.
 
@@ -92,11 +91,58 @@ def run_job(
     result = directory / "result.json"
     if not result.exists():
         write_atomic(directory / "job.json", json.dumps(job, indent=2, ensure_ascii=False))
-        command = [*launcher, "-m", module, str(directory / "job.json")]
-        returncode, tail = _run(command, directory / "log.txt", environment or {}, on_progress, on_notable_line)
+        program, variables = str(directory / "job.json"), {**os.environ, **ENVIRONMENT, **(environment or {})}
+        child: subprocess.Popen[str] | Fork
+        if launcher or not can_fork() or not module.startswith(__package__):
+            child = start([*(launcher or [sys.executable]), "-m", module, program], variables)
+        else:
+            child = start_fork(module, program, variables)
+        on_start(child)
+        returncode, tail = _run(child, directory / "log.txt", on_progress, on_notable_line)
         if returncode != 0 or not result.exists():
             raise JobError(module, str(directory), returncode, tail)
     return json.loads(result.read_text())
+
+
+def run_together(
+    module: str,
+    jobs: Sequence[tuple[dict[str, Any], Path]],
+    environments: Sequence[Mapping[str, str]],
+    on_progress: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run jobs, each in its folder and with variables of its own, at the same time. Their progress is told as one.
+
+    Raises:
+        JobError: one of them ended without a result. What the others had begun is finished first.
+    """
+    if len(jobs) == 1:  # in this thread, whose end a process of the job would not outlive
+        ((job, directory),) = jobs
+        run_job(module, job, directory, environment=environments[0], on_progress=on_progress)
+        return
+    reports: dict[Path, dict[str, Any]] = {}
+    running: list[subprocess.Popen[str] | Fork] = []
+
+    def heard(directory: Path, report: dict[str, Any]) -> None:
+        reports[directory] = report
+        told = list(reports.values())
+        on_progress({name: sum(each.get(name, 0) for each in told) for name in report})
+
+    def one(place: int) -> None:
+        job, directory = jobs[place]
+        tell = functools.partial(heard, directory)
+        run_job(module, job, directory, environment=environments[place], on_start=running.append, on_progress=tell)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        futures = [pool.submit(one, place) for place in range(len(jobs))]
+        try:
+            wait(futures)
+        except BaseException:  # cancelled: what runs in other threads would not hear of it
+            for process in running:
+                with suppress(ProcessLookupError):
+                    process.terminate()
+            raise
+    for future in futures:
+        future.result()
 
 
 def make_checkpoint(
@@ -138,27 +184,17 @@ def finish(directory: Path, result: dict[str, Any]) -> None:
 
 
 def _run(
-    command: list[str],
+    child: "subprocess.Popen[str] | Fork",
     log: Path,
-    environment: dict[str, str],
     on_progress: Callable[[dict[str, Any]], None],
     on_notable_line: Callable[[str], None],
 ) -> tuple[int, str]:
-    """Exit code and last lines of a command whose output goes to `log`.
+    """Exit code and last lines of a process whose output goes to `log`.
 
     The program's own last word, a line that begins with "error: ", is among them even where a launcher says more.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     last_word = ""
-    child = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, **ENVIRONMENT, **environment},
-        preexec_fn=die_with_parent,
-    )
     try:
         assert child.stdout is not None
         with log.open("a", buffering=1) as file:  # a line at a time: it is read while the job runs
@@ -176,24 +212,4 @@ def _run(
             tail.append(last_word)
         return child.wait(), "\n".join(tail)
     finally:
-        _stop(child)
-
-
-def _stop(child: "subprocess.Popen[str]") -> None:
-    """Terminate the child if it still runs, then kill it. A launcher passes the signal on to its ranks."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-_libc = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """In the child: be terminated when the parent dies, even by `kill -9`, so that no orphan holds the GPU."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        stop(child)

@@ -128,10 +128,10 @@ class SftSettings(BaseModel):
 def launcher_command(settings: SftSettings) -> list[str]:
     """What starts the trainer, to be followed by `-m tasks.jobs.sft job.json`.
 
-    This python for one process, torchrun for several, DeepSpeed too; DeepSpeed's own launcher where there is a hostfile.
+    Nothing for one process, torchrun for several, DeepSpeed too; DeepSpeed's own launcher where there is a hostfile.
     """
     if settings.strategy == "single":
-        return [sys.executable]
+        return []
     if settings.hostfile:
         # `--no_python` with python as the script lets the `-m` that follows reach python.
         starter = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", settings.hostfile]

@@ -37,8 +37,9 @@ from tasks.jobs.distributed import (
     training_arguments,
 )
 from tasks.jobs.engine import DTYPES
-from tasks.jobs.launch import die_with_parent, finish
+from tasks.jobs.launch import finish
 from tasks.jobs.preflight import advice, estimate
+from tasks.jobs.process import die_with_parent
 from tasks.jobs.reload import loss_in_fresh_process, loss_of_saved, merge_adapter, save_model, stored_dtype
 from tasks.jobs.settings import SftSettings
 from tasks.jobs.template import ensure_chat_template

@@ -5,12 +5,14 @@ The job's folder is named by what it is asked, so a call that was killed goes on
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Checkpoint, digest_of, home, write_atomic
-from tasks.jobs.launch import run_job
+from tasks.jobs.launch import run_together
+from tasks.jobs.process import gpus
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
 
 ENGINE_VERSION = 1  # raise it when the engine gives other tokens for the same request
@@ -42,6 +44,13 @@ class LocalModel(BaseModel):
         description="Tokens, prompt and answer, held for all rows of a batch together.",
         json_schema_extra={"operational": True},
     )
+    shards: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Processes among which the rows are shared evenly; by default one for each GPU. Same answers.",
+        json_schema_extra={"operational": True},
+    )
 
 
 def answer_locally(
@@ -71,7 +80,7 @@ def infer(
     seed: int,
     on_progress: OnProgress,
 ) -> tuple[list[Reply], dict[str, tuple[float, int]]]:
-    """Answer requests and score given answers, in one process: the model is loaded once.
+    """Answer requests and score given answers; each process loads the model once, and there is one for each GPU.
 
     Args:
         answers: `{"id", "messages", "answer", "whole"}`, the texts whose likelihood under the model is asked.
@@ -80,12 +89,40 @@ def infer(
         The replies in the order of the requests, and for each given answer its loss in nats, summed over its
         tokens, with the number of tokens.
     """
-    asked = [_as_json(request) for request in requests]
+    devices = gpus()
+    count = max(1, min(settings.shards or len(devices), max(len(requests), len(answers))))
+    shards, environments = [], []
+    for shard in range(count):
+        asked = [_as_json(request) for request in requests[shard::count]]
+        shards.append(_job(settings, checkpoint, asked, answers[shard::count], sampling, seed))
+        environments.append({"CUDA_VISIBLE_DEVICES": devices[shard % len(devices)]} if devices else {})
+
+    def show(figures: dict[str, Any]) -> None:
+        on_progress(figures.pop("done"), figures.pop("total"), figures)
+
+    run_together("tasks.jobs.infer", shards, environments, show)
+    replies = {line["id"]: line for _, directory in shards for line in _read_lines(directory / "replies.jsonl")}
+    scores = {line["id"]: line for _, directory in shards for line in _read_lines(directory / "scores.jsonl")}
+    return (
+        [_reply(replies[request.id], checkpoint) for request in requests],
+        {key: (line["loss_sum"], line["tokens"]) for key, line in scores.items()},
+    )
+
+
+def _job(
+    settings: LocalModel,
+    checkpoint: Checkpoint,
+    asked: Sequence[dict[str, Any]],
+    answers: Sequence[dict[str, Any]],
+    sampling: Sampling,
+    seed: int,
+) -> tuple[dict[str, Any], Path]:
+    """The job that answers and scores these, and its folder, which is named by what is asked."""
     identity = {
         "engine": ENGINE_VERSION,
         "model": checkpoint.digest,
         "precision": settings.precision,
-        "requests": asked,
+        "requests": list(asked),
         "answers": list(answers),
         "sampling": sampling.model_dump(mode="json"),
         "seed": seed,
@@ -103,18 +140,7 @@ def infer(
         "requests": "requests.jsonl" if asked else None,
         "score": "score.jsonl" if answers else None,
     }
-
-    def show(figures: dict[str, Any]) -> None:
-        done, total = figures.pop("done"), figures.pop("total")
-        on_progress(done, total, figures)
-
-    run_job("tasks.jobs.infer", job, directory, on_progress=show)
-    replies = {line["id"]: line for line in _read_lines(directory / "replies.jsonl")} if asked else {}
-    scores = {line["id"]: line for line in _read_lines(directory / "scores.jsonl")} if answers else {}
-    return (
-        [_reply(replies[request.id], checkpoint) for request in requests],
-        {key: (line["loss_sum"], line["tokens"]) for key, line in scores.items()},
-    )
+    return job, directory
 
 
 def _as_json(request: Request) -> dict[str, Any]:
@@ -136,10 +162,10 @@ def _reply(line: dict[str, Any], checkpoint: Checkpoint) -> Reply:
     )
 
 
-def _write_lines(path: Any, rows: Sequence[dict[str, Any]]) -> None:
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _read_lines(path: Any) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     # Not splitlines(): a text may hold U+2028, which ends no line here.
     return [json.loads(line) for line in path.read_text().split("\n") if line]

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from storage.files import Checkpoint
-from tasks.jobs.launch import ENVIRONMENT, GRACE_SECONDS, die_with_parent
+from tasks.jobs.process import ENVIRONMENT, GRACE_SECONDS, die_with_parent
 from tasks.models.chat import Sampling
 from tasks.models.local import LocalModel
 

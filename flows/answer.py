@@ -1,0 +1,66 @@
+"""Inference alone, on a file: a model answers every row, without the loop."""
+
+from typing import Any
+
+from flows.terminal import Refusal
+from storage.files import Checkpoint, digest_of
+from tasks.models.chat import Request, Sampling, conversation
+from tasks.models.local import LocalModel, answer_locally
+from tasks.progress import progress
+from tasks.seed import read_records, read_row
+
+FIGURES = ("status", "finish_reason", "prompt_tokens", "completion_tokens", "error")
+
+
+def answer_file(
+    settings: LocalModel, checkpoint: Checkpoint, data: str, sampling: Sampling, system_prompt: str | None, seed: int
+) -> list[dict[str, Any]]:
+    """The rows of a file, each with the model's answer as `output`, or as the last of its `messages`.
+
+    Beside it `status`, `finish_reason`, `prompt_tokens`, `completion_tokens`, and `error` where there is no answer. Rows
+    that ask the same get the same answer. Interrupted, the same call goes on.
+
+    Raises:
+        SeedError: the file cannot be used.
+        JobError: the process ended without a result.
+    """
+    place, records = read_records(data)
+    rows = [_asked(record, f"{place}, {where}", system_prompt) for where, record in records]
+    if not rows:
+        raise Refusal(f"{place}: no row in it.")
+    requests = {digest_of(messages): tuple(messages) for _, messages in rows}
+    with progress("answers") as on_progress:
+        replies = answer_locally(
+            settings,
+            checkpoint,
+            [Request(id=key, messages=messages) for key, messages in requests.items()],
+            sampling,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    by_key = {reply.id: reply for reply in replies}
+    answered = []
+    for row, messages in rows:
+        reply = by_key[digest_of(messages)]
+        if "messages" in row:
+            said = [] if reply.text is None else [{"role": "assistant", "content": reply.text}]
+            given: dict[str, Any] = {"messages": [*messages, *said]}
+        else:
+            given = {"output": reply.text}
+        answered.append(row | given | {name: getattr(reply, name) for name in FIGURES})
+    return answered
+
+
+def _asked(record: Any, where: str, system_prompt: str | None) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """A record as it will be written, and the conversation that it puts to the model."""
+    row = read_row(record, where)
+    if isinstance(record, dict) and "messages" in record:
+        messages = [{"role": said["role"], "content": said["content"]} for said in record["messages"]]
+        while messages[-1]["role"] == "assistant":
+            messages.pop()
+        if system_prompt and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        return record, messages
+    kept = record if isinstance(record, dict) else {}
+    shown = kept | {"instruction": row["instruction"], "input": row["input"] or ""}
+    return shown, conversation(row["instruction"], row["input"], system_prompt)

@@ -1,0 +1,41 @@
+"""`lion answer`: inference alone, on a file of one's own."""
+
+import json
+from pathlib import Path
+
+from tasks.seed import read_seeds
+from tests.lion import lion
+
+ROWS = [
+    {"instruction": "Name a bird.", "input": "", "source": "mine"},
+    {"messages": [{"role": "user", "content": "Name a tree."}, {"role": "assistant", "content": "An oak."}]},
+    {"instruction": "Name a bird.", "input": ""},
+    {"instruction": "word " * 600},
+]
+
+
+def test_every_row_has_its_answer_in_the_form_it_came_in(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    command = ["answer", f"--model={tiny_model}", f"--data={tmp_path / 'rows.jsonl'}", "--max-tokens=8"]
+    done = lion(tmp_path / "home", *command, f"--out={tmp_path / 'out.jsonl'}")
+    first, second, third, fourth = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (first["source"], first["completion_tokens"]) == ("mine", third["completion_tokens"])
+    assert first["output"] == third["output"]
+    assert [said["role"] for said in second["messages"]] == ["user", "assistant"]
+    assert second["messages"][1]["content"] != "An oak."
+    assert (fourth["output"], fourth["status"]) == (None, "failed")
+    assert "fit into the context" in fourth["error"]
+    assert "1 failed" in done.stderr
+    lion(tmp_path / "home", *command, f"--out={tmp_path / 'out.json'}", "--shards=2")
+    assert len(read_seeds(str(tmp_path / "out.json")).rows) == 3
+
+
+def test_what_cannot_be_written_or_read_is_refused_before_a_model_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("Say it.\n")
+    data, there = f"--data={tmp_path / 'rows.txt'}", tmp_path / "there.jsonl"
+    there.touch()
+    command = ["answer", "--model=nobody/nothing", data]
+    assert "there already" in lion(tmp_path, *command, f"--out={there}", code=2).stderr
+    assert ".jsonl, .json" in lion(tmp_path, *command, "--out=answers.doc", code=2).stderr
+    gone = f"--data={tmp_path / 'gone.txt'}"
+    assert "no such file" in lion(tmp_path, "answer", gone, f"--out={tmp_path / 'new.json'}", code=2).stderr
