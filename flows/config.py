@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from storage.files import digest_of
+from storage.files import OPERATIONAL, digest_of
 from tasks.discriminate import DiscriminateConfig
 from tasks.evaluate import EvaluationConfig
 from tasks.finetune import FinetuneConfig
 from tasks.generate import GenerateConfig
 from tasks.models.budget import Budget
 from tasks.models.ready import ModelSettings
-from tasks.policies import OPERATIONAL, identity
+from tasks.policies import identity
 from tasks.referee import LLMReferee, RefereeConfig, ReferenceReferee
 from tasks.seed import SeedConfig, digest_of_source
 from tasks.selection import StopConfig

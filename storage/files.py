@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.config import JsonDict
 
+# For Field(json_schema_extra=OPERATIONAL): the setting changes how, never what, and is in no digest.
+OPERATIONAL: JsonDict = {"operational": True}
 DIGEST_LENGTH = 32  # hex characters: 128 bits, far beyond any pool's birthday bound
 
 

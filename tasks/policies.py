@@ -27,17 +27,12 @@ from prefect.settings import PREFECT_API_URL
 from prefect.tasks import Task
 from prefect.transactions import IsolationLevel
 from pydantic import BaseModel
-from pydantic.config import JsonDict
 
 from storage.files import Checkpoint, Pointer, digest_of, flock, home
 from storage.runs import pointers_in
 from tasks.models.budget import Account
 from tasks.models.errors import ModelError
 from tasks.models.ready import ReadyModel
-
-OPERATIONAL: JsonDict = {
-    "operational": True
-}  # for Field(json_schema_extra=...): changes how, never what; not in any key
 
 
 def identity(value: Any) -> Any:

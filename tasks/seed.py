@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.files import Snapshot, StorageError, digest_of, digest_of_file
+from storage.files import OPERATIONAL, Snapshot, StorageError, digest_of, digest_of_file
 from storage.pools import instruction_id, read_parquet, write_snapshot
 from tasks.contamination import find_near
-from tasks.policies import OPERATIONAL, stage
+from tasks.policies import stage
 
 VERSION = 2
 BUNDLED = Path(__file__).parent / "data"

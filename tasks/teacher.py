@@ -5,13 +5,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from storage.files import Snapshot, digest_of
+from storage.files import OPERATIONAL, Snapshot, digest_of
 from storage.pools import by_id, read_rows, write_snapshot
 from tasks.models.budget import Account
 from tasks.models.chat import Request, Sampling, Status, conversation, response_row
 from tasks.models.local import LocalModel
 from tasks.models.ready import ModelSettings, ReadyModel, answer
-from tasks.policies import OPERATIONAL, stage
+from tasks.policies import stage
 from tasks.progress import progress
 
 VERSION = 2

@@ -27,7 +27,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import BitsAndBytesConfig
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import is_bitsandbytes_available
 
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
 
@@ -261,18 +263,34 @@ class Engine:
         precision: bf16, fp16, fp32, or auto: the fastest that this machine itself computes in.
         max_batch_rows: rows computed together.
         max_batch_tokens: tokens, prompt and answer, held in the cache for all rows together.
+        quantization: none, or how the weights of linear layers are held on a CUDA GPU: 8bit or 4bit (bitsandbytes).
+
+    Raises:
+        RuntimeError: the weights are to be quantized, and there is no CUDA GPU, or no bitsandbytes.
     """
 
-    def __init__(self, path: Path, precision: str = "auto", max_batch_rows: int = 64, max_batch_tokens: int = 65_536):
+    def __init__(
+        self,
+        path: Path,
+        precision: str = "auto",
+        max_batch_rows: int = 64,
+        max_batch_tokens: int = 65_536,
+        quantization: str = "none",
+    ):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = best_precision(self.device) if precision == "auto" else precision
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self.statistics = Statistics()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[self.precision], attn_implementation=ATTENTION
+            path,
+            dtype=DTYPES[self.precision],
+            attn_implementation=ATTENTION,
+            **quantized(quantization, self.precision, self.device),
         )
-        self.model.eval().to(self.device)
+        self.model.eval()
+        if quantization == "none":
+            self.model.to(self.device)
         packed = self.device.type == "cpu" and can_pack(self.precision)
         if packed:
             pack_linear_layers(self.model)
@@ -483,6 +501,24 @@ class Engine:
         if self.prefix is None:
             return False
         return len(row) > len(self.prefix.tokens) and row[: len(self.prefix.tokens)] == self.prefix.tokens
+
+
+def quantized(quantization: str, precision: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told so that it holds weights in 8 or 4 bit."""
+    if quantization == "none":
+        return {}
+    if device.type != "cuda" or not is_bitsandbytes_available():
+        raise RuntimeError(
+            f"quantization: {quantization} needs a CUDA GPU and bitsandbytes (pip install 'lion-distill[gpu]'); "
+            "take quantization: none"
+        )
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[precision]}
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if quantization == "8bit"
+        else BitsAndBytesConfig(load_in_4bit=True, **four)
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def pack_linear_layers(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
     python -m tasks.jobs.infer <directory>/job.json
 
-`job.json`: {"model", "precision", "max_batch_rows", "max_batch_tokens", "seed", "sampling": {"temperature",
+`job.json`: {"model", "precision", "quantization", "max_batch_rows", "max_batch_tokens", "seed", "sampling": {"temperature",
 "top_p", "max_tokens", "stop"}, "requests": file or null, "score": file or null}, the files being JSON lines
 beside it. Replies are appended to `replies.jsonl` and scores to `scores.jsonl` as they come, in no particular order,
 and made durable every few seconds. A job that was killed goes on where it stopped and gives the same replies as one that
@@ -72,7 +72,9 @@ def run(job: dict[str, Any], directory: Path) -> dict[str, Any]:
     requests, to_score = _read(directory, job["requests"]), _read(directory, job["score"])
     replies, scores = Lines(directory / "replies.jsonl"), Lines(directory / "scores.jsonl")
     sampling = Sampling(**{**job["sampling"], "stop": tuple(job["sampling"]["stop"])}, seed=job["seed"])
-    engine = Engine(Path(job["model"]), job["precision"], job["max_batch_rows"], job["max_batch_tokens"])
+    engine = Engine(
+        Path(job["model"]), job["precision"], job["max_batch_rows"], job["max_batch_tokens"], job["quantization"]
+    )
     progress = Progress(len(requests) + len(to_score), engine)
 
     begin = time.monotonic()

@@ -4,9 +4,8 @@ import sys
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.config import JsonDict
 
-OPERATIONAL: JsonDict = {"operational": True}  # changes how, never what: in no cache key
+from storage.files import OPERATIONAL
 
 
 class SftSettings(BaseModel):

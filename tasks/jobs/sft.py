@@ -69,7 +69,9 @@ def load_model(job: dict[str, Any], settings: SftSettings, precision: str) -> An
     quantization = {}
     if settings.peft == "qlora":
         if not torch.cuda.is_available():
-            raise SettingsError("peft: qlora needs a CUDA GPU and bitsandbytes; take peft: lora")
+            raise SettingsError(
+                "peft: qlora needs a CUDA GPU and bitsandbytes (pip install 'lion-distill[gpu]'); take peft: lora"
+            )
         from transformers import BitsAndBytesConfig
 
         quantization["quantization_config"] = BitsAndBytesConfig(

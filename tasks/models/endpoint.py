@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic.config import JsonDict
 
+from storage.files import OPERATIONAL
 from tasks.models.errors import FatalEndpointError
 from tasks.models.prices import Price
 
-OPERATIONAL: JsonDict = {"operational": True}
 OURS = {
     "model",
     "messages",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.files import Checkpoint, digest_of, home, write_atomic
+from storage.files import OPERATIONAL, Checkpoint, digest_of, home, write_atomic
 from tasks.jobs.launch import run_together
 from tasks.jobs.process import gpus
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
@@ -31,25 +31,28 @@ class LocalModel(BaseModel):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Of the weights at inference. auto: the best this machine computes natively."
     )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="How the weights are held at inference; 8bit and 4bit need a CUDA GPU (bitsandbytes)."
+    )
     max_batch_rows: int = Field(
         64,
         ge=1,
         le=4096,
         description="Rows computed together. More is faster, until memory is full.",
-        json_schema_extra={"operational": True},
+        json_schema_extra=OPERATIONAL,
     )
     max_batch_tokens: int = Field(
         65_536,
         ge=256,
         description="Tokens, prompt and answer, held for all rows of a batch together.",
-        json_schema_extra={"operational": True},
+        json_schema_extra=OPERATIONAL,
     )
     shards: int | None = Field(
         None,
         ge=1,
         le=64,
         description="Processes among which the rows are shared evenly; by default one for each GPU. Same answers.",
-        json_schema_extra={"operational": True},
+        json_schema_extra=OPERATIONAL,
     )
 
 
@@ -122,6 +125,7 @@ def _job(
         "engine": ENGINE_VERSION,
         "model": checkpoint.digest,
         "precision": settings.precision,
+        "quantization": settings.quantization,
         "requests": list(asked),
         "answers": list(answers),
         "sampling": sampling.model_dump(mode="json"),
@@ -133,6 +137,7 @@ def _job(
     job = {
         "model": str(checkpoint.path),
         "precision": settings.precision,
+        "quantization": settings.quantization,
         "max_batch_rows": settings.max_batch_rows,
         "max_batch_tokens": settings.max_batch_tokens,
         "seed": seed,

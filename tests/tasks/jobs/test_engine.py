@@ -210,3 +210,17 @@ def test_other_architectures_answer_as_in_transformers(architecture: str, tiny_m
         prompt = encode_prompt(tokenizer, request["messages"])
         output = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :]
         assert ours[request["id"]]["text"] == tokenizer.decode(output, skip_special_tokens=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_weights_in_few_bits_are_refused_without_a_gpu(tiny_model: Path) -> None:
+    with pytest.raises(RuntimeError, match="quantization: 4bit needs a CUDA GPU"):
+        Engine(tiny_model, "fp32", quantization="4bit")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_weights_in_few_bits_answer(tiny_model: Path, quantization: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (pip install -e '.[gpu]')")
+    engine = Engine(tiny_model, "fp16", quantization=quantization)
+    assert len(answers(engine, REQUESTS, Sampling(max_tokens=4))) == len(REQUESTS)

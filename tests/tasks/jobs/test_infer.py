@@ -24,6 +24,7 @@ def job_in(directory: Path, model: Path, rows: int = 12, max_tokens: int = 30, *
     return {
         "model": str(model),
         "precision": "fp32",
+        "quantization": "none",
         "max_batch_rows": 4,
         "max_batch_tokens": 65_536,
         "seed": 3,

@@ -295,7 +295,7 @@ class TestTraining:
         ("settings", "message"),
         [
             ({"precision": "fp16"}, "fp16 needs a GPU; .* take auto, bf16 or fp32"),
-            ({"peft": "qlora"}, "qlora needs a CUDA GPU and bitsandbytes; take peft: lora"),
+            ({"peft": "qlora"}, "qlora needs a CUDA GPU and bitsandbytes"),
         ],
     )
     def test_what_needs_a_gpu_is_refused_without_one(
