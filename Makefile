@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 STAMP := $(VENV)/.installed
 ONLY ?=
 
-.PHONY: run setup up deploy down test test-slow test-server check format bench clean
+.PHONY: run setup up deploy down test test-slow check format bench clean
 
 run: $(READY) ## two adversarial iterations with real models, offline
 	$(BIN)/lion run --preset offline
@@ -46,13 +46,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test: check ## under ten minutes on two cores
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not server"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: $(STAMP) ## the embedded model, real processes killed and resumed: under forty minutes
+test-slow: $(STAMP) ## the embedded model, a server, a browser, processes killed and resumed: under forty minutes
 	$(BIN)/pytest -n 2 --dist loadfile -m slow
-
-test-server: $(STAMP) ## a real Prefect server, worker and browser; not yet in CI
-	$(BIN)/pytest -m server
 
 bench: $(STAMP) ## measure, and append to tests/benchmarks/history.jsonl; ONLY=name for one
 	$(BIN)/python -m tests.benchmarks.run $(ONLY)

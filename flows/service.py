@@ -121,7 +121,10 @@ def register() -> list[str]:
 
 
 def _keep_automation(wanted: dict[str, Any]) -> str:
-    """Make an automation, or bring it up to date; switched off while the block that it notifies by is not there."""
+    """Make an automation, or bring it up to date; switched off while the block that it notifies by is not there.
+
+    One that is as it should be is left alone: updated, it would forget the runs whose next heartbeat it waits for.
+    """
     actions, enabled = [], True
     for action in wanted["actions"]:
         if block := action.get("block"):
@@ -138,11 +141,11 @@ def _keep_automation(wanted: dict[str, Any]) -> str:
         there = client.read_automations_by_name(automation.name)
         for surplus in there[1:]:
             client.delete_automation(surplus.id)
-    if there:
+    if not there:
+        automation.create()
+    elif there[0].model_dump(exclude={"id"}) != automation.model_dump(exclude={"id"}):
         automation.id = there[0].id
         automation.update()
-    else:
-        automation.create()
     return automation.name + ("" if enabled else " (off: there is no block to notify by)")
 
 

@@ -77,11 +77,12 @@ class Service:
     def state(self, run: str) -> dict[str, Any]:
         return self.api.get(f"/flow_runs/{run}").json()["state"]
 
-    def wait(self, run: str, *names: str, seconds: float = 400) -> dict[str, Any]:
-        """Wait until a run is in a state of one of these names, or at its end; that state."""
+    def wait(self, run: str, *names: str, seconds: float = 400, through: str = "") -> dict[str, Any]:
+        """Wait until a run is in a state of one of these names, and fail at another end but `through`; that state."""
         deadline = time.monotonic() + seconds
         while (state := self.state(run))["name"] not in names:
             ended = state["type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+            ended = ended and state["name"] != through
             assert not ended and time.monotonic() < deadline, f"{state}\n{self.log('worker')}"
             time.sleep(0.2)
         return state

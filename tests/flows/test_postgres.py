@@ -16,7 +16,7 @@ from tests.service import Service
 PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 AUTH = "lion:a-password-of-the-tests"
 pytestmark = [
-    pytest.mark.server,
+    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(PROGRAMS is None, reason="needs PostgreSQL (apt-get install postgresql)"),
 ]
