@@ -36,7 +36,11 @@ LONGEST_MESSAGE = 2**20  # bytes
 
 
 def can_fork() -> bool:
-    """Whether jobs may be forks: no driver of a GPU would be forked with them."""
+    """Whether jobs may be forks: this is a Linux that can, and no driver of a GPU would be forked with them."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
     return not any(Path(device).exists() for device in GPUS)
 
 
