@@ -17,6 +17,7 @@ PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 AUTH = "lion:a-password-of-the-tests"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.flaky(reruns=1),
     pytest.mark.timeout(900),
     pytest.mark.skipif(PROGRAMS is None, reason="needs PostgreSQL (apt-get install postgresql)"),
 ]

@@ -14,7 +14,7 @@ from tests.flows.conftest import KEY
 from tests.lion import digests, lion, shown
 from tests.service import Service, kill, process_of_flow
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=1), pytest.mark.timeout(600)]
 LONG = {
     "training": {
         "num_train_epochs": 100,
