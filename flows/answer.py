@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from flows.terminal import Refusal
 from storage.files import Checkpoint, digest_of
 from tasks.models.chat import Request, Sampling, conversation
 from tasks.models.local import LocalModel, answer_locally
@@ -26,8 +25,6 @@ def answer_file(
     """
     place, records = read_records(data)
     rows = [_asked(record, f"{place}, {where}", system_prompt) for where, record in records]
-    if not rows:
-        raise Refusal(f"{place}: no row in it.")
     requests = {digest_of(messages): tuple(messages) for _, messages in rows}
     with progress("answers") as on_progress:
         replies = answer_locally(

@@ -1,17 +1,18 @@
 """Commands to talk to a student: chat, demo, serve, and to have it answer a file."""
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from flows.terminal import CheckpointName, Home, Refusal, escaped, note, out, use_home
-from storage.files import write_atomic
+from storage.files import write_json_lines, write_json_list
 
 commands = typer.Typer()
+
+WRITERS = {".jsonl": write_json_lines, ".json": write_json_list}
 
 
 @commands.command()
@@ -26,17 +27,15 @@ def chat(
     use_home(home)
     from flows.students import find_student
     from tasks.models.chat import Sampling
-    from tasks.models.local import LocalModel
     from tasks.models.session import Session
 
     found = find_student(student)
-    settings = LocalModel.model_validate(found.config["student"]["model"]) if found.config else LocalModel()
-    system = system or (found.config["student"]["system_prompt"] if found.config else None)
+    system = system or found.system_prompt
     opening = [{"role": "system", "content": system}] if system else []
     said = list(opening)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     note.print(f"{escaped(found.name)}. /new starts over, /quit ends.", soft_wrap=True)
-    with Session(settings, found.checkpoint) as session:
+    with Session(found.model, found.checkpoint) as session:
         while (line := _asked()) not in {None, "/quit"}:
             if line == "/new":
                 said = list(opening)
@@ -144,34 +143,19 @@ def answer(
     from flows.answer import answer_file
     from flows.students import find_student
     from tasks.models.chat import Sampling
-    from tasks.models.local import LocalModel
     from tasks.seed import read_seeds
 
     read_seeds(data)  # a file that cannot be used is refused before a model is fetched
     found = find_student(model)
-    settings = LocalModel.model_validate(found.config["student"]["model"]) if found.config else LocalModel()
-    system = system or (found.config["student"]["system_prompt"] if found.config else None)
     rows = answer_file(
-        settings.model_copy(update={"shards": shards}),
+        found.model.model_copy(update={"shards": shards or found.model.shards}),
         found.checkpoint,
         data,
         Sampling(temperature=temperature, max_tokens=max_tokens),
-        system,
+        system or found.system_prompt,
         seed,
     )
-    to.parent.mkdir(parents=True, exist_ok=True)
     WRITERS[to.suffix](to, rows)
     counts = Counter(row["status"] for row in rows)
     note.print(f"{escaped(found.name)}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
     out.print(str(to), soft_wrap=True)
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _write_list(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_atomic(path, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
-
-
-WRITERS = {".jsonl": _write_lines, ".json": _write_list}

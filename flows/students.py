@@ -25,6 +25,16 @@ class Student:
         """The settings of the run that made it; empty for a model from elsewhere."""
         return self.manifest.config if self.manifest else {}
 
+    @property
+    def model(self) -> LocalModel:
+        """How it is run."""
+        return LocalModel.model_validate(self.config["student"]["model"]) if self.config else LocalModel()
+
+    @property
+    def system_prompt(self) -> str | None:
+        """What it was trained to hear before every instruction."""
+        return self.config["student"]["system_prompt"] if self.config else None
+
 
 def best_student(manifest: Manifest) -> Student:
     """The student of a run to use: the last that was not rolled back.

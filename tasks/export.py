@@ -3,7 +3,6 @@
 lion export --format messages --to train.jsonl
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from storage.catalog import ask
-from storage.files import write_atomic
+from storage.files import write_atomic, write_json_lines, write_json_list
 from storage.pools import write_parquet
 from storage.runs import Manifest
 from tasks.models.chat import conversation
@@ -81,9 +80,9 @@ def export(manifest: Manifest, form: Form, to: Path, what: What = "training", it
     elif form == "parquet":
         write_parquet(to, records)
     elif form in {"alpaca", "sharegpt"}:  # one JSON list, as their readers expect
-        write_atomic(to, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+        write_json_list(to, records)
     else:
-        write_atomic(to, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_json_lines(to, records)
     return len(records)
 
 

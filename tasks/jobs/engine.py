@@ -512,11 +512,15 @@ def quantized(quantization: str, precision: str, device: torch.device) -> dict[s
             f"quantization: {quantization} needs a CUDA GPU and bitsandbytes (pip install 'lion-distill[gpu]'); "
             "take quantization: none"
         )
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[precision]}
     config = (
         BitsAndBytesConfig(load_in_8bit=True)
         if quantization == "8bit"
-        else BitsAndBytesConfig(load_in_4bit=True, **four)
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[precision],
+        )
     )
     return {"quantization_config": config, "device_map": {"": device}}
 

@@ -93,7 +93,8 @@ def run_job(
         write_atomic(directory / "job.json", json.dumps(job, indent=2, ensure_ascii=False))
         program, variables = str(directory / "job.json"), {**os.environ, **ENVIRONMENT, **(environment or {})}
         child: subprocess.Popen[str] | Fork
-        if launcher or not can_fork() or not module.startswith(__package__):
+        ours = module.startswith(__package__)  # only what a warm process can import, wherever this one found it
+        if launcher or not ours or not can_fork():
             child = start([*(launcher or [sys.executable]), "-m", module, program], variables)
         else:
             child = start_fork(module, program, variables)

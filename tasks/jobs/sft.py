@@ -36,7 +36,7 @@ from tasks.jobs.distributed import (
     gather_weights,
     training_arguments,
 )
-from tasks.jobs.engine import DTYPES
+from tasks.jobs.engine import DTYPES, quantized
 from tasks.jobs.launch import finish
 from tasks.jobs.preflight import advice, estimate
 from tasks.jobs.process import die_with_parent
@@ -72,12 +72,7 @@ def load_model(job: dict[str, Any], settings: SftSettings, precision: str) -> An
             raise SettingsError(
                 "peft: qlora needs a CUDA GPU and bitsandbytes (pip install 'lion-distill[gpu]'); take peft: lora"
             )
-        from transformers import BitsAndBytesConfig
-
-        quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-        quantization["device_map"] = {"": torch.cuda.current_device()}
+        quantization = quantized("4bit", precision, torch.device("cuda", torch.cuda.current_device()))
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, **quantization)
     if settings.peft == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.files import OPERATIONAL, Checkpoint, digest_of, home, write_atomic
+from storage.files import OPERATIONAL, Checkpoint, digest_of, home, write_json_lines
 from tasks.jobs.launch import run_together
 from tasks.jobs.process import gpus
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
@@ -132,8 +132,8 @@ def _job(
         "seed": seed,
     }
     directory = home() / "jobs" / digest_of(identity)
-    _write_lines(directory / "requests.jsonl", asked)
-    _write_lines(directory / "score.jsonl", answers)
+    write_json_lines(directory / "requests.jsonl", asked)
+    write_json_lines(directory / "score.jsonl", answers)
     job = {
         "model": str(checkpoint.path),
         "precision": settings.precision,
@@ -165,10 +165,6 @@ def _reply(line: dict[str, Any], checkpoint: Checkpoint) -> Reply:
         completion_tokens=line["completion_tokens"],
         error=line.get("error"),
     )
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

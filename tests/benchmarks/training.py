@@ -2,9 +2,8 @@
 
     python -m tests.benchmarks.training
 
-Same rows (the embedded model's answers to bundled seeds, long enough that most end by themselves: 512 tokens with their
-prompts), same model (the
-embedded one pruned to 22 layers; the tests' tiny one), fp32, one epoch, each in a process of its own, one after the
+Same rows (the embedded model's answers to bundled seeds, up to 384 tokens, so that most end by themselves), same model
+(the embedded one pruned to 22 layers; the tests' tiny one), fp32, one epoch, each in a process of its own, one after the
 other. Counted are the tokens of the rows, whatever is computed for them; timed are the steps, loading excluded.
 
 - *Lion's way*: batches of 8 random rows, padded to the longest, logits at every position.

@@ -15,15 +15,6 @@ from tests.tiny import TEXTS
 SAMPLED = Sampling(temperature=0.8, max_tokens=8)
 
 
-@pytest.fixture
-def checkpoint(home: Path, tiny_model: Path) -> Checkpoint:
-    """The tiny model where a checkpoint of this home would be."""
-    checkpoint = Checkpoint(digest="tiny", content="")
-    checkpoint.path.parent.mkdir(parents=True)
-    checkpoint.path.symlink_to(tiny_model)
-    return checkpoint
-
-
 def requests(count: int) -> list[Request]:
     said = [f"{TEXTS[number % len(TEXTS)]} {number}" for number in range(count)]
     return [Request(id=str(number), messages=({"role": "user", "content": text},)) for number, text in enumerate(said)]

@@ -13,15 +13,6 @@ GREEDY = Sampling(temperature=0, max_tokens=24)
 ASKED = [{"role": "user", "content": "Explain the water cycle."}]
 
 
-@pytest.fixture
-def checkpoint(home: Path, tiny_model: Path) -> Checkpoint:
-    """The tiny model where a checkpoint of this home would be."""
-    checkpoint = Checkpoint(digest="tiny", content="")
-    checkpoint.path.parent.mkdir(parents=True)
-    checkpoint.path.symlink_to(tiny_model)
-    return checkpoint
-
-
 def test_an_answer_comes_in_pieces_and_is_the_one_that_the_engine_gives(checkpoint: Checkpoint) -> None:
     settings = LocalModel(precision="fp32")
     request = Request(id="a", messages=tuple(ASKED))
