@@ -4,6 +4,7 @@ import json
 import sqlite3
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -174,8 +175,13 @@ def test_a_run_that_died_with_its_worker_is_found_within_two_minutes(service: Se
     assert line["state"] == "interrupted"  # but nobody holds it
 
 
-def test_down_stops_what_up_started(service: Service) -> None:
-    service.lion("down")
+def test_down_stops_what_up_started(tmp_path: Path, tiny_model: Path) -> None:
+    own = Service(tmp_path / "home", tiny_model)  # the shared one is still wanted
+    try:
+        own.lion("up")
+        assert own.api.get("/health").is_success
+    finally:
+        own.lion("down")
     with pytest.raises(httpx.HTTPError):
-        service.api.get("/health")
-    assert "was not running" in service.lion("down")
+        own.api.get("/health")
+    assert "was not running" in own.lion("down")
