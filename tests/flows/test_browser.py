@@ -16,7 +16,7 @@ from tests.flows.test_service import LONG
 from tests.service import Service, kill, process_of_flow
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Locator, Page
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -49,11 +49,23 @@ def open_run(page: "Page", service: Service, run: str) -> None:
     page.get_by_role("tab", name="Artifacts").wait_for()
 
 
+def heard(page: "Page", button: "Locator", route: str) -> bool:
+    """Press a button that asks the server; False where SQLite was busy, which the page calls an error."""
+    with page.expect_response(lambda reply: reply.url.endswith(route)) as reply:
+        button.click()
+    assert reply.value.ok or reply.value.status == 503, reply.value.text()
+    return reply.value.ok
+
+
 def choose(page: "Page", action: str, confirm: str) -> None:
-    """An action of the menu of a run, and yes to its question."""
-    page.get_by_role("button", name="Open menu").first.click()
-    page.get_by_role("menuitem", name=action, exact=True).click()
-    page.get_by_role("alertdialog").get_by_role("button", name=confirm, exact=True).click()
+    """An action of the menu of a run, and yes to its question; again as long as the server is busy."""
+    while True:
+        page.get_by_role("button", name="Open menu").first.click()
+        page.get_by_role("menuitem", name=action, exact=True).click()
+        dialog = page.get_by_role("alertdialog")
+        if heard(page, dialog.get_by_role("button", name=confirm, exact=True), "/set_state"):
+            break
+        page.reload()
 
 
 def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", service: Service) -> None:
@@ -65,7 +77,8 @@ def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", se
     iterations.fill("2")
     iterations.fill("1")
     picture(page, "form")
-    page.get_by_role("button", name="Submit").click()
+    while not heard(page, page.get_by_role("button", name="Submit"), "/create_flow_run"):
+        pass
     page.wait_for_url("**/deployments/deployment/*?tab=Runs")
     (run,) = service.post("/flow_runs/filter", deployments={"id": {"any_": [deployment["id"]]}}, sort="START_TIME_DESC")
     assert run["parameters"]["iterations"] == 1
