@@ -101,7 +101,8 @@ def forecast(config: DistillConfig, manifest: Manifest, pools: Pools) -> str:
         "generator": f"{wanted} to {round(wanted * config.generate.max_attempts)}",
     }
     if isinstance(config.referee, LLMReferee):
-        requests["referee"] = 2 * config.referee.votes * pools.cache.rows
+        heldout = manifest.baseline.snapshots["heldout"].rows if config.evaluation.by_referee else 0
+        requests["referee"] = 2 * config.referee.votes * (pools.cache.rows + heldout)
     lines = ["| role | requests to come | paid so far |", "|---|---|---|"]
     for role, number in requests.items():
         paid = sum(line.usd for line in spent if line.role == role)

@@ -115,7 +115,7 @@ class Run:
 
         record.student, record.teacher = self.base, self.teachers[0].checkpoint
         record.snapshots = {"seeds": seeds.pool, "heldout": self.heldout, "heldout_answers": self.heldout_answers}
-        record.evaluation = self._evaluate(step, self.base)
+        record.evaluation = self._evaluate(step, self.base, 0)
         self.standing: Baseline | IterationRecord = record  # whose student goes on
         self.answers: list[Snapshot] = []  # the teacher's, of all iterations so far
         return Pools(train=seeds.pool, cache=seeds.pool), self.base
@@ -159,7 +159,7 @@ class Run:
         record.trained_rows, record.left_out, record.training = trained.rows, trained.left_out, trained.figures
 
         # Did it help? A student that is worse than the one before is not built upon: that one goes on.
-        record.evaluation = self._evaluate(step, trained.checkpoint)
+        record.evaluation = self._evaluate(step, trained.checkpoint, iteration)
         student = self._standing_student(record)
 
         # DISCRIMINATION: where does the student still fall behind?
@@ -213,12 +213,19 @@ class Run:
         assert self.standing.student
         return self.standing.student
 
-    def _evaluate(self, step: Steps, checkpoint: Checkpoint) -> Evaluation:
+    def _evaluate(self, step: Steps, checkpoint: Checkpoint, iteration: int) -> Evaluation:
         config = self.config
-        return step(
+        evaluation: Evaluation = step(
             evaluate_student, config.evaluation, self._student(checkpoint), self.heldout, self.heldout_answers,
             config.student.system_prompt, config.seed,
         )  # fmt: skip
+        if self.referee is None or not config.evaluation.by_referee:
+            return evaluation
+        reviews = step(
+            review_responses, config.referee, self.referee, self.heldout, self.heldout_answers, evaluation.details,
+            config.seed, self._account("referee", iteration), label="referee, held out",
+        )  # fmt: skip
+        return evaluation.model_copy(update={"reviews": reviews})
 
     def _student(self, checkpoint: Checkpoint) -> ReadyModel:
         return ReadyModel(settings=self.config.student.model, checkpoint=checkpoint)

@@ -9,7 +9,7 @@ again, reviews asked again, the discount for cached prompts.
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flows.config import ConfigError, DistillConfig
@@ -124,11 +124,13 @@ class _Reckoning:
         fresh = config.generate.hard_rows + config.generate.easy_rows
         per_fresh = max(self.assumed["generator_tokens"] * self.assumed["chars_per_token"] - JSON_AROUND, 1)
         yield from self._teachers(0, self.heldout)
+        yield from self._evaluation(0)
         for iteration in range(1, config.iterations + 1):
             if iteration == 1:
                 yield from self._teachers(iteration, self.seeds)
             else:
                 yield from self._teachers_of_new(iteration, fresh, per_fresh)
+            yield from self._evaluation(iteration)
             yield from self._referee(iteration, rows, chars)
             yield from self._generator(iteration, fresh, chars / rows)
             rows, chars = rows + fresh, chars + fresh * per_fresh
@@ -157,6 +159,12 @@ class _Reckoning:
                 rows = round(fresh * parts[number] / len(self.seeds))
                 messages = rows * (2 if system else 1)
                 yield self._line(iteration, "teacher", model, rows, rows * (per_fresh + system), 0, messages)
+
+    def _evaluation(self, iteration: int) -> Iterable[Line]:
+        """The referee's reviews of the held-out answers."""
+        if self.config.evaluation.by_referee:
+            for line in self._referee(iteration, len(self.heldout), sum(_chars(row) for row in self.heldout)):
+                yield replace(line, stage="referee, held out")
 
     def _referee(self, iteration: int, rows: int, chars: float) -> Iterable[Line]:
         referee = self.config.referee

@@ -32,7 +32,7 @@ class Comparison(BaseModel):
     """A new student on the held-out instructions: beside the teacher, and beside the student it came after."""
 
     against: int  # iteration of the student it is compared with; 0: before any training
-    relative: Interval | None  # sum of its scores / sum of the teacher's (10 each); null: nothing to score
+    relative: Interval | None  # sum of its scores / sum of the teacher's; null: nothing to score
     loss_gain: Interval | None  # nats per token that it lost since; above 0 is better
     score_gain: Interval | None  # points of mean score that it gained since
 
@@ -45,6 +45,7 @@ class Evaluation(BaseModel):
     rows: int
     scored: int  # rows with a score
     details: Snapshot  # table evaluations: a row an instruction
+    reviews: Snapshot | None = None  # the referee's, of these answers beside the teacher's; null where it is a metric
 
 
 class Generated(BaseModel):

@@ -26,6 +26,11 @@ class EvaluationConfig(BaseModel):
     sampling: Sampling = Field(
         Sampling(temperature=0.0, max_tokens=1024), description="Of the student's held-out answers; greedy by default."
     )
+    by_referee: bool = Field(
+        True,
+        description="Where the referee is a model, it compares the held-out answers with the teacher's, too: the "
+        "relative score is then its, as in the paper's tables. Costs two reviews a question and vote.",
+    )
 
 
 @stage("evaluate", version=VERSION)

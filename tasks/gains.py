@@ -40,9 +40,12 @@ def gain_charts(manifest: Manifest) -> list[Described]:
         if (interval := relative_to_teacher(evaluation))
     ]
     if relative:
-        note = (
-            "The student's summed held-out scores in % of the teacher's, with 95 % intervals (bootstrap by question)."
+        by = (
+            "the referee's, mean of both orders"
+            if any(evaluation.reviews for _, evaluation in _evaluations(manifest))
+            else "ROUGE-L"
         )
+        note = f"The student's summed held-out scores ({by}) in % of the teacher's, with 95 % intervals (bootstrap by question)."
         charts.append(("Relative score", note, _with_bounds(relative, "% of the teacher")))
     gains = [
         {"iteration": record.iteration, **_bounds(record.comparison.loss_gain, 1)}

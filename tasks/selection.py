@@ -11,9 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.pools import by_id
+from storage.pools import by_id, read_rows
 from storage.runs import Comparison, Evaluation, Interval
-from tasks.relative import paired
+from tasks.relative import paired, relative_score
 from tasks.scores import BEST_SCORE
 
 Measure = Literal["loss", "score"]
@@ -53,7 +53,10 @@ def compare(now: Evaluation, before: Evaluation, against: int, seed: int) -> Com
 
 
 def relative_to_teacher(evaluation: Evaluation, seed: int = 0) -> Interval | None:
-    """Sum of the student's held-out scores over the teacher's; null where nothing was scored."""
+    """Sum of the student's held-out scores over the teacher's, as the referee gave them where it is a model, the mean
+    of both orders; null where nothing was scored."""
+    if evaluation.reviews:
+        return relative_score(read_rows(evaluation.reviews), seed=seed).overall.mean
     rows = sorted(by_id(evaluation.details, ["score"]).items())
     return _ratio([(row["score"], BEST_SCORE) for _, row in rows if row["score"] is not None], seed)
 

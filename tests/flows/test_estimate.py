@@ -29,6 +29,7 @@ def lines(*given: str, overrides: tuple[str, ...] = PAID) -> dict[tuple[str, int
 def test_requests_are_counted_through_the_loop(home: Path) -> None:
     assert lines("new_share=0.5") == {
         ("teacher", 0): 5,
+        **{("referee, held out", iteration): 5 * 2 * 2 for iteration in (0, 1, 2)},
         ("teacher", 1): 10,
         ("referee", 1): 10 * 2 * 2,
         ("generator", 1): 18,

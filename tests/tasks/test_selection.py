@@ -32,6 +32,28 @@ def test_gains_are_paired_by_question(home: Path) -> None:
     assert found.relative and found.relative.value == pytest.approx(18 / 30)
 
 
+def test_a_referees_word_on_the_held_out_answers_is_the_relative_score(home: Path) -> None:
+    measured = evaluation({"a": 30.0, "b": 20.0}, {"a": 1.0, "b": 2.0})
+    given = {"a": (("teacher_first", 8, 4), ("student_first", 8, 6)), "b": (("teacher_first", 2, 6), ("student_first", 2, 4))}  # fmt: skip
+    rows = [
+        {
+            "instruction_id": key,
+            "order": order,
+            "vote": 0,
+            "outcome": "ok",
+            "teacher_score": teacher,
+            "student_score": own,
+        }
+        for key, reviews in given.items()
+        for order, teacher, own in reviews
+    ]
+    judged = measured.model_copy(update={"reviews": write_snapshot("reviews", rows, step="test", version=1)})
+    found = compare(judged, measured, against=0, seed=0)
+    assert found.relative and found.relative.value == pytest.approx((10 / 10 + 10 / 10) / 2)
+    relative = compare(measured, judged, against=0, seed=0).relative
+    assert relative and relative.value == pytest.approx(3 / 20), "without a review the metric's"
+
+
 def test_a_student_whose_loss_is_no_number_is_worse_and_has_no_gain(home: Path) -> None:
     before = evaluation({"a": 30.0}, {"a": 2.0}, loss=3.0)
     broken = evaluation({"a": math.nan}, {"a": 1.0}, loss=None)

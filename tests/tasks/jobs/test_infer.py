@@ -23,6 +23,7 @@ def job_in(directory: Path, model: Path, rows: int = 12, max_tokens: int = 30, *
     (directory / "requests.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
     return {
         "model": str(model),
+        "engine": "transformers",
         "precision": "fp32",
         "quantization": "none",
         "max_batch_rows": 4,
