@@ -3,6 +3,7 @@
 lion run --preset offline
 """
 
+import atexit
 import json
 import os
 import signal
@@ -311,6 +312,24 @@ def _terminated(*_: Any) -> None:
 
 def main() -> None:
     """Run the command line. Bad input ends in one clear message and exit code 2."""
+    code = [1]
+    atexit.register(_leave, code)  # the first to be registered is the last to run
+    try:
+        _main()
+    except SystemExit as leaving:
+        code[0] = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        raise
+
+
+def _leave(code: list[int]) -> None:
+    """End at once: Prefect's threads run on while Python takes itself apart, and DuckDB's binding would then print
+    a page about what it could not free."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code[0])
+
+
+def _main() -> None:
     from storage.files import StorageError
     from tasks.models.errors import BudgetReached, FatalEndpointError, ModelError, UnknownPrice
 

@@ -129,8 +129,11 @@ def answer(
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=32768, help="Of an answer, at most.")] = 512,
     seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
-    shards: Annotated[
-        int | None, typer.Option("--shards", min=1, max=64, help="Processes that share the rows; one a GPU by default.")
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the model: engine=vllm, shards=2, precision=fp32."
+        ),
     ] = None,
     home: Home = None,
 ) -> None:
@@ -141,14 +144,16 @@ def answer(
         raise Refusal(f"{to} is there already. Name a new file as --out.")
     use_home(home)
     from flows.answer import answer_file
+    from flows.config import changed
     from flows.students import find_student
     from tasks.models.chat import Sampling
     from tasks.seed import read_seeds
 
     read_seeds(data)  # a file that cannot be used is refused before a model is fetched
     found = find_student(model)
+    settings = changed(found.model, overrides or [])
     rows = answer_file(
-        found.model.model_copy(update={"shards": shards or found.model.shards}),
+        settings,
         found.checkpoint,
         data,
         Sampling(temperature=temperature, max_tokens=max_tokens),

@@ -7,7 +7,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +27,9 @@ from tasks.student import StudentConfig
 from tasks.teacher import TeacherConfig
 
 PRESETS = Path(__file__).parent / "presets"
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -147,14 +150,30 @@ def resolve(
         settings = {"name": preset, **_load(PRESETS / f"{preset}.yaml")}
     if file is not None:
         settings = _merged(settings, _load(file))
+    return _validated(DistillConfig, _merged(_overridden(settings, overrides), given))
+
+
+def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """Settings of any kind with `key.path=value` laid upon them.
+
+    Raises:
+        ConfigError: as for `resolve`.
+    """
+    return _validated(type(settings), _overridden(settings.model_dump(mode="json"), overrides))
+
+
+def _overridden(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise ConfigError(f"--set {override}: write it as key.path=value, for example --set iterations=1")
         settings = _merged(settings, _nested(path.strip().split("."), yaml.safe_load(text)))
-    settings = _merged(settings, given)
+    return settings
+
+
+def _validated(kind: type[Settings], settings: dict[str, Any]) -> Settings:
     try:
-        return DistillConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(_explained(error)) from None
 
@@ -197,7 +216,8 @@ def _explained(error: ValidationError) -> str:
             lines.append(f"{field}: no such setting. `lion config` lists them all.")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{field or 'settings'}: {message[:1].lower()}{message[1:]} (given: {fault['input']!r})")
+            given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
+            lines.append(f"{field or 'settings'}: {message[:1].lower()}{message[1:]}{given}")
     return "\n".join(lines)
 
 

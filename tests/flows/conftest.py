@@ -1,11 +1,16 @@
-"""One Prefect server with a worker for all tests that need one: it takes half a minute to come up."""
+"""What several tests of flows need: a browser's page; one Prefect server with a worker, which takes half a minute."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.browser import open_page
 from tests.service import Service
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 KEY = "sk-test-0123456789abcdef"
 
@@ -20,3 +25,10 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
         yield running
     finally:
         running.lion("down")
+
+
+@pytest.fixture
+def page() -> Iterator["Page"]:
+    """A page of a headless Chromium."""
+    with open_page() as page:
+        yield page

@@ -26,16 +26,26 @@ def test_every_row_has_its_answer_in_the_form_it_came_in(tmp_path: Path, tiny_mo
     assert (fourth["output"], fourth["status"]) == (None, "failed")
     assert "fit into the context" in fourth["error"]
     assert "1 failed" in done.stderr
-    lion(tmp_path / "home", *command, f"--out={tmp_path / 'out.json'}", "--shards=2")
+    lion(tmp_path / "home", *command, f"--out={tmp_path / 'out.json'}", "--set=shards=2")
     assert len(read_seeds(str(tmp_path / "out.json")).rows) == 3
 
 
-def test_what_cannot_be_written_or_read_is_refused_before_a_model_is_fetched(tmp_path: Path) -> None:
+def test_what_cannot_be_written_or_read_is_refused_before_a_model_is_fetched(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "rows.txt").write_text("Say it.\n")
     data, there = f"--data={tmp_path / 'rows.txt'}", tmp_path / "there.jsonl"
     there.touch()
     command = ["answer", "--model=nobody/nothing", data]
     assert "there already" in lion(tmp_path, *command, f"--out={there}", code=2).stderr
     assert ".jsonl, .json" in lion(tmp_path, *command, "--out=answers.doc", code=2).stderr
+    alone = lion(
+        tmp_path,
+        "answer",
+        f"--model={tiny_model}",
+        data,
+        f"--out={tmp_path / 'new.json'}",
+        "--set=engine=openai",
+        code=2,
+    )
+    assert "go together" in alone.stderr and "given" not in alone.stderr
     gone = f"--data={tmp_path / 'gone.txt'}"
     assert "no such file" in lion(tmp_path, "answer", gone, f"--out={tmp_path / 'new.json'}", code=2).stderr

@@ -1,47 +1,19 @@
-"""What a person does in the Prefect UI, in a real browser: fill in the form, look, retry what failed, cancel.
+"""What a person does in the Prefect UI, in a real browser: fill in the form, look, retry what failed, cancel."""
 
-With LION_SCREENSHOTS=FOLDER it leaves pictures there.
-"""
-
-import os
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.browser import needs_chromium, picture
 from tests.flows.test_service import LONG
 from tests.service import Service, kill, process_of_flow
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.flaky(reruns=1),
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)"),
-]
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator["Page"]:
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install -e '.[dev]')")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(60_000)
-        yield page
-        browser.close()
-
-
-def picture(page: "Page", name: str) -> None:
-    if folder := os.environ.get("LION_SCREENSHOTS"):
-        page.wait_for_timeout(1500)
-        page.screenshot(path=Path(folder) / f"{name}.png")
+pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=1), pytest.mark.timeout(900), needs_chromium]
 
 
 def open_run(page: "Page", service: Service, run: str) -> None:
@@ -68,7 +40,7 @@ def choose(page: "Page", action: str, confirm: str) -> None:
         page.reload()
 
 
-def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", service: Service) -> None:
+def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", service: Service, tmp_path: Path) -> None:
     deployment = service.api.get("/deployments/name/distill/smoke").json()
     page.goto(f"{service.url}/v2/deployments/deployment/{deployment['id']}/run")
     iterations = page.get_by_label("iterations (Optional)")
@@ -76,7 +48,7 @@ def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", se
     assert page.get_by_text("How often the loop turns.").is_visible()
     iterations.fill("2")
     iterations.fill("1")
-    picture(page, "form")
+    picture(page, "form", tmp_path)
     while not heard(page, page.get_by_role("button", name="Submit"), "/create_flow_run"):
         pass
     page.wait_for_url("**/deployments/deployment/*?tab=Runs")
@@ -88,14 +60,16 @@ def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", se
     page.get_by_text("Completed").first.wait_for()
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("smoke-iterations").first.wait_for()
-    picture(page, "artifacts")
+    picture(page, "artifacts", tmp_path)
     chart = service.artifacts(run["id"])["smoke-held-out-loss"]["id"]
     page.goto(f"{service.url}/v2/artifacts/artifact/{chart}")
     page.locator("img[src^='data:image/svg']").first.wait_for()
-    picture(page, "chart")
+    picture(page, "chart", tmp_path)
 
 
-def test_a_run_killed_in_training_is_retried_from_its_checkpoint(page: "Page", service: Service) -> None:
+def test_a_run_killed_in_training_is_retried_from_its_checkpoint(
+    page: "Page", service: Service, tmp_path: Path
+) -> None:
     training = {"training": {"num_train_epochs": 40, "save_steps": 1}}
     run = service.start(name="killed", finetune=training)
     trainer = service.until_it_trains()
@@ -107,7 +81,7 @@ def test_a_run_killed_in_training_is_retried_from_its_checkpoint(page: "Page", s
     before = len(history.read_text().splitlines())
     open_run(page, service, run)
     page.get_by_text("Crashed").first.wait_for()
-    picture(page, "crashed")
+    picture(page, "crashed", tmp_path)
     choose(page, "Retry", "Retry")
     deadline = time.monotonic() + 400
     while service.state(run)["name"] != "Completed":

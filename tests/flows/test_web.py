@@ -1,10 +1,10 @@
 """The pages in a real browser: voted with keys alone, streamed side by side, and no request leaves the machine."""
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from typer.testing import CliRunner
@@ -13,22 +13,13 @@ from flows.cli import app
 from flows.web import demo_app, human_app
 from tasks.human import HumanStudy, Item, new_study, results, votes_of
 from tasks.report import write_report
-from tests.browser import Browser, needs_chromium, served
+from tests.browser import by_itself, needs_chromium, picture, served
 from tests.recorded import record_run
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
 pytestmark = needs_chromium
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    with Browser(tmp_path / "profile") as browser:
-        yield browser
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Where screenshots go: `$SCREENSHOTS` keeps them."""
-    return Path(os.environ.get("SCREENSHOTS") or tmp_path / "screenshots")
 
 
 @pytest.fixture
@@ -40,50 +31,56 @@ def study(home: Path) -> HumanStudy:
     return new_study("student", "gpt", items, seed=1)
 
 
-def test_a_person_votes_with_the_keyboard_and_can_go_back(study: HumanStudy, browser: Browser, pictures: Path) -> None:
-    with served(human_app(study)) as address:
-        browser.open(address)
-        browser.type("ann")
-        browser.key("Enter")
-        browser.until("!document.getElementById('vote').hidden")
-        assert browser.js("document.getElementById('ask').textContent") == study.items[0].instruction, (
-            "text, not markup"
-        )
-        browser.screenshot(pictures / "human-eval.png")
+def begin(page: "Page", address: str, name: str) -> None:
+    """Open the page of a study as a voter."""
+    page.goto(address)
+    page.keyboard.type(name)
+    page.keyboard.press("Enter")
+    page.locator("#vote").wait_for()
+
+
+def says(page: "Page", place: str, text: str) -> None:
+    """Wait until a place of the page says this."""
+    page.locator(place).get_by_text(text).wait_for()
+
+
+def press(page: "Page", key: str, votes: int) -> None:
+    """Vote with a key, and wait until the page has so many votes."""
+    page.keyboard.press(key)
+    page.wait_for_function("votes => items.flatMap(item => Object.keys(item.votes)).length === votes", arg=votes)
+
+
+def test_a_person_votes_with_the_keyboard_and_can_go_back(study: HumanStudy, page: "Page", tmp_path: Path) -> None:
+    with served(human_app(study)) as address, by_itself(page, address):
+        begin(page, address, "ann")
+        assert page.locator("#ask").text_content() == study.items[0].instruction, "text, not markup"
+        picture(page, "human-eval", tmp_path)
         for number, key in enumerate(("1", "ArrowDown", "ArrowRight"), 1):
-            browser.key(key)
-            browser.until(f"items.flatMap(item => Object.keys(item.votes)).length === {number}")
+            press(page, key, number)
             assert len(votes_of(study)) == number, "a vote that the page shows is on disk"
-        browser.until("document.getElementById('count').textContent === '2 of 2, 1 done'")
-        browser.key("Backspace")
-        browser.until("document.getElementById('count').textContent.startsWith('1 of 2')")
-        browser.key("3")  # another mind about the first aspect
-        browser.until("document.getElementById('count').textContent.startsWith('2 of 2')")
+        says(page, "#count", "2 of 2, 1 done")
+        page.keyboard.press("Backspace")
+        says(page, "#count", "1 of 2")
+        page.keyboard.press("3")  # another mind about the first aspect
+        says(page, "#count", "2 of 2")
         assert {vote.choice for vote in votes_of(study).values() if vote.aspect == "helpful"} == {"second"}
         # Another voter on the same study; the first one's votes are their own.
-        browser.open(address)
-        browser.type("bob")
-        browser.key("Enter")
-        browser.until("document.getElementById('count').textContent === '1 of 2, 0 done'")
-        assert browser.strangers(address) == []
+        begin(page, address, "bob")
+        says(page, "#count", "1 of 2, 0 done")
     assert results(study)["helpful"].votes == 1
 
 
-def test_the_votes_of_the_page_are_in_the_report(study: HumanStudy, browser: Browser) -> None:
+def test_the_votes_of_the_page_are_in_the_report(study: HumanStudy, page: "Page") -> None:
     with served(human_app(study)) as address:
-        browser.open(address)
-        browser.type("ann")
-        browser.key("Enter")
-        browser.until("!document.getElementById('vote').hidden")
+        begin(page, address, "ann")
         for number in range(1, 7):
-            browser.key("2")
-            browser.until(f"items.flatMap(item => Object.keys(item.votes)).length === {number}")
-        browser.until("!document.getElementById('done').hidden")
+            press(page, "2", number)
+        page.locator("#done").wait_for()
     done = CliRunner().invoke(app, ["human-eval", "report", "--json"])
     assert json.loads(done.stdout)["aspects"]["harmless"]["ties"] == 2
 
 
-def test_the_demo_streams_student_and_teacher_side_by_side(browser: Browser, pictures: Path) -> None:
+def test_the_demo_streams_student_and_teacher_side_by_side(page: "Page", tmp_path: Path) -> None:
     def answer(words: str, messages: Sequence[dict[str, str]]) -> Iterator[str]:
         for word in f"{words} to turn {len(messages)}".split():
             time.sleep(0.1)
@@ -95,30 +92,31 @@ def test_the_demo_streams_student_and_teacher_side_by_side(browser: Browser, pic
     app = demo_app(
         {"student": of("Small answer"), "teacher": of("Large answer")}, {"student": "mine/2", "teacher": "big"}
     )  # type: ignore[dict-item]
-    with served(app) as address:
-        browser.open(address)
-        browser.type("Hello?")
-        browser.key("Enter")
-        browser.until("document.getElementById('student').lastChild.textContent === 'Small '")  # before it is whole
-        browser.until("document.getElementById('teacher').textContent.includes('Large answer to turn 1')")
-        browser.until("busy === 0")
-        browser.type("And more?")
-        browser.key("Enter")
-        browser.until("document.getElementById('student').textContent.includes('Small answer to turn 3')")
-        browser.until("busy === 0")
-        browser.screenshot(pictures / "demo.png")
-        assert browser.js("document.getElementById('name-student').textContent") == "mine/2"
-        assert browser.strangers(address) == []
+    with served(app) as address, by_itself(page, address):
+        page.goto(address)
+        page.keyboard.type("Hello?")
+        page.keyboard.press("Enter")
+        page.wait_for_function(
+            "document.getElementById('student').lastChild?.textContent === 'Small '"
+        )  # not whole yet
+        says(page, "#teacher", "Large answer to turn 1")
+        page.wait_for_function("() => busy === 0")
+        page.keyboard.type("And more?")
+        page.keyboard.press("Enter")
+        says(page, "#student", "Small answer to turn 3")
+        page.wait_for_function("() => busy === 0")
+        picture(page, "demo", tmp_path)
+        assert page.locator("#name-student").text_content() == "mine/2"
 
 
-def test_the_report_opens_without_network_in_light_and_in_dark(home: Path, browser: Browser, pictures: Path) -> None:
-    page = write_report(record_run()).as_uri()
-    for scheme in ("light", "dark"):
-        browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        browser.open(page)
-        browser.screenshot(pictures / f"report-{scheme}.png")
-        background = browser.js("getComputedStyle(document.body).backgroundColor")
-        assert (background == "rgb(21, 24, 28)") == (scheme == "dark")
-        assert browser.js("document.querySelectorAll('svg').length") >= 6
-        assert browser.js("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out"
-    assert browser.strangers("file:") == []
+def test_the_report_opens_without_network_in_light_and_in_dark(home: Path, page: "Page", tmp_path: Path) -> None:
+    address = write_report(record_run()).as_uri()
+    with by_itself(page, "file:"):
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.goto(address)
+            picture(page, f"report-{scheme}", tmp_path)
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (background == "rgb(21, 24, 28)") == (scheme == "dark")
+            assert page.locator("svg").count() >= 6
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out"
