@@ -45,7 +45,8 @@ def serve_command(model: str, port: int, command: str | None, precision: str, te
     if command is not None:
         return [part.replace("{model}", model).replace("{port}", str(port)) for part in shlex.split(command)]
     options = {"--host": "127.0.0.1", "--port": port, "--dtype": DTYPES[precision]}
-    options |= {"--tensor-parallel-size": tensor_parallel}
+    # A checkpoint's own top_k or penalty would be laid upon every request; its stop tokens count all the same.
+    options |= {"--generation-config": "vllm", "--tensor-parallel-size": tensor_parallel}
     return ["vllm", "serve", model, *(str(part) for option in options.items() for part in option)]
 
 

@@ -108,7 +108,8 @@ def test_vllm_is_told_precision_and_devices() -> None:
     command = serve_command("folder/model", 8001, None, "bf16", 4)
     assert command[:3] == ["vllm", "serve", "folder/model"]
     options = dict(zip(command[3::2], command[4::2], strict=True))
-    assert options == {"--host": "127.0.0.1", "--port": "8001", "--dtype": "bfloat16", "--tensor-parallel-size": "4"}
+    assert (options["--port"], options["--dtype"], options["--tensor-parallel-size"]) == ("8001", "bfloat16", "4")
+    assert options["--generation-config"] == "vllm", "only what is asked for is sampled by"
 
 
 @pytest.mark.parametrize(
