@@ -359,7 +359,9 @@ def _print_run(manifest: Any) -> None:
 
     lines = progress_rows(manifest)
     table = Table(title=f"{manifest.run_id} · {manifest.state_now()}", title_justify="left", title_style="bold")
-    for name in ("iteration", "trained on", "hard/easy/undecided", "new/rejected", "loss", "score"):
+    judged = any(line["relative"] for line in lines)
+    columns = ("iteration", "trained on", "hard / easy / undecided", "new / rejected", "loss", "score")
+    for name in (*columns, *(["judged"] if judged else [])):
         table.add_column(name, justify="right")
     for line in lines:
         record = line["record"]
@@ -370,8 +372,11 @@ def _print_run(manifest: Any) -> None:
             f"{record.generated.accepted}/{sum(record.generated.rejected.values())}" if record else "",
             _figure(line["loss"], 3) + (" (rolled back)" if record and record.rolled_back else ""),
             _figure(line["score"], 2),
+            *([f"{line['relative'].value:.1%}" if line["relative"] else ""] if judged else []),
         )
     out.print(table)
+    if judged:
+        out.print("Judged: the referee's scores of the student's held-out answers, in % of the teacher's.")
     times = Table(title="Seconds by stage", title_justify="left", title_style="bold")
     times.add_column("stage")
     for line in lines:

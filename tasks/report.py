@@ -13,9 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from storage.catalog import query
 from storage.files import write_atomic
 from storage.journal import spend_of
-from storage.runs import IterationRecord, Manifest
+from storage.runs import Baseline, IterationRecord, Manifest
 from storage.studies import list_studies
 from tasks.gains import contaminated, gain_charts, lineage, most_improved
+from tasks.selection import relative_to_teacher
 
 TEMPLATE = "report.html.jinja"
 INK, GRID, STUDENT, HARD = "#7a828e", "#8888884d", "#2f7ed8", "#d9480f"  # greys that read on white and on black
@@ -67,27 +68,23 @@ def write_report(manifest: Manifest) -> Path:
 
 
 def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """The table of a run, the student before training as iteration 0: for the terminal and for the report."""
-    start = manifest.baseline.evaluation
-    rows: list[dict[str, Any]] = [
-        {
-            "iteration": 0,
-            "loss": start.loss if start else None,
-            "score": start.score if start else None,
-            "seconds": manifest.baseline.seconds,
-            "cached": manifest.baseline.cached,
-            "record": None,
-        }
-    ]
-    for record in manifest.iterations:
+    """The table of a run, the student before training as iteration 0: for the terminal and for the report.
+
+    `relative` is the relative score with its interval where the referee is a model, else null.
+    """
+    rows = []
+    places: list[Baseline | IterationRecord] = [manifest.baseline, *manifest.iterations]
+    for iteration, place in enumerate(places):
+        evaluation = place.evaluation
         rows.append(
             {
-                "iteration": record.iteration,
-                "loss": record.evaluation.loss if record.evaluation else None,
-                "score": record.evaluation.score if record.evaluation else None,
-                "seconds": record.seconds,
-                "cached": record.cached,
-                "record": record,
+                "iteration": iteration,
+                "loss": evaluation.loss if evaluation else None,
+                "score": evaluation.score if evaluation else None,
+                "relative": relative_to_teacher(evaluation) if evaluation and evaluation.reviews else None,
+                "seconds": place.seconds,
+                "cached": place.cached,
+                "record": place if isinstance(place, IterationRecord) else None,
             }
         )
     return rows
