@@ -67,6 +67,8 @@ def test_killed_again_and_again_a_paid_run_ends_the_same_and_buys_nothing_twice(
         assert twice <= KILLS * 2 * CONCURRENCY  # in flight, or answered and not yet durable
         judged = [record["evaluation"]["reviews"] for record in shown(tmp_path / "killed")["iterations"]]
         assert all(reviews["rows"] for reviews in judged), "the referee compares the held-out answers, too"
+        (report,) = (tmp_path / "killed").glob("runs/*/report.html")
+        assert "Judged: the referee" in report.read_text()
         rows: list[dict[str, Any]] = json.loads(lion(tmp_path / "killed", "spend", "--json").stdout)
         assert {row["role"] for row in rows} == {"teacher", "referee", "generator"}
         assert sum(row["requests"] for row in rows) == len(undisturbed)
