@@ -11,6 +11,7 @@ generated tokens per second, from the first request to the last reply; loading i
 """
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -26,8 +27,8 @@ ROWS, EVERY, PRECISION = 64, 4, "fp32"
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
 SERVERS = {
     "transformers serve --continuous-batching": f"{TRANSFORMERS} serve {{model}} --host 127.0.0.1 --port {{port}} "
-    "--device cpu --dtype float32 --continuous-batching --log-level error",
-    "llama-server, 16 slots, Q4_1": "llama-server -m {model} --host 127.0.0.1 --port {port} -np 16 -c 16384 --log-disable",
+    "--device cpu --dtype float32 --continuous-batching",
+    "llama-server, 16 slots, Q4_1": "llama-server -m {model} --host 127.0.0.1 --port {port} -t {cores} -np 16 -c 16384",
 }
 
 
@@ -42,7 +43,8 @@ def run() -> list[dict[str, Any]]:
                 print(f"not measured, as it is not installed: {label}", file=sys.stderr)
                 continue
             model, port = str(find_embedded()) if "Q4_1" in label else name, free_port()
-            with Served(serve_command(model, port, command, PRECISION, 1), port, model, ROWS) as server:
+            quiet = f"sh -c 'exec {command.replace('{cores}', str(os.cpu_count()))} > /dev/null 2>&1'"
+            with Served(serve_command(model, port, quiet, PRECISION, 1), port, model, ROWS) as server:
                 theirs = rate(server, requests[::EVERY], sampling)
             against = f"{label} ({theirs:.0f}/s)"
             figures.append(
