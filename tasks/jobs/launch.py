@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +123,12 @@ def run_together(
         return
     reports: dict[Path, dict[str, Any]] = {}
     running: list[subprocess.Popen[str] | Fork] = []
+    cancelled = threading.Event()
+
+    def begun(process: "subprocess.Popen[str] | Fork") -> None:
+        running.append(process)
+        if cancelled.is_set():  # meanwhile: starting one may take seconds
+            process.terminate()
 
     def heard(directory: Path, report: dict[str, Any]) -> None:
         reports[directory] = report
@@ -131,13 +138,14 @@ def run_together(
     def one(place: int) -> None:
         job, directory = jobs[place]
         tell = functools.partial(heard, directory)
-        run_job(module, job, directory, environment=environments[place], on_start=running.append, on_progress=tell)
+        run_job(module, job, directory, environment=environments[place], on_start=begun, on_progress=tell)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
         futures = [pool.submit(one, place) for place in range(len(jobs))]
         try:
             wait(futures)
-        except BaseException:  # cancelled: what runs in other threads would not hear of it
+        except BaseException:  # what runs in other threads would not hear of it
+            cancelled.set()
             for process in running:
                 with suppress(ProcessLookupError):
                     process.terminate()

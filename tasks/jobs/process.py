@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 GRACE_SECONDS = 5
 ENVIRONMENT = {
@@ -81,12 +81,12 @@ def start_fork(module: str, argument: str, environment: Mapping[str, str]) -> "F
     return Fork(_Warm(), module, argument, environment)
 
 
-def stop(process: "subprocess.Popen[str] | Fork") -> None:
+def stop(process: "subprocess.Popen[Any] | Fork", grace: float = GRACE_SECONDS) -> None:
     """Terminate a process if it still runs, then kill it. A launcher passes the signal on to its ranks."""
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(GRACE_SECONDS)
+            process.wait(grace)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -3,18 +3,21 @@
 The server is started with the checkpoint, asked for many rows at once, and ended with the job. It renders the prompt
 by the chat template that the checkpoint carries, which is the one that training used.
 
-    with Served(["vllm", "serve", "model", "--port", "8001"], 8001, "model") as engine:
+    with Served(["vllm", "serve", "model", "--port", "8001"], 8001, "model", rows=64) as engine:
         for replies in engine.generate(requests, Sampling(max_tokens=64)):
             ...
 """
 
 import hashlib
+import os
 import shlex
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +29,7 @@ from tasks.jobs.process import die_with_parent, stop
 
 START_SECONDS = 1800  # a large model is loaded from a slow disk, and its kernels are compiled
 ANSWER_SECONDS = 3600  # of one row, behind all those that the server has taken on
+STOP_SECONDS = 30
 TRIES = 5
 UNUSABLE = {400, 413, 422}  # what a server says of a row that it cannot answer, such as a prompt too long
 NO_ANSWER = {"text": None, "finish_reason": None, "prompt_tokens": 0, "completion_tokens": 0}
@@ -73,11 +77,15 @@ class Served:
     def __init__(self, command: Sequence[str], port: int, model: str, rows: int):
         self.model, self.rows, self.statistics = model, rows, Statistics()
         try:
-            self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
+            self._server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
+            )
         except OSError as error:
             raise ServerError(f"the server cannot be started: {command[0]}: {error.strerror}") from None
         limits = httpx.Limits(max_connections=rows, max_keepalive_connections=rows)
-        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_SECONDS, limits=limits)
+        self._http = httpx.Client(  # without the environment: this machine is not behind a proxy
+            base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_SECONDS, limits=limits, trust_env=False
+        )
         try:
             self._wait(command)
         except BaseException:
@@ -91,9 +99,11 @@ class Served:
         self.close()
 
     def close(self) -> None:
-        """End the server; the memory of its device is free then."""
+        """End the server and whatever it started; the memory of its devices is free then."""
         self._http.close()
-        stop(self._server)
+        stop(self._server, STOP_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self._server.pid, signal.SIGKILL)
 
     def generate(self, requests: Iterable[dict[str, Any]], sampling: Sampling) -> Iterator[list[dict[str, Any]]]:
         """Yield replies as they come, in no particular order; see `Engine.generate`.
@@ -110,7 +120,7 @@ class Served:
                     yield [reply]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                stop(self._server)  # so that nobody waits for what it still computes
+                self.close()  # so that nobody waits for what it still computes
                 raise
 
     def _wait(self, command: Sequence[str]) -> None:

@@ -55,6 +55,14 @@ def test_every_row_has_its_answer_though_the_server_stumbles(checkpoint: Checkpo
     assert not fakes(), "the server outlives its job"
 
 
+def test_what_a_server_started_ends_with_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    script = tmp_path / "serve.sh"
+    script.write_text(f"sleep 1234 &\necho $! > {tmp_path / 'child'}\nexec {FAKE.format(model='$1', port='$2')}\n")
+    answered(checkpoint, {"engine": "openai", "serve": f"sh {script} {{model}} {{port}}"})
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_row_that_the_server_refuses_fails_alone_and_says_why(checkpoint: Checkpoint) -> None:
     replies = answered(checkpoint, {"engine": "openai", "serve": f"{FAKE} --script too-long"})
     (failed,) = [reply for reply in replies if reply.status is Status.FAILED]
