@@ -97,7 +97,7 @@ def test_the_demo_streams_student_and_teacher_side_by_side(page: "Page", tmp_pat
         page.keyboard.type("Hello?")
         page.keyboard.press("Enter")
         page.wait_for_function(
-            "document.getElementById('student').lastChild?.textContent === 'Small '"
+            "() => document.getElementById('student').lastChild?.textContent === 'Small '"
         )  # not whole yet
         says(page, "#teacher", "Large answer to turn 1")
         page.wait_for_function("() => busy === 0")

@@ -90,7 +90,7 @@ def test_an_idle_warm_process_that_was_killed_is_replaced(environment) -> None:
 
 @needs_forks
 def test_nothing_outlives_who_asked_for_it(environment) -> None:
-    code = "import os; from tasks.jobs.process import start_fork; print(start_fork('job_waits', '', os.environ).pid, flush=True); input()"
+    code = "import os; from tasks.jobs.process import start_fork; job = start_fork('job_waits', '', os.environ); print(job.pid, flush=True); input()"
     asking = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
