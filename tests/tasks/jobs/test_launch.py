@@ -51,6 +51,13 @@ def test_exit_zero_without_a_result_is_a_failure(program, tmp_path: Path) -> Non
         run_job(program("pass"), {}, tmp_path / "job")
 
 
+def test_who_stumbles_on_its_way_out_has_done_its_work(program, tmp_path: Path) -> None:
+    said: list[str] = []
+    module = program("finish(directory, {'answer': 7}); sys.exit(3)")
+    assert run_job(module, {}, tmp_path / "job", on_notable_line=said.append)["answer"] == 7
+    assert "exit code 3, after its result was written" in said[-1]
+
+
 def test_progress_reaches_the_parent_and_stays_out_of_the_log(program, tmp_path: Path) -> None:
     seen = []
     module = program("report_progress(1, 2, loss=0.5); print('a line'); finish(directory, {})")
