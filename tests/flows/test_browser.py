@@ -52,10 +52,11 @@ def test_a_run_is_started_by_the_form_and_shows_what_came_of_it(page: "Page", se
     while not heard(page, page.get_by_role("button", name="Submit"), "/create_flow_run"):
         pass
     page.wait_for_url("**/deployments/deployment/*?tab=Runs")
-    (run,) = service.post("/flow_runs/filter", deployments={"id": {"any_": [deployment["id"]]}}, sort="START_TIME_DESC")
+    asked = {"deployments": {"id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+    (run,) = service.post("/flow_runs/filter", **asked)
     assert run["parameters"]["iterations"] == 1
     service.wait(run["id"], "Completed")
-    assert service.tasks(run["id"])["teacher · iteration 1"] == "Completed"
+    assert service.tasks(run["id"])["teacher · iteration 1"] in {"Completed", "Cached"}  # another test may have asked
     open_run(page, service, run["id"])
     page.get_by_text("Completed").first.wait_for()
     page.get_by_role("tab", name="Artifacts").click()
