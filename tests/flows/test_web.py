@@ -1,7 +1,7 @@
 """The pages in a real browser: voted with keys alone, streamed side by side, and no request leaves the machine."""
 
 import json
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,10 +81,13 @@ def test_the_votes_of_the_page_are_in_the_report(study: HumanStudy, page: "Page"
 
 
 def test_the_demo_streams_student_and_teacher_side_by_side(page: "Page", tmp_path: Path) -> None:
+    seen = threading.Event()  # the first word is on the page
+
     def answer(words: str, messages: Sequence[dict[str, str]]) -> Iterator[str]:
-        for word in f"{words} to turn {len(messages)}".split():
-            time.sleep(0.1)
-            yield word + " "
+        first, *others = f"{words} to turn {len(messages)}".split()
+        yield first + " "
+        seen.wait(60)
+        yield " ".join(others)
 
     def of(words: str) -> object:
         return lambda messages: answer(words, messages)
@@ -96,9 +99,8 @@ def test_the_demo_streams_student_and_teacher_side_by_side(page: "Page", tmp_pat
         page.goto(address)
         page.keyboard.type("Hello?")
         page.keyboard.press("Enter")
-        page.wait_for_function(
-            "() => document.getElementById('student').lastChild?.textContent === 'Small '"
-        )  # not whole yet
+        page.wait_for_function("() => document.getElementById('student').lastChild?.textContent === 'Small '")
+        seen.set()
         says(page, "#teacher", "Large answer to turn 1")
         page.wait_for_function("() => busy === 0")
         page.keyboard.type("And more?")
