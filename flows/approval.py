@@ -102,7 +102,7 @@ def forecast(config: DistillConfig, manifest: Manifest, pools: Pools) -> str:
     }
     if isinstance(config.referee, LLMReferee):
         heldout = manifest.baseline.snapshots["heldout"].rows if config.evaluation.by_referee else 0
-        requests["referee"] = 2 * config.referee.votes * (pools.cache.rows + heldout)
+        requests["referee"] = config.referee.reviews_per_row * (pools.cache.rows + heldout)
     lines = ["| role | requests to come | paid so far |", "|---|---|---|"]
     for role, number in requests.items():
         paid = sum(line.usd for line in spent if line.role == role)

@@ -35,7 +35,7 @@ def publish_artifacts(manifest: Manifest) -> None:
                 else "",
                 "loss": _rounded(row["loss"]),
                 "score": _rounded(row["score"]),
-                **({"of the teacher's, %": _rounded(100 * row["relative"].value)} if row["relative"] else {}),
+                **({"judged, %": _rounded(100 * row["relative"].value)} if row["relative"] else {}),
                 "seconds": round(sum(row["seconds"].values())),
             }
             for row in progress_rows(manifest)

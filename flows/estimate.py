@@ -19,7 +19,7 @@ from tasks.generate import EXPECTED_YIELD, PROMPTS
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.prices import price_of
 from tasks.models.wire import keyer
-from tasks.referee import ORDERS, PROMPT, LLMReferee
+from tasks.referee import PROMPT, LLMReferee
 from tasks.seed import read_seeds
 
 USUAL_TOKENS = {"teacher": 256, "referee": 160, "generator": 80}  # of an answer, where nothing better is known
@@ -169,7 +169,7 @@ class _Reckoning:
     def _referee(self, iteration: int, rows: int, chars: float) -> Iterable[Line]:
         referee = self.config.referee
         if isinstance(referee, LLMReferee) and isinstance(referee.model, OpenAIModel):
-            times = len(ORDERS) * referee.votes
+            times = referee.reviews_per_row
             said = (self.assumed["teacher_tokens"] + self.assumed["student_tokens"]) * self.assumed["chars_per_token"]
             frame = len(PROMPT.render(instruction="", input="", first="", second=""))
             yield self._line(

@@ -56,6 +56,11 @@ class LLMReferee(BaseModel):
     votes: int = Field(1, ge=1, le=9, description="Draws of each order; their scores are averaged.")
     max_asks: int = Field(3, ge=1, le=10, description="How often a review that cannot be used is asked for in all.")
 
+    @property
+    def reviews_per_row(self) -> int:
+        """Requests for one row, if none is asked again."""
+        return len(ORDERS) * self.votes
+
 
 RefereeConfig = Annotated[ReferenceReferee | LLMReferee, Field(discriminator="kind")]
 

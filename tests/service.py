@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import httpx
 
 from flows.config import resolve
+from tasks.jobs.process import free_port
 from tests.lion import COMMAND
 
 ROOT = Path(__file__).parents[1]
@@ -22,9 +22,7 @@ class Service:
     """`lion up` in a home of its own, at a free port, every role played by the tiny model."""
 
     def __init__(self, home: Path, tiny: Path, **environment: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         self.home, self.tiny = home, tiny
         kept = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_SERVER}
         own = {"LION_HOME": str(home), "PREFECT_API_URL": f"{self.url}/api", "COLUMNS": "200"}

@@ -20,7 +20,8 @@ from typing import Any
 
 from tasks.jobs.engine import Engine, Sampling, Statistics
 from tasks.jobs.launch import finish, report_progress
-from tasks.jobs.served import Served, ServerError, free_port, serve_command
+from tasks.jobs.process import free_port
+from tasks.jobs.served import Served, ServerError, serve_command
 
 DURABLE_SECONDS = 5  # what a power cut may cost at most, beside the rows in flight; a kill costs those alone
 PROGRESS_SECONDS = 1
@@ -79,7 +80,7 @@ def run(job: dict[str, Any], directory: Path) -> dict[str, Any]:
 
     ours = job["engine"] == "transformers"
     # A server answers and cannot score; one that has nothing to answer is not started.
-    engine = Engine(*_options(job)) if ours or not unanswered else None
+    engine = _load(job) if ours or not unanswered else None
     with nullcontext(engine) if engine else _serve(job) as answering:
         progress = Progress(len(requests) + len(to_score), answering.statistics)
         begin = time.monotonic()
@@ -89,7 +90,7 @@ def run(job: dict[str, Any], directory: Path) -> dict[str, Any]:
         replies.make_durable()
         seconds = time.monotonic() - begin
     if unscored:
-        engine = engine or Engine(*_options(job))
+        engine = engine or _load(job)
         for batch in engine.score(unscored):
             scores.append(batch)
             progress.tell(len(replies.done) + len(scores.done))
@@ -108,13 +109,9 @@ def run(job: dict[str, Any], directory: Path) -> dict[str, Any]:
     }
 
 
-def _options(job: dict[str, Any]) -> tuple[Any, ...]:
-    return (
-        Path(job["model"]),
-        job["precision"],
-        job["max_batch_rows"],
-        job["max_batch_tokens"],
-        job["quantization"],
+def _load(job: dict[str, Any]) -> Engine:
+    return Engine(
+        Path(job["model"]), job["precision"], job["max_batch_rows"], job["max_batch_tokens"], job["quantization"]
     )
 
 

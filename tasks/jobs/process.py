@@ -92,6 +92,13 @@ def stop(process: "subprocess.Popen[Any] | Fork", grace: float = GRACE_SECONDS) 
             process.wait()
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 _libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 

