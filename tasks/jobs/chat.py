@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from tasks.jobs.engine import DTYPES, best_precision, stop_tokens_of
+from tasks.jobs.engine import stop_tokens_of
+from tasks.jobs.network import DTYPES, best_precision
 from tasks.jobs.template import encode_prompt
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from tasks.jobs.engine import best_precision
+from tasks.jobs.network import best_precision
 from tasks.jobs.settings import SftSettings
 
 

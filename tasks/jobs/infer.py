@@ -18,10 +18,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tasks.jobs.engine import Engine, Sampling, Statistics
+from tasks.jobs.engine import Engine
 from tasks.jobs.launch import finish, report_progress
 from tasks.jobs.process import free_port
+from tasks.jobs.sampling import Sampling
 from tasks.jobs.served import Served, ServerError, serve_command
+from tasks.jobs.tiles import Statistics
 
 DURABLE_SECONDS = 5  # what a power cut may cost at most, beside the rows in flight; a kill costs those alone
 PROGRESS_SECONDS = 1

@@ -23,8 +23,9 @@ from typing import Any, Self
 import httpx
 import tenacity
 
-from tasks.jobs.engine import Sampling, Statistics
 from tasks.jobs.process import die_with_parent, stop
+from tasks.jobs.sampling import Sampling
+from tasks.jobs.tiles import Statistics
 
 START_SECONDS = 1800  # a large model is loaded from a slow disk, and its kernels are compiled
 ANSWER_SECONDS = 3600  # of one row, behind all those that the server has taken on

@@ -36,8 +36,8 @@ from tasks.jobs.distributed import (
     gather_weights,
     training_arguments,
 )
-from tasks.jobs.engine import DTYPES, quantized
 from tasks.jobs.launch import finish
+from tasks.jobs.network import DTYPES, quantized
 from tasks.jobs.preflight import advice, estimate
 from tasks.jobs.process import die_with_parent
 from tasks.jobs.reload import loss_in_fresh_process, loss_of_saved, merge_adapter, save_model, stored_dtype

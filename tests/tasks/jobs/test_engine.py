@@ -7,8 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tasks.jobs.engine import Engine, Sampling, best_precision
+from tasks.jobs.engine import Engine
+from tasks.jobs.network import LlamaNetwork, TransformersNetwork, best_precision, load
+from tasks.jobs.sampling import Sampling
 from tasks.jobs.template import encode_example, encode_prompt
+from tasks.jobs.tiles import Row
 from tests.tiny import CHATML, TEXTS
 
 REQUESTS = [{"id": f"r{i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(TEXTS[::18])]
@@ -38,12 +41,41 @@ def test_a_row_answers_the_same_in_any_shard(engine: Engine, sampling: Sampling)
     assert shards[0] | shards[1] | shards[2] == answers(engine, REQUESTS, sampling)
 
 
-def test_logits_do_not_depend_on_the_company_to_the_last_bit(engine: Engine) -> None:
-    rows = [encode_prompt(engine.tokenizer, request["messages"]) for request in REQUESTS]
-    with torch.inference_mode():
-        alone = [engine._forward_whole([row], [[len(row) - 1]]) for row in rows]
-        together = engine._forward_whole(rows, [[len(row) - 1] for row in rows])
-    assert torch.equal(torch.cat(alone), together)
+def logits_after(engine: Engine, prompts: list[list[int]]) -> torch.Tensor:
+    """(prompts, vocabulary): what the engine finds to follow each prompt."""
+    found: dict[str, torch.Tensor] = {}
+
+    def settle(wanted: Any, logits: torch.Tensor) -> list[Any]:
+        found.update({row.id: each.clone() for (row, _), each in zip(wanted, logits)})
+        return [(row, {}) for row, _ in wanted]
+
+    list(engine._share([Row(str(i), prompt) for i, prompt in enumerate(prompts)], settle))
+    return torch.stack([found[str(i)] for i in range(len(prompts))])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_logits_do_not_depend_on_the_company_to_the_last_bit(tiny_model: Path, precision: str) -> None:
+    engine = Engine(tiny_model, precision)
+    prompts = [encode_prompt(engine.tokenizer, request["messages"]) for request in REQUESTS]
+    together = logits_after(engine, prompts)
+    engine.lanes = 1
+    alone = torch.cat([logits_after(engine, [prompt]) for prompt in prompts])
+    backwards = logits_after(engine, prompts[::-1]).flip(0)
+    assert torch.equal(alone, together) and torch.equal(backwards, together)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_llama_written_out_is_the_llama_of_transformers(tiny_model: Path, precision: str) -> None:
+    engine = Engine(tiny_model, precision)
+    prompts = [encode_prompt(engine.tokenizer, request["messages"]) for request in REQUESTS]
+    assert isinstance(engine.network, LlamaNetwork)
+    ours = logits_after(engine, prompts).float()
+    for i, prompt in enumerate(prompts):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt])).logits[0, -1]
+        error = (ours[i] - theirs).abs().max() / theirs.abs().max()
+        assert error < {"fp32": 1e-5, "bf16": 0.05}[precision]
 
 
 def test_greedy_answers_are_those_of_transformers(tiny_model: Path, engine: Engine) -> None:
@@ -64,7 +96,7 @@ def test_a_system_prompt_of_the_template_is_computed_once_and_changes_no_answer(
     without = answers(with_preamble, REQUESTS, GREEDY)
     positions = with_preamble.statistics.positions
     with_preamble.prefix = with_preamble._template_prefix()
-    assert with_preamble.prefix is not None
+    assert with_preamble.prefix
     with_preamble.statistics.positions = 0
     assert {id: reply["text"] for id, reply in answers(with_preamble, REQUESTS, GREEDY).items()} == {
         id: reply["text"] for id, reply in without.items()
@@ -84,8 +116,7 @@ def test_sampling_follows_the_models_probabilities(engine: Engine) -> None:
     draws = [{**request, "id": f"d{draw}", "draw": draw} for draw in range(800)]
     replies = answers(engine, draws, Sampling(temperature=0.5, max_tokens=1))
     prompt = encode_prompt(engine.tokenizer, request["messages"])
-    with torch.inference_mode():
-        probabilities = torch.softmax(engine._forward_whole([prompt], [[len(prompt) - 1]])[0] / 0.5, -1)
+    probabilities = torch.softmax(logits_after(engine, [prompt])[0] / 0.5, -1)
     token = int(probabilities.argmax())
     text = engine.tokenizer.decode([token])
     same_text = [t for t in range(len(probabilities)) if engine.tokenizer.decode([t], skip_special_tokens=True) == text]

@@ -1,0 +1,141 @@
+"""Keys and values of many rows in pages, and attention over them for one step of an engine.
+
+A step is a flat sequence of tokens of any rows, prompts and single new tokens alike. Each knows its place in its row
+and its row's pages, which is all that attention asks: a token's key and value go into its page, its query sees what
+lies there up to itself. Rows of any length share the memory; nothing is moved when one ends.
+
+Works with every model that lets its attention be chosen (transformers' `AttentionInterface`): `attend_in_model` is
+what such a model calls. On a CPU in fp32 or bf16 it is `kernels.attend`, elsewhere torch.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+from tasks.jobs import kernels
+from tasks.jobs.kernels import PAGE
+
+ATTENTION = "lion"  # the name in transformers
+
+
+class Pages:
+    """The cache of one engine's lane. Page 0 is nobody's: tokens that only fill up a step are written there."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.free = list(range(count - 1, 0, -1))
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def take(self, tokens: int) -> list[int]:
+        """Pages for a row of so many tokens."""
+        return [self.free.pop() for _ in range(pages_for(tokens))]
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        self.free += pages
+
+    def of_layer(self, layer: int, kv_heads: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (pages, kv heads, size, PAGE) and values (pages, kv heads, PAGE, size) of a layer, made at first use."""
+        if layer not in self._layers:
+            # Zeros, as what no query sees must still be a number: 0 x NaN is NaN.
+            keys = like.new_zeros(self.count, kv_heads, size, PAGE)
+            self._layers[layer] = keys, like.new_zeros(self.count, kv_heads, PAGE, size)
+        return self._layers[layer]
+
+    def copy(self, source: int, target: int) -> None:
+        """One page's keys and values of all layers into another."""
+        for keys, values in self._layers.values():
+            keys[target], values[target] = keys[source], values[source]
+
+
+def pages_for(tokens: int) -> int:
+    """How many pages hold so many tokens."""
+    return -(-tokens // PAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Tokens that go through the network together."""
+
+    tokens: np.ndarray  # (tokens)
+    positions: np.ndarray  # (tokens), of each in its row
+    pages: np.ndarray  # (tokens, most pages of a row), those of each token's row
+    runs: Sequence[tuple[int, int]]  # tokens [begin, end) are of one row, one after the other
+    cache: Pages
+    wants_logits: bool  # of any token; where not, the network need not compute them
+
+
+def attend_in_model(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    step: Step,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer; `step` reaches it through the arguments of the model's forward."""
+    if softcap or s_aux is not None:
+        raise NotImplementedError(f"{type(module).__name__}: attention with a soft cap or with sinks is not supported")
+    (heads, tokens, size), kv_heads = query.shape[1:], key.shape[1]
+    keys, values = step.cache.of_layer(module.layer_idx, kv_heads, size, key)
+    if query.device.type == "cpu" and kernels.can_attend(query.dtype, size):
+        qkv = torch.cat([query[0], key[0], value[0]]).transpose(0, 1).reshape(tokens, -1)
+        arrays = (kernels.bits(x) for x in (qkv, keys, values))
+        output = kernels.tensor(kernels.attend(*arrays, step.pages, step.positions, scaling, sliding_window or 0))
+    else:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        output = attend_in_torch(q * scaling, k, v, keys, values, step, sliding_window or 0)
+    return output.view(1, tokens, heads, size), None
+
+
+AttentionInterface.register(ATTENTION, attend_in_model)
+
+
+def attend_in_torch(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Step, window: int
+) -> Tensor:
+    """As `kernels.attend`, for any device and type: (tokens, heads, size). Runs of one length are computed together.
+
+    query (tokens, heads, size), already scaled; key and value (tokens, kv heads, size).
+    """
+    device = query.device
+    pages = torch.from_numpy(step.pages).to(device, torch.long)
+    positions = torch.from_numpy(step.positions).to(device, torch.long)
+    page, place = pages.gather(1, positions[:, None] // PAGE)[:, 0], positions % PAGE
+    keys[page, :, :, place], values[page, :, place] = key, value
+    output = torch.empty_like(query)
+    alike = defaultdict(list)
+    for begin, end in step.runs:
+        alike[end - begin].append(begin)
+    for length, begins in alike.items():
+        tokens = torch.tensor(begins, device=device)[:, None] + torch.arange(length, device=device)  # (rows, length)
+        end = int(step.positions[[begin + length - 1 for begin in begins]].max()) + 1
+        table = pages[tokens[:, 0], : pages_for(end)]
+        output[tokens] = _attend_alike(query[tokens], keys[table], values[table], positions[tokens], window)
+    return output
+
+
+def _attend_alike(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
+    """query (rows, length, heads, size); keys and values (rows, pages, kv heads, ...); positions (rows, length)."""
+    rows, length, heads, size = query.shape
+    kv_heads = keys.shape[2]
+    keys = keys.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, size, -1)
+    values = values.permute(0, 2, 1, 3, 4).reshape(rows, kv_heads, -1, size)
+    back = positions[:, :, None] - torch.arange(keys.shape[3], device=query.device)  # (rows, length, keys)
+    seen = (back >= 0) & (back < (window or keys.shape[3]))
+    # (rows, kv heads, group x length, size): what shares its keys is multiplied at once
+    grouped = query.view(rows, length, kv_heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, size)
+    scores = (grouped @ keys).view(rows, kv_heads, -1, length, keys.shape[3])
+    weights = torch.softmax(scores.masked_fill(~seen[:, None, None], -torch.inf), -1, dtype=torch.float32)
+    found = weights.to(values.dtype).flatten(2, 3) @ values
+    return found.view(rows, kv_heads, -1, length, size).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, size)

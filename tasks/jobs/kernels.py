@@ -1,0 +1,256 @@
+"""What a step on a CPU computes beside its linear layers, each as one pass over memory (compiled by Numba).
+
+torch has these only as a dozen small operations a layer, each of which reads and writes everything once more. Here
+each token is computed by itself, in fp32, by the same instructions wherever it stands: what comes out for it depends
+on no other token of the step, to the last bit.
+
+Arrays hold fp32, or bf16 as its bits in uint16, since NumPy has no bf16: `bits` and `tensor` go from torch to NumPy and
+back without a copy. Knows nothing of models: `tasks.jobs.network` calls these in order.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import float32, int32, njit
+from numba.extending import intrinsic
+from torch import Tensor
+
+PAGE = 64  # tokens whose keys and values lie together
+DTYPES = {torch.float32, torch.bfloat16}
+WORD = ir.IntType(32)
+
+# Sums may be split among the lanes of a vector register; infinities and NaN keep their meaning.
+OPTIONS = {
+    "nogil": True,
+    "cache": True,
+    "fastmath": {"nnan", "reassoc", "contract", "nsz", "arcp"},
+    "error_model": "numpy",
+}
+
+
+def bits(x: Tensor) -> np.ndarray:
+    """A tensor's memory as NumPy sees it: fp32, or bf16 as uint16."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def tensor(x: np.ndarray) -> Tensor:
+    """The reverse of `bits`."""
+    made = torch.from_numpy(x)
+    return made.view(torch.bfloat16) if made.dtype == torch.uint16 else made
+
+
+@intrinsic
+def _wide(context: Any, x: Any) -> Any:
+    """An element, fp32 or the bits of a bf16, as fp32: a bf16 is the upper half of an fp32."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if x == float32:
+            return args[0]
+        lower = builder.zext(args[0], WORD)
+        return builder.bitcast(builder.shl(lower, WORD(16)), ir.FloatType())
+
+    return float32(x), code
+
+
+@intrinsic
+def _narrow(context: Any, x: Any, like: Any) -> Any:
+    """An fp32 number as an element of the array `like`; as bf16 rounded to the nearest, ties to even."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if like.dtype == float32:
+            return args[0]
+        word = builder.bitcast(args[0], WORD)
+        odd = builder.and_(builder.lshr(word, WORD(16)), WORD(1))
+        rounded = builder.add(word, builder.add(odd, WORD(0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, WORD(16)), ir.IntType(16))
+
+    return like.dtype(float32, like), code
+
+
+@intrinsic
+def _power_of_two(context: Any, n: Any) -> Any:
+    """2 to a whole number from -126 to 127, which becomes the exponent of an fp32."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.add(args[0], WORD(127)), WORD(23)), ir.FloatType())
+
+    return float32(int32), code
+
+
+def can_attend(dtype: torch.dtype, size: int) -> bool:
+    """Whether `attend` knows heads of this size and type."""
+    return dtype in DTYPES and size % 8 == 0
+
+
+@njit(inline="always", **{**OPTIONS, "cache": False})
+def _exp(x: float) -> float:
+    """e to the x for x of at most 88, to 2e-7 of its value: 2^n by the exponent's bits, the rest by a polynomial."""
+    y = max(x, float32(-87.0)) * float32(1.44269504)
+    n = np.floor(y + float32(0.5))
+    f = (y - n) * float32(0.69314718)
+    p = float32(1 / 720) * f + float32(1 / 120)
+    p = p * f + float32(1 / 24)
+    p = p * f + float32(1 / 6)
+    p = p * f + float32(0.5)
+    p = p * f + float32(1)
+    p = p * f + float32(1)
+    return p * _power_of_two(int32(n))
+
+
+@njit(**OPTIONS)
+def add_norm(stream: np.ndarray, change: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    """Add `change` to `stream` (both: tokens, size) in place; the sum over its root mean square, times the weight."""
+    tokens, size = stream.shape
+    normed = np.empty((tokens, size), weight.dtype)
+    for i in range(tokens):
+        squares = float32(0)
+        for a in range(size):
+            x = stream[i, a] + _wide(change[i, a])
+            stream[i, a] = x
+            squares += x * x
+        scale = float32(1) / np.sqrt(squares / float32(size) + float32(epsilon))
+        for a in range(size):
+            normed[i, a] = _narrow(stream[i, a] * scale * _wide(weight[a]), normed)
+    return normed
+
+
+@njit(**OPTIONS)
+def gate(both: np.ndarray) -> np.ndarray:
+    """silu(left) x right of the two halves of (tokens, 2 x size)."""
+    tokens, size = both.shape[0], both.shape[1] // 2
+    gated = np.empty((tokens, size), both.dtype)
+    for i in range(tokens):
+        for a in range(size):
+            x = _wide(both[i, a])
+            y = x / (float32(1) + _exp(min(-x, float32(87)))) * _wide(both[i, size + a])
+            gated[i, a] = _narrow(y, gated)
+    return gated
+
+
+@njit(**OPTIONS)
+def rotate(
+    qkv: np.ndarray, heads: int, size: int, positions: np.ndarray, cosines: np.ndarray, sines: np.ndarray
+) -> None:
+    """Turn the first `heads` heads of each token (tokens, heads x size ...) by its position, in place (RoPE).
+
+    cosines, sines: (positions, size / 2), fp32.
+    """
+    half = size // 2
+    for i in range(len(qkv)):
+        for h in range(heads):
+            x, y = qkv[i, h * size : h * size + half], qkv[i, h * size + half : (h + 1) * size]
+            cos, sin = cosines[positions[i]], sines[positions[i]]
+            for a in range(half):
+                left, right = _wide(x[a]), _wide(y[a])
+                x[a] = _narrow(left * cos[a] - right * sin[a], qkv)
+                y[a] = _narrow(right * cos[a] + left * sin[a], qkv)
+
+
+@njit(**OPTIONS)
+def attend(
+    qkv: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pages: np.ndarray,
+    positions: np.ndarray,
+    scaling: float,
+    window: int,
+) -> np.ndarray:
+    """Put each token's key and value into its row's pages; then what each query finds there, itself included.
+
+    Args:
+        qkv: (tokens, (heads + 2 x kv heads) x size): queries, keys, values.
+        keys: (pages, kv heads, size, PAGE), values: (pages, kv heads, PAGE, size).
+        pages: (tokens, most pages of a row), those of each token's row.
+        positions: (tokens), of each token in its row.
+        window: how many of the last keys a query sees; 0 is all.
+
+    Returns:
+        (tokens, heads x size)
+    """
+    tokens, kv_heads, size = len(qkv), keys.shape[1], keys.shape[2]
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    group = heads // kv_heads
+    for i in range(tokens):
+        page, place = pages[i, positions[i] // PAGE], positions[i] % PAGE
+        for h in range(kv_heads):
+            for a in range(size):
+                keys[page, h, a, place] = qkv[i, (heads + h) * size + a]
+                values[page, h, place, a] = qkv[i, (heads + kv_heads + h) * size + a]
+
+    output = np.empty((tokens, heads * size), qkv.dtype)
+    query = np.empty((group, size), np.float32)
+    weights = np.empty((group, pages.shape[1] * PAGE), np.float32)
+    sums = np.empty((group, size), np.float32)
+    key_block, value_block = np.empty((size, PAGE), np.float32), np.empty((PAGE, size), np.float32)
+    for i in range(tokens):
+        seen = positions[i] + 1
+        first = max(seen - window, 0) if window > 0 else 0
+        first_page, end_page = first // PAGE, (seen + PAGE - 1) // PAGE
+        for h in range(kv_heads):
+            for g in range(group):
+                for a in range(size):
+                    query[g, a] = _wide(qkv[i, (h * group + g) * size + a]) * float32(scaling)
+            weights[:] = float32(0)
+            for p in range(first_page, end_page):
+                _widen(keys, pages[i, p], h, key_block)
+                for g in range(group):
+                    _add_rows(query[g], key_block, weights[g, p * PAGE : (p + 1) * PAGE])
+            for g in range(group):
+                w = weights[g, first_page * PAGE : end_page * PAGE]
+                _softmax(w, first - first_page * PAGE, seen - first_page * PAGE)
+            sums[:] = float32(0)
+            for p in range(first_page, end_page):
+                _widen(values, pages[i, p], h, value_block)
+                for g in range(group):
+                    _add_rows(weights[g, p * PAGE : (p + 1) * PAGE], value_block, sums[g])
+            for g in range(group):
+                for a in range(size):
+                    output[i, (h * group + g) * size + a] = _narrow(sums[g, a], output)
+    return output
+
+
+@njit(inline="always", **{**OPTIONS, "cache": False})
+def _widen(pages: np.ndarray, page: int, head: int, block: np.ndarray) -> None:
+    for a in range(block.shape[0]):
+        for b in range(block.shape[1]):
+            block[a, b] = _wide(pages[page, head, a, b])
+
+
+@njit(inline="always", **{**OPTIONS, "cache": False})
+def _softmax(weights: np.ndarray, begin: int, end: int) -> None:
+    """In place, over [begin, end); what is outside becomes 0."""
+    weights[:begin] = float32(0)
+    weights[end:] = float32(0)
+    inside = weights[begin:end]
+    most = float32(-np.inf)
+    for t in range(len(inside)):
+        most = max(most, inside[t])
+    total = float32(0)
+    for t in range(len(inside)):
+        inside[t] = _exp(inside[t] - most)
+        total += inside[t]
+    share = float32(1) / total
+    for t in range(len(inside)):
+        inside[t] *= share
+
+
+@njit(inline="always", **{**OPTIONS, "cache": False})
+def _add_rows(factors: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> None:
+    """Add rows, each times its factor. Eight at a time, so that a sum is read and written an eighth as often."""
+    for r in range(0, len(factors), 8):
+        f0, f1, f2, f3 = factors[r], factors[r + 1], factors[r + 2], factors[r + 3]
+        f4, f5, f6, f7 = factors[r + 4], factors[r + 5], factors[r + 6], factors[r + 7]
+        for a in range(len(sums)):
+            sums[a] += (
+                f0 * rows[r, a]
+                + f1 * rows[r + 1, a]
+                + f2 * rows[r + 2, a]
+                + f3 * rows[r + 3, a]
+                + f4 * rows[r + 4, a]
+                + f5 * rows[r + 5, a]
+                + f6 * rows[r + 6, a]
+                + f7 * rows[r + 7, a]
+            )

@@ -1,0 +1,215 @@
+"""One step of tokens through a causal language model: logits of all of them.
+
+`load` picks the way. `TransformersNetwork` is transformers' own model with our attention, for any architecture on any
+device. `LlamaNetwork` is the same computation for models of Llama's shape on a CPU, written out: a third of the time
+of a step goes to a hundred small operations a layer in the former, and Python that keeps other threads waiting.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+
+from tasks.jobs import kernels
+from tasks.jobs.attention import ATTENTION, Step
+from tasks.jobs.kernels import bits, tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork computes
+FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # that do not change with the length of a text
+
+
+class Network(Protocol):
+    """What an engine needs of a model."""
+
+    config: Any
+    generation_config: Any
+
+    def forward(self, step: Step) -> Tensor:
+        """Logits (tokens, vocabulary), if the step wants any; keys and values go into its pages."""
+        ...
+
+
+def load(path: Path, precision: str, device: torch.device, quantization: str = "none") -> Network:
+    """The model in a folder, ready to compute in a precision.
+
+    Raises:
+        RuntimeError: the weights are to be quantized, and there is no CUDA GPU, or no bitsandbytes.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=DTYPES[precision],
+        attn_implementation=ATTENTION,
+        **quantized(quantization, precision, device),
+    )
+    model.eval()
+    if quantization == "none":
+        model.to(device)
+    if device.type == "cpu" and can_pack(precision):
+        if is_llama_like(model):
+            return LlamaNetwork(model)
+        pack_linear_layers(model)
+    return TransformersNetwork(model)
+
+
+class TransformersNetwork:
+    """transformers' own forward; attention comes from `tasks.jobs.attention`."""
+
+    def __init__(self, model: Any):
+        self.model, self.config, self.generation_config = model, model.config, model.generation_config
+
+    def forward(self, step: Step) -> Tensor:
+        tokens, positions = (
+            torch.from_numpy(x).to(self.model.device, torch.long)[None] for x in (step.tokens, step.positions)
+        )
+        keep = 0 if step.wants_logits else 1  # 0: of all tokens
+        done = self.model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep, step=step)
+        return done.logits[0]
+
+
+class LlamaNetwork:
+    """Llama's layers: what is linear by oneDNN, the rest by one kernel each. Takes the model apart as it packs it.
+
+    What runs through the layers is kept in fp32, whatever the precision of the weights.
+    """
+
+    def __init__(self, model: Any):
+        config = model.config
+        self.config, self.generation_config = config, model.generation_config
+        self.epsilon = config.rms_norm_eps
+        self.kv_heads = config.num_key_value_heads
+        self.embedding, self.head = model.get_input_embeddings(), PackedLinear(model.lm_head)
+        self.norm = bits(model.model.norm.weight.detach())
+        self.cosines, self.sines = _rotations(model)
+        self.layers = []
+        for index, layer in enumerate(model.model.layers):
+            self.layers.append(LlamaLayer(layer, _window(config, index)))
+            model.model.layers[index] = nn.Identity()  # its weights are free
+
+    def forward(self, step: Step) -> Tensor:
+        change = self.embedding(torch.from_numpy(step.tokens).long())
+        stream = np.zeros(change.shape, np.float32)
+        for index, layer in enumerate(self.layers):
+            normed = kernels.add_norm(stream, bits(change), layer.input_norm, self.epsilon)
+            change = layer.output(tensor(self._attend(step, index, layer, layer.qkv(tensor(normed)))))
+            normed = kernels.add_norm(stream, bits(change), layer.attention_norm, self.epsilon)
+            change = layer.down(tensor(kernels.gate(bits(layer.gate_and_up(tensor(normed))))))
+        normed = tensor(kernels.add_norm(stream, bits(change), self.norm, self.epsilon))
+        return self.head(normed) if step.wants_logits else normed
+
+    def _attend(self, step: Step, index: int, layer: "LlamaLayer", qkv: Tensor) -> np.ndarray:
+        keys, values = step.cache.of_layer(index, self.kv_heads, layer.size, qkv)
+        heads = qkv.shape[1] // layer.size - self.kv_heads  # of queries and keys
+        kernels.rotate(bits(qkv), heads, layer.size, step.positions, self.cosines, self.sines)
+        return kernels.attend(
+            bits(qkv), bits(keys), bits(values), step.pages, step.positions, layer.scaling, layer.window
+        )
+
+
+class LlamaLayer:
+    """The weights of one layer: projections of the same input as one matrix."""
+
+    def __init__(self, layer: Any, window: int):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.size, self.scaling, self.window = attention.head_dim, attention.scaling, window
+        self.input_norm = bits(layer.input_layernorm.weight.detach())
+        self.attention_norm = bits(layer.post_attention_layernorm.weight.detach())
+        self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = PackedLinear(attention.o_proj)
+        self.gate_and_up = PackedLinear(mlp.gate_proj, mlp.up_proj)
+        self.down = PackedLinear(mlp.down_proj)
+
+
+class PackedLinear(nn.Module):
+    """Linear layers of one input on a CPU, side by side, laid out once for oneDNN and not again at every call."""
+
+    def __init__(self, *layers: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]))
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Put a `PackedLinear` in the place of each linear layer."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))
+
+
+def is_llama_like(model: Any) -> bool:
+    """Whether `LlamaNetwork` computes what this model does."""
+    config = model.config
+    if (
+        config.model_type not in LLAMA_LIKE
+        or config.hidden_act != "silu"
+        or not kernels.can_attend(model.dtype, model.model.layers[0].self_attn.head_dim)
+    ):
+        return False
+    rotary = model.model.rotary_emb
+    return rotary.rope_type in FIXED_ROPES and 2 * len(rotary.inv_freq) == model.model.layers[0].self_attn.head_dim
+
+
+def _window(config: Any, index: int) -> int:
+    """How many of the last keys a layer's queries see; 0 is all."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds[index] == "sliding_attention" if kinds else True
+    return (getattr(config, "sliding_window", None) or 0) if slides else 0
+
+
+def _rotations(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines (positions, size / 2) by which each position turns queries and keys."""
+    positions = torch.arange(model.config.max_position_embeddings)[None]
+    half = model.model.layers[0].self_attn.head_dim // 2
+    both = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
+    cosines, sines = (x[0, :, :half].contiguous().numpy() for x in both)
+    return cosines, sines
+
+
+def can_pack(precision: str) -> bool:
+    """Whether oneDNN multiplies in this precision on this CPU."""
+    able = {
+        "fp32": torch.backends.mkldnn.is_available,
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return torch.backends.mkldnn.is_available() and able[precision]()
+
+
+def quantized(quantization: str, precision: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told so that it holds weights in 8 or 4 bit."""
+    if quantization == "none":
+        return {}
+    if device.type != "cuda" or not is_bitsandbytes_available():
+        raise RuntimeError(
+            f"quantization: {quantization} needs a CUDA GPU and bitsandbytes (pip install 'lion-distill[gpu]'); "
+            "take quantization: none"
+        )
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if quantization == "8bit"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[precision],
+        )
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def best_precision(device: torch.device) -> str:
+    """The fastest type that the hardware itself computes in; emulated bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"

@@ -1,0 +1,44 @@
+"""How the next token is drawn: by a row's own random number, so that its answer is the same in any company."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOP_P_CANDIDATES = 512  # the nucleus is looked for among these; a row that needs more is sorted whole
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn, and when an answer ends."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    stop: tuple[str, ...] = ()  # texts that end an answer and are left out of it
+    seed: int = 0
+
+
+def draw_tokens(logits: Tensor, chances: Sequence[float], sampling: Sampling) -> list[int]:
+    """The next token of each row: where its chance, from 0 to 1, falls in the summed probabilities."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
+    uniform = torch.tensor(chances, device=logits.device)[:, None]
+    if sampling.top_p >= 1:
+        return _invert(probabilities, uniform).tolist()
+    top, tokens = probabilities.topk(min(TOP_P_CANDIDATES, probabilities.shape[1]))
+    if (top.sum(-1) < sampling.top_p).any():  # a flat distribution: its nucleus is larger
+        top, tokens = probabilities.sort(descending=True, stable=True)
+    before = top.cumsum(-1) - top
+    nucleus = top.where(before < sampling.top_p, 0)
+    return tokens.gather(1, _invert(nucleus, uniform)[:, None])[:, 0].tolist()
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The index in each row where the running sum of the weights passes `uniform` of the row's sum."""
+    sums = weights.cumsum(-1)
+    index = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)[:, 0]
+    # A number that rounds up to the whole sum would point behind the last token that has any weight.
+    return index.minimum((sums < sums[:, -1:]).sum(-1))

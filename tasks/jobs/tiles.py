@@ -1,0 +1,191 @@
+"""Rows on their way through a network, in *tiles*: steps of always the same number of tokens, of any rows.
+
+Rows with the shortest answers come first, and new ones with their prompts before all others. So no step computes a row
+that is done, nor padding while enough rows are there; all rows near their ends together, and only the last few steps
+are not full.
+
+A product with a matrix of weights sums up in another way for another number of tokens. As that number is always the
+same, and all else is computed for each token by itself, what comes out for a row depends on no other row, to the last
+bit. Knows nothing of what is made of the logits: `settle` does.
+"""
+
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.jobs.attention import PAGE, Pages, Step, pages_for
+from tasks.jobs.network import Network
+
+
+@dataclass(slots=True)
+class Row:
+    """One text on its way: what is given of it, and what came of it so far.
+
+    `chances` is seeded by the run's seed, the request's id and draw, and gives one number a token: the same
+    row draws the same numbers in any batch, any shard and after any restart.
+    """
+
+    id: str
+    given: list[int]  # the prompt's tokens; where an answer is scored, the answer's, too, all but the last
+    chances: random.Random | None = None
+    targets: list[int] = field(default_factory=list)  # to be scored: what follows each of the last given tokens
+    room: int = 0  # tokens that an answer may have
+    answer: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of the first targets
+    computed: int = 0  # tokens whose keys and values are in the row's pages
+    pages: list[int] = field(default_factory=list)
+    borrowed: int = 0  # of the pages, the first are the prefix's
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are still to be computed, as far as they are known."""
+        return len(self.given) + len(self.answer) - self.computed
+
+    @property
+    def first_wanted(self) -> int:
+        """From this place on the row wants to know which token follows."""
+        return len(self.given) - max(1, len(self.targets))
+
+    def next_tokens(self, count: int) -> list[int]:
+        return self.answer[-1:] if self.answer else self.given[self.computed : self.computed + count]
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What was computed so far. A position is one token going through the network."""
+
+    positions: int = 0
+    padded_positions: int = 0
+    generated_tokens: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, positions: int = 0, padded: int = 0, generated: int = 0) -> None:
+        with self._lock:
+            self.positions += positions
+            self.padded_positions += padded
+            self.generated_tokens += generated
+
+    @property
+    def padded_share(self) -> float:
+        """Share of the positions that were computed for no row."""
+        return self.padded_positions / self.positions if self.positions else 0.0
+
+
+class Queue:
+    """Rows that wait, for several lanes to take from."""
+
+    def __init__(self, rows: Iterable[Row]):
+        self._rows, self._lock = deque(rows), threading.Lock()
+
+    def take(self, fits: Callable[[Row], bool]) -> Row | None:
+        """The next row, if it fits."""
+        with self._lock:
+            return self._rows.popleft() if self._rows and fits(self._rows[0]) else None
+
+
+Wanted = Sequence[tuple[Row, int]]  # a row, and the place of the token in it whose logits are there
+Settle = Callable[[Wanted, Tensor], list[tuple[Row, dict[str, Any]]]]
+
+
+class Lane:
+    """Takes rows from a queue and computes them, tile after tile, in pages of its own.
+
+    Args:
+        tile: tokens of a step.
+        prefix: tokens that many rows begin with, computed once.
+        rows: how many are held in the cache together.
+        tokens: how many tokens the cache holds; more where the longest row alone has more.
+        longest: tokens of that row, with its answer.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        statistics: Statistics,
+        *,
+        tile: int,
+        prefix: Sequence[int],
+        rows: int,
+        tokens: int,
+        longest: int,
+    ):
+        self.network, self.statistics, self.tile, self.rows = network, statistics, tile, rows
+        pages = min(rows * pages_for(longest), max(tokens // PAGE, pages_for(longest)))
+        self.cache = Pages(1 + pages_for(len(prefix)) + pages)
+        self.prefix = Row("", list(prefix))
+        self.prefix.pages = self.cache.take(len(prefix))
+
+    @torch.inference_mode()
+    def run(self, waiting: Queue, settle: Settle) -> Iterator[list[dict[str, Any]]]:
+        """Yield the replies of each step, often none, until no row waits.
+
+        Args:
+            settle: is given the tokens whose logits (tokens, vocabulary) are wanted, and returns the rows that are done
+                with them, and their replies.
+        """
+        active: list[Row] = []
+        while True:
+            while len(active) < self.rows and (row := waiting.take(self._fits)):
+                self._admit(row)
+                active.append(row)
+            if not active:
+                return
+            wanted, logits = self._compute(self._next(active))
+            done = settle(wanted, logits) if wanted else []
+            for row, _ in done:
+                active.remove(row)
+                self.cache.give_back(row.pages[row.borrowed :])
+            yield [reply for _, reply in done]
+
+    def _fits(self, row: Row) -> bool:
+        return len(self.cache.free) >= pages_for(len(row.given) + row.room)
+
+    def _admit(self, row: Row) -> None:
+        """Give a row its pages. What it has in common with the prefix is there already."""
+        known = len(self.prefix.given)
+        if known and row.first_wanted >= known and row.given[:known] == self.prefix.given:
+            while self.prefix.pending:
+                self._compute([(self.prefix, min(self.tile, self.prefix.pending))])
+            row.borrowed, row.computed = known // PAGE, known
+        row.pages = self.prefix.pages[: row.borrowed]
+        row.pages += self.cache.take(len(row.given) + row.room - row.borrowed * PAGE)
+        if row.computed % PAGE:
+            self.cache.copy(self.prefix.pages[row.borrowed], row.pages[row.borrowed])
+
+    def _next(self, active: Sequence[Row]) -> list[tuple[Row, int]]:
+        """Which rows the next tile is of, and how many tokens of each."""
+        chosen, space = [], self.tile
+        for row in sorted(active, key=lambda row: len(row.answer)):
+            count = min(row.pending, space)
+            chosen.append((row, count))
+            space -= count
+            if not space:
+                break
+        return chosen
+
+    def _compute(self, chosen: Sequence[tuple[Row, int]]) -> tuple[Wanted, Tensor]:
+        """One step: the tokens whose logits are wanted, and these logits."""
+        tokens, positions = np.zeros(self.tile, np.int32), np.zeros(self.tile, np.int32)
+        pages = np.zeros((self.tile, max(len(row.pages) for row, _ in chosen)), np.int32)
+        runs, wanted, at = [], [], 0
+        for row, count in chosen:
+            end, computed = at + count, row.computed + count
+            tokens[at:end] = row.next_tokens(count)
+            positions[at:end] = range(row.computed, computed)
+            pages[at:end, : len(row.pages)] = row.pages
+            runs.append((at, end))
+            wanted += [
+                (end - computed + place, row, place) for place in range(max(row.first_wanted, row.computed), computed)
+            ]
+            row.computed, at = computed, end
+        self.statistics.add(positions=self.tile, padded=self.tile - at)
+        runs += [(i, i + 1) for i in range(at, self.tile)]
+        logits = self.network.forward(Step(tokens, positions, pages, runs, self.cache, bool(wanted)))
+        return [(row, place) for _, row, place in wanted], logits[[at for at, _, _ in wanted]]
