@@ -31,7 +31,6 @@ from tasks.jobs.sampling import Sampling, draw_tokens
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
 from tasks.jobs.tiles import Lane, Queue, Row, Settle, Statistics, Wanted
 
-CPU_TILE, GPU_TILE = 64, 256  # tokens of a step: enough for a CPU's matrix units, and for a GPU's
 FEWEST_ROWS = 8  # of a lane: another core is not worth its steps for less
 SHORTEST_PREFIX = 8  # tokens; computing fewer for each row costs less than looking them up
 
@@ -63,7 +62,6 @@ class Engine:
         self.precision = best_precision(device) if precision == "auto" else precision
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self.lanes = torch.get_num_threads() if self.on_cpu else 1
-        self.tile = CPU_TILE if self.on_cpu else GPU_TILE
         self.statistics = Statistics()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.network = load(path, self.precision, device, quantization)
@@ -190,7 +188,6 @@ class Engine:
                 lane = Lane(
                     self.network,
                     self.statistics,
-                    tile=self.tile,
                     prefix=self.prefix,
                     rows=at_once,
                     tokens=at_once_tokens,

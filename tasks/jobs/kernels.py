@@ -17,6 +17,7 @@ from numba import float32, int32, njit
 from numba.extending import intrinsic
 from torch import Tensor
 
+BLOCK = 512  # logits that are summed up on their own
 PAGE = 64  # tokens whose keys and values lie together
 DTYPES = {torch.float32, torch.bfloat16}
 WORD = ir.IntType(32)
@@ -254,3 +255,60 @@ def _add_rows(factors: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> None:
                 + f6 * rows[r + 6, a]
                 + f7 * rows[r + 7, a]
             )
+
+
+@njit(**OPTIONS)
+def likeliest(logits: np.ndarray) -> np.ndarray:
+    """The first of the highest logits (tokens, vocabulary) of each token."""
+    found = np.empty(len(logits), np.int64)
+    for i in range(len(logits)):
+        most, best = float32(-np.inf), 0
+        for begin in range(0, logits.shape[1], BLOCK):
+            block = logits[i, begin : begin + BLOCK]
+            highest = _highest(block)
+            if highest > most:
+                most, best = highest, begin
+        block = logits[i, best : best + BLOCK]
+        found[i] = best
+        for a in range(len(block)):
+            if _wide(block[a]) == most:
+                found[i] += a
+                break
+    return found
+
+
+@njit(**OPTIONS)
+def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndarray:
+    """For each token a next one: where its chance, from 0 to 1, falls in the summed softmax of logits / temperature."""
+    found = np.empty(len(logits), np.int64)
+    vocabulary, sharpness = logits.shape[1], float32(1 / temperature)
+    sums = np.empty(-(-vocabulary // BLOCK), np.float64)
+    for i in range(len(logits)):
+        most = _highest(logits[i])
+        for b in range(len(sums)):
+            block = logits[i, b * BLOCK : (b + 1) * BLOCK]
+            total = float32(0)
+            for a in range(len(block)):
+                total += _exp((_wide(block[a]) - most) * sharpness)
+            sums[b] = total
+        left, b = chances[i] * sums.sum(), 0
+        while b < len(sums) - 1 and left >= sums[b]:
+            left -= sums[b]
+            b += 1
+        block = logits[i, b * BLOCK : (b + 1) * BLOCK]
+        for a in range(len(block)):
+            share = _exp((_wide(block[a]) - most) * sharpness)
+            if share > float32(1e-30):  # what rounding leaves at the end goes to the last that has a share
+                found[i] = b * BLOCK + a
+                left -= share
+                if left < 0:
+                    break
+    return found
+
+
+@njit(inline="always", **{**OPTIONS, "cache": False})
+def _highest(logits: np.ndarray) -> float:
+    highest = float32(-np.inf)
+    for a in range(len(logits)):
+        highest = max(highest, _wide(logits[a]))
+    return highest

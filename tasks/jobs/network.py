@@ -5,6 +5,7 @@ device. `LlamaNetwork` is the same computation for models of Llama's shape on a 
 of a step goes to a hundred small operations a layer in the former, and Python that keeps other threads waiting.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from tasks.jobs.attention import ATTENTION, Step
 from tasks.jobs.kernels import bits, tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TILE, TILES = 64, (16, 32, 48, 96, 128)  # tokens of a step on a CPU; other sizes, where they give the same
+GPU_TILE = 256
 LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork computes
 FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # that do not change with the length of a text
 
@@ -29,6 +32,7 @@ class Network(Protocol):
 
     config: Any
     generation_config: Any
+    tiles: Sequence[int]  # how many tokens a step may have, for a token to get the same logits in any of them
 
     def forward(self, step: Step) -> Tensor:
         """Logits (tokens, vocabulary), if the step wants any; keys and values go into its pages."""
@@ -53,15 +57,16 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
     if device.type == "cpu" and can_pack(precision):
         if is_llama_like(model):
             return LlamaNetwork(model)
-        pack_linear_layers(model)
-    return TransformersNetwork(model)
+        return TransformersNetwork(model, alike_tiles(pack_linear_layers(model)))
+    return TransformersNetwork(model, [TILE if device.type == "cpu" else GPU_TILE])
 
 
 class TransformersNetwork:
     """transformers' own forward; attention comes from `tasks.jobs.attention`."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, tiles: Sequence[int]):
         self.model, self.config, self.generation_config = model, model.config, model.generation_config
+        self.tiles = tiles
 
     def forward(self, step: Step) -> Tensor:
         tokens, positions = (
@@ -90,6 +95,7 @@ class LlamaNetwork:
         for index, layer in enumerate(model.model.layers):
             self.layers.append(LlamaLayer(layer, _window(config, index)))
             model.model.layers[index] = nn.Identity()  # its weights are free
+        self.tiles = alike_tiles([self.head, *self.layers[0].linear])
 
     def forward(self, step: Step) -> Tensor:
         change = self.embedding(torch.from_numpy(step.tokens).long())
@@ -123,6 +129,7 @@ class LlamaLayer:
         self.output = PackedLinear(attention.o_proj)
         self.gate_and_up = PackedLinear(mlp.gate_proj, mlp.up_proj)
         self.down = PackedLinear(mlp.down_proj)
+        self.linear = [self.qkv, self.output, self.gate_and_up, self.down]
 
 
 class PackedLinear(nn.Module):
@@ -130,6 +137,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, *layers: nn.Linear):
         super().__init__()
+        self.in_features, self.out_features = layers[0].in_features, sum(layer.out_features for layer in layers)
+        self.dtype = layers[0].weight.dtype
         self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]))
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
@@ -138,12 +147,36 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def pack_linear_layers(model: nn.Module) -> None:
+def pack_linear_layers(model: nn.Module) -> list[PackedLinear]:
     """Put a `PackedLinear` in the place of each linear layer."""
+    packed = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child))
+                packed.append(PackedLinear(child))
+                setattr(parent, name, packed[-1])
+    return packed
+
+
+@torch.inference_mode()
+def alike_tiles(layers: Iterable[PackedLinear]) -> list[int]:
+    """The sizes of a step at which every layer gives a token the same numbers, to the last bit, wherever it stands.
+
+    A library picks how a product is summed up by its shape alone, and it is not said how; so it is tried out, once for
+    each shape, with one thread, as lanes have.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sizes = list(TILES)
+    for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
+        some = torch.randn(3 * max(TILES), layer.in_features, generator=torch.Generator().manual_seed(0))
+        tokens = some.to(layer.dtype)
+        expected = torch.cat([layer(part) for part in tokens.split(TILE)])
+        for size in list(sizes):
+            if not torch.equal(torch.cat([layer(part) for part in tokens.split(size)]), expected):
+                sizes.remove(size)
+    torch.set_num_threads(threads)
+    return sorted([TILE, *sizes])
 
 
 def is_llama_like(model: Any) -> bool:

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tasks.jobs import kernels
 
 TOP_P_CANDIDATES = 512  # the nucleus is looked for among these; a row that needs more is sorted whole
 
@@ -22,11 +25,17 @@ class Sampling:
 
 def draw_tokens(logits: Tensor, chances: Sequence[float], sampling: Sampling) -> list[int]:
     """The next token of each row: where its chance, from 0 to 1, falls in the summed probabilities."""
+    plain = sampling.temperature > 0 and sampling.top_p >= 1
+    if logits.device.type == "cpu" and logits.dtype in kernels.DTYPES:
+        if sampling.temperature == 0:
+            return kernels.likeliest(kernels.bits(logits)).tolist()
+        if plain:
+            return kernels.draw(kernels.bits(logits), np.array(chances), sampling.temperature).tolist()
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
     uniform = torch.tensor(chances, device=logits.device)[:, None]
-    if sampling.top_p >= 1:
+    if plain:
         return _invert(probabilities, uniform).tolist()
     top, tokens = probabilities.topk(min(TOP_P_CANDIDATES, probabilities.shape[1]))
     if (top.sum(-1) < sampling.top_p).any():  # a flat distribution: its nucleus is larger

@@ -1,12 +1,12 @@
-"""Rows on their way through a network, in *tiles*: steps of always the same number of tokens, of any rows.
+"""Rows on their way through a network, in *tiles*: steps of a fixed number of tokens, of any rows.
 
 Rows with the shortest answers come first, and new ones with their prompts before all others. So no step computes a row
 that is done, nor padding while enough rows are there; all rows near their ends together, and only the last few steps
 are not full.
 
-A product with a matrix of weights sums up in another way for another number of tokens. As that number is always the
-same, and all else is computed for each token by itself, what comes out for a row depends on no other row, to the last
-bit. Knows nothing of what is made of the logits: `settle` does.
+A product with a matrix of weights may sum up in another way for another number of tokens. Tiles have a number for which
+it does not (`Network.tiles`), and all else is computed for each token by itself: what comes out for a row depends on no
+other row, to the last bit. Knows nothing of what is made of the logits: `settle` does.
 """
 
 import random
@@ -90,6 +90,7 @@ class Queue:
             return self._rows.popleft() if self._rows and fits(self._rows[0]) else None
 
 
+STEP_TOKENS = 16  # what a step costs beside its tokens, as if it were so many of them
 Wanted = Sequence[tuple[Row, int]]  # a row, and the place of the token in it whose logits are there
 Settle = Callable[[Wanted, Tensor], list[tuple[Row, dict[str, Any]]]]
 
@@ -98,7 +99,6 @@ class Lane:
     """Takes rows from a queue and computes them, tile after tile, in pages of its own.
 
     Args:
-        tile: tokens of a step.
         prefix: tokens that many rows begin with, computed once.
         rows: how many are held in the cache together.
         tokens: how many tokens the cache holds; more where the longest row alone has more.
@@ -110,13 +110,12 @@ class Lane:
         network: Network,
         statistics: Statistics,
         *,
-        tile: int,
         prefix: Sequence[int],
         rows: int,
         tokens: int,
         longest: int,
     ):
-        self.network, self.statistics, self.tile, self.rows = network, statistics, tile, rows
+        self.network, self.statistics, self.rows = network, statistics, rows
         pages = min(rows * pages_for(longest), max(tokens // PAGE, pages_for(longest)))
         self.cache = Pages(1 + pages_for(len(prefix)) + pages)
         self.prefix = Row("", list(prefix))
@@ -137,7 +136,7 @@ class Lane:
                 active.append(row)
             if not active:
                 return
-            wanted, logits = self._compute(self._next(active))
+            wanted, logits = self._compute(active)
             done = settle(wanted, logits) if wanted else []
             for row, _ in done:
                 active.remove(row)
@@ -152,40 +151,36 @@ class Lane:
         known = len(self.prefix.given)
         if known and row.first_wanted >= known and row.given[:known] == self.prefix.given:
             while self.prefix.pending:
-                self._compute([(self.prefix, min(self.tile, self.prefix.pending))])
+                self._compute([self.prefix])
             row.borrowed, row.computed = known // PAGE, known
         row.pages = self.prefix.pages[: row.borrowed]
         row.pages += self.cache.take(len(row.given) + row.room - row.borrowed * PAGE)
         if row.computed % PAGE:
             self.cache.copy(self.prefix.pages[row.borrowed], row.pages[row.borrowed])
 
-    def _next(self, active: Sequence[Row]) -> list[tuple[Row, int]]:
-        """Which rows the next tile is of, and how many tokens of each."""
-        chosen, space = [], self.tile
-        for row in sorted(active, key=lambda row: len(row.answer)):
-            count = min(row.pending, space)
-            chosen.append((row, count))
-            space -= count
-            if not space:
-                break
-        return chosen
+    def _tile(self, tokens: int) -> int:
+        """The size that is cheapest by token while so many wait."""
+        return min(self.network.tiles, key=lambda size: (size + STEP_TOKENS) / min(size, tokens))
 
-    def _compute(self, chosen: Sequence[tuple[Row, int]]) -> tuple[Wanted, Tensor]:
+    def _compute(self, active: Sequence[Row]) -> tuple[Wanted, Tensor]:
         """One step: the tokens whose logits are wanted, and these logits."""
-        tokens, positions = np.zeros(self.tile, np.int32), np.zeros(self.tile, np.int32)
-        pages = np.zeros((self.tile, max(len(row.pages) for row, _ in chosen)), np.int32)
+        tile = self._tile(sum(row.pending for row in active))
+        tokens, positions = np.zeros(tile, np.int32), np.zeros(tile, np.int32)
+        pages = np.zeros((tile, max(len(row.pages) for row in active)), np.int32)
         runs, wanted, at = [], [], 0
-        for row, count in chosen:
+        for row in sorted(active, key=lambda row: len(row.answer)):
+            count = min(row.pending, tile - at)
+            if not count:
+                break
             end, computed = at + count, row.computed + count
             tokens[at:end] = row.next_tokens(count)
             positions[at:end] = range(row.computed, computed)
             pages[at:end, : len(row.pages)] = row.pages
             runs.append((at, end))
-            wanted += [
-                (end - computed + place, row, place) for place in range(max(row.first_wanted, row.computed), computed)
-            ]
+            first = max(row.first_wanted, row.computed)
+            wanted += [(end - computed + place, row, place) for place in range(first, computed)]
             row.computed, at = computed, end
-        self.statistics.add(positions=self.tile, padded=self.tile - at)
-        runs += [(i, i + 1) for i in range(at, self.tile)]
+        self.statistics.add(positions=tile, padded=tile - at)
+        runs += [(i, i + 1) for i in range(at, tile)]
         logits = self.network.forward(Step(tokens, positions, pages, runs, self.cache, bool(wanted)))
         return [(row, place) for _, row, place in wanted], logits[[at for at, _, _ in wanted]]
