@@ -16,7 +16,7 @@ from tasks.jobs.launch import run_together
 from tasks.jobs.process import gpus
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
 
-ENGINE_VERSION = 1  # raise it when the engine gives other tokens for the same request
+ENGINE_VERSION = 2  # raise it when the engine gives other tokens for the same request
 
 
 class LocalModel(BaseModel):
@@ -47,16 +47,16 @@ class LocalModel(BaseModel):
         "none", description="How the weights are held at inference; 8bit and 4bit need a CUDA GPU (bitsandbytes)."
     )
     max_batch_rows: int = Field(
-        64,
+        128,
         ge=1,
         le=4096,
-        description="Rows computed together. More is faster, until memory is full.",
+        description="Rows in flight on a GPU, or on each core of a processor. More is faster, until memory is full.",
         json_schema_extra=OPERATIONAL,
     )
     max_batch_tokens: int = Field(
         65_536,
         ge=256,
-        description="Tokens, prompt and answer, held for all rows of a batch together.",
+        description="Tokens, prompt and answer, held in memory for all rows in flight together.",
         json_schema_extra=OPERATIONAL,
     )
     shards: int | None = Field(

@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.inference
 
-256 prompts are the bundled seeds, some twice, at most 128 new tokens, greedy. Rates are generated tokens (the end
-of turn counts) per second of generation, prefill included, loading excluded. The alternatives:
+256 prompts are the bundled seeds, some twice, at most 128 new tokens, greedy, in the precision that `auto` picks here.
+Rates are generated tokens (the end of turn counts) per second of generation, prefill included, loading excluded. The
+alternatives, in fp32 and in bf16, which not every processor computes natively:
 
-- *batch 1, fp32 and bf16*: `model.generate`, one prompt after the other, which is what the original does. Timed on
-  every 32nd prompt in fp32 and on every 128th in bf16, which few processors compute natively.
+- *batch 1*: `model.generate`, one prompt after the other, which is what the original does. Timed on every 32nd prompt.
 - *batch 32*: `model.generate` on prompts as they come, padded at the left. Timed on the first 64.
 - *single forwards*: for scoring, one forward with labels for each answer. Timed on every 8th.
 """
@@ -23,7 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tasks.jobs.convert import EMBEDDED, convert
-from tasks.jobs.engine import Engine, Sampling
+from tasks.jobs.engine import Engine
+from tasks.jobs.network import DTYPES
+from tasks.jobs.sampling import Sampling
 from tasks.jobs.template import encode_example, encode_prompt
 
 PROMPTS, MAX_TOKENS = 256, 128
@@ -84,49 +86,49 @@ def run() -> list[dict[str, Any]]:
         replies = {reply["id"]: reply for batch in batches for reply in batch}
         ours = sum(reply["completion_tokens"] for reply in replies.values()) / taken
         padded = engine.statistics.padded_share
-
-        plain = {}
-        for label, dtype, subset, batch in (
-            ("batch 1, fp32", torch.float32, requests[::32], 1),
-            ("batch 1, bf16", torch.bfloat16, requests[::128], 1),
-            ("batch 32, fp32", torch.float32, requests[:64], 32),
-        ):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-            generate_plainly(model, engine.tokenizer, requests[:1], 1)  # warm up
-            took, tokens = seconds(partial(generate_plainly, model, engine.tokenizer, subset, batch))
-            plain[label] = tokens / took
-
         items = [{**request, "answer": replies[request["id"]]["text"], "whole": True} for request in requests]
         taken, batches = seconds(lambda: list(engine.score(items)))
         scores = {score["id"]: score for batch in batches for score in batch}
         scoring = len(items) / taken
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        score_plainly(model, engine.tokenizer, items[:1])  # warm up
-        took, losses = seconds(lambda: score_plainly(model, engine.tokenizer, items[::8]))
-        plain_scoring = len(items[::8]) / took
-        if engine.precision == "fp32":
-            for item, loss in zip(items[::8], losses, strict=True):
-                score = scores[item["id"]]
-                if abs(score["loss_sum"] / score["tokens"] - loss) > 1e-3:
-                    raise AssertionError(f"the engine and a single forward disagree on answer {item['id']}")
 
-    def rate(name: str, label: str) -> dict[str, Any]:
-        against = f"generate, {label} ({plain[label]:.0f}/s)"
-        return {"name": name, "value": ours, "unit": "tokens/s", "against": against, "ratio": ours / plain[label]}
+        figures = []
+        for precision in ("fp32", "bf16"):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).eval()
+            for label, batch, subset in (("batch 1", 1, requests[::32]), ("batch 32", 32, requests[:64])):
+                generate_plainly(model, engine.tokenizer, requests[:1], 1)  # warm up
+                took, tokens = seconds(partial(generate_plainly, model, engine.tokenizer, subset, batch))
+                plain = tokens / took
+                figures.append(
+                    {
+                        "name": f"inference-vs-{label.replace(' ', '')}",
+                        "value": ours,
+                        "unit": "tokens/s",
+                        "against": f"generate, {label}, {precision} ({plain:.0f}/s)",
+                        "ratio": ours / plain,
+                    }
+                )
+            score_plainly(model, engine.tokenizer, items[:1])  # warm up
+            took, losses = seconds(partial(score_plainly, model, engine.tokenizer, items[::8]))
+            plain = len(items[::8]) / took
+            figures.append(
+                {
+                    "name": "scoring",
+                    "value": scoring,
+                    "unit": "answers/s",
+                    "against": f"single forwards, {precision} ({plain:.1f}/s)",
+                    "ratio": scoring / plain,
+                }
+            )
+            # They must agree, or one of them computes something else.
+            ours_by_token = [scores[item["id"]]["loss_sum"] / scores[item["id"]]["tokens"] for item in items[::8]]
+            apart = max(abs(mine - theirs) for mine, theirs in zip(ours_by_token, losses, strict=True))
+            if apart > (1e-3 if engine.precision == precision == "fp32" else 0.1):
+                raise AssertionError(f"the engine ({engine.precision}) and single forwards in {precision} disagree")
 
     return [
-        rate("inference-vs-batch1", "batch 1, fp32"),
-        rate("inference-vs-batch1-bf16", "batch 1, bf16"),
-        rate("inference-vs-batch32", "batch 32, fp32"),
+        *figures,
         {"name": "inference-padded", "value": 100 * padded, "unit": "% of positions", "against": None, "ratio": None},
         {"name": "inference-load", "value": start_up, "unit": "s", "against": None, "ratio": None},
-        {
-            "name": "scoring",
-            "value": scoring,
-            "unit": "answers/s",
-            "against": f"single forwards ({plain_scoring:.1f}/s)",
-            "ratio": scoring / plain_scoring,
-        },
     ]
 
 

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.server
 
-The prompts of `tests.benchmarks.inference`, all asked at once, at most 128 new tokens, greedy, fp32. Rates are
-generated tokens per second, from the first request to the last reply; loading is not in it. The alternatives:
+The prompts of `tests.benchmarks.inference`, all asked at once, at most 128 new tokens, greedy, in the precision that
+`auto` picks here. Rates are generated tokens per second, from the first request to the last reply; loading is not in it.
+The alternatives:
 
 - *transformers serve --continuous-batching*, 64 requests at a time. Timed on every 4th prompt.
 - *llama-server* (llama.cpp), where it is on the path: 16 slots, on every 4th prompt. It computes with the four bits
-  of the embedded file itself, of which our fp32 weights are the exact values.
+  of the embedded file itself, of which our weights are the values.
 """
 
 import json
@@ -18,20 +19,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tasks.jobs.convert import EMBEDDED, convert, find_embedded
-from tasks.jobs.engine import Engine, Sampling
+from tasks.jobs.engine import Engine
+from tasks.jobs.network import best_precision
 from tasks.jobs.process import free_port
-from tasks.jobs.served import Served, serve_command
+from tasks.jobs.sampling import Sampling
+from tasks.jobs.served import DTYPES, Served, serve_command
 from tests.benchmarks.inference import MAX_TOKENS, make_requests, seconds
 
-ROWS, EVERY, PRECISION = 64, 4, "fp32"
+ROWS, EVERY = 64, 4
+PRECISION = best_precision(torch.device("cpu"))
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
 AT = "--host 127.0.0.1 --port {port}"
 SERVERS = (  # what it is called, the model's form that it reads, what starts it
     (
         "transformers serve --continuous-batching",
         "safetensors",
-        f"{TRANSFORMERS} serve {{model}} {AT} --device cpu --dtype float32 --continuous-batching",
+        f"{TRANSFORMERS} serve {{model}} {AT} --device cpu --dtype {DTYPES[PRECISION]} --continuous-batching",
     ),
     ("llama-server, 16 slots, Q4_1", "gguf", f"llama-server -m {{model}} {AT} -t {os.cpu_count()} -np 16 -c 16384"),
 )
@@ -42,7 +48,7 @@ def run() -> list[dict[str, Any]]:
     figures = []
     with tempfile.TemporaryDirectory() as name:
         convert(EMBEDDED, Path(name))
-        ours = rate(Engine(Path(name), PRECISION, ROWS), requests, sampling)
+        ours = rate(Engine(Path(name), PRECISION), requests, sampling)
         models = {"safetensors": name, "gguf": str(find_embedded())}
         for label, form, command in SERVERS:
             if shutil.which(command.split()[0]) is None:

@@ -23,9 +23,10 @@ from typing import Any
 
 from storage.pools import write_snapshot
 from tasks.jobs.convert import EMBEDDED, convert
-from tasks.jobs.engine import Engine, Sampling
+from tasks.jobs.engine import Engine
 from tasks.jobs.launch import run_job
 from tasks.jobs.process import ENVIRONMENT
+from tasks.jobs.sampling import Sampling
 from tasks.jobs.settings import SftSettings
 from tasks.jobs.template import encode_example
 from tests.benchmarks.inference import make_requests

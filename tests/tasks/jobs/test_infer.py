@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from tasks.jobs.engine import Engine
 from tasks.jobs.infer import Lines, run
 from tasks.jobs.launch import run_job
+from tasks.jobs.sampling import Sampling
 from tests.tiny import TEXTS
 
 
@@ -111,9 +113,7 @@ def test_a_second_run_computes_nothing(tmp_path: Path, tiny_model: Path) -> None
 def test_memory_is_flat_over_ten_thousand_prompts(tmp_path: Path, tiny_model: Path) -> None:
     import psutil
 
-    from tasks.jobs.engine import Engine, Sampling
-
-    engine = Engine(tiny_model, "fp32", max_batch_rows=256)
+    engine = Engine(tiny_model, "fp32")
     requests = [{"id": str(i), "messages": [{"role": "user", "content": TEXTS[i % 200]}]} for i in range(10_000)]
     sizes = []
     for done, _ in enumerate(engine.generate(requests, Sampling(temperature=1.0, max_tokens=16))):
@@ -125,21 +125,27 @@ def test_memory_is_flat_over_ten_thousand_prompts(tmp_path: Path, tiny_model: Pa
     assert max(sizes[middle:]) < max(sizes[:middle]) * 1.1
 
 
-@pytest.mark.slow
-def test_the_embedded_model_answers_the_same_in_any_batch(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def embedded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tasks.jobs.convert import EMBEDDED, convert
-    from tasks.jobs.engine import Engine, Sampling
 
-    convert(EMBEDDED, tmp_path)
-    questions = ["What is the capital of Australia?", "Name a prime number.", *TEXTS[:14]]
+    convert(EMBEDDED, folder := tmp_path_factory.mktemp("embedded"))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_embedded_model_answers_the_same_in_any_batch(
+    embedded_model: Path, precision: str, temperature: float
+) -> None:
+    questions = ["What is the capital of Australia?", *TEXTS[::3]]
     requests = [{"id": str(i), "messages": [{"role": "user", "content": text}]} for i, text in enumerate(questions)]
-    replies = [
-        {
-            reply["id"]: reply
-            for batch in Engine(tmp_path, "fp32", max_batch_rows=rows).generate(requests, Sampling(max_tokens=24))
-            for reply in batch
-        }
-        for rows in (16, 3)
-    ]
+    sampling = Sampling(temperature=temperature, max_tokens=24)
+    engine = Engine(embedded_model, precision)
+    replies = []
+    for lanes, rows, order in ((engine.lanes, 128, requests), (1, 9, requests[::-1])):
+        engine.lanes, engine.max_batch_rows = lanes, rows
+        replies.append({reply["id"]: reply for batch in engine.generate(order, sampling) for reply in batch})
     assert replies[0] == replies[1]
-    assert "Canberra" in replies[0]["0"]["text"]
+    assert temperature or "Canberra" in replies[0]["0"]["text"]
