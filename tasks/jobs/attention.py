@@ -8,8 +8,11 @@ Works with every model that lets its attention be chosen (transformers' `Attenti
 what such a model calls. On a CPU in fp32 or bf16 it is `kernels.attend`, elsewhere torch.
 """
 
+import math
+import mmap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +45,27 @@ class Pages:
     def of_layer(self, layer: int, kv_heads: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (pages, kv heads, size, PAGE) and values (pages, kv heads, PAGE, size) of a layer, made at first use."""
         if layer not in self._layers:
-            # Zeros, as what no query sees must still be a number: 0 x NaN is NaN.
-            keys = like.new_zeros(self.count, kv_heads, size, PAGE)
-            self._layers[layer] = keys, like.new_zeros(self.count, kv_heads, PAGE, size)
+            keys = _zeros((self.count, kv_heads, size, PAGE), like)
+            self._layers[layer] = keys, _zeros((self.count, kv_heads, PAGE, size), like)
         return self._layers[layer]
 
     def copy(self, source: int, target: int) -> None:
         """One page's keys and values of all layers into another."""
         for keys, values in self._layers.values():
             keys[target], values[target] = keys[source], values[source]
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros, as what no query sees must still be a number (0 x NaN is NaN); on Linux in pages of 2 MB.
+
+    Each step reads all of it, and looking up where a small page lies takes as long as reading it.
+    """
+    if like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_zeros(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def pages_for(tokens: int) -> int:

@@ -13,6 +13,7 @@ Knows nothing of jobs, files of requests or progress: `tasks.jobs.infer` does.
         ...
 """
 
+import ctypes
 import random
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from tasks.jobs.sampling import Sampling, draw_tokens
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
 from tasks.jobs.tiles import Lane, Queue, Row, Settle, Statistics, Wanted
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 FEWEST_ROWS = 8  # of a lane: another core is not worth its steps for less
 SHORTEST_PREFIX = 8  # tokens; computing fewer for each row costs less than looking them up
 
@@ -59,6 +61,8 @@ class Engine:
     ):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.on_cpu = device.type == "cpu"
+        if self.on_cpu:
+            keep_freed_memory()
         self.precision = best_precision(device) if precision == "auto" else precision
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self.lanes = torch.get_num_threads() if self.on_cpu else 1
@@ -228,6 +232,14 @@ class Engine:
         a, b = (encode_prompt(self.tokenizer, [{"role": "user", "content": text}]) for text in ("a", "b"))
         length = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0)
         return a[:length] if length >= SHORTEST_PREFIX else []
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: to be asked for memory at each operation, the kernel lets one thread in at a time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, size in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_THRESHOLD, 2**30)):
+            mallopt(parameter, size)
 
 
 def stop_tokens_of(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import float32, int32, njit
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.types import none
 from torch import Tensor
 
 BLOCK = 512  # logits that are summed up on their own
 PAGE = 64  # tokens whose keys and values lie together
 DTYPES = {torch.float32, torch.bfloat16}
-WORD = ir.IntType(32)
+WORD, INDEX, BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+FETCH = ir.FunctionType(ir.VoidType(), [BYTES, WORD, WORD, WORD])
+LINE = 64  # bytes of a cache line
 
 # Sums may be split among the lanes of a vector register; infinities and NaN keep their meaning.
 OPTIONS = {
@@ -78,6 +82,23 @@ def _power_of_two(context: Any, n: Any) -> Any:
         return builder.bitcast(builder.shl(builder.add(args[0], WORD(127)), WORD(23)), ir.FloatType())
 
     return float32(int32), code
+
+
+@intrinsic
+def _fetch(context: Any, pages: Any, page: Any, head: Any, offset: Any) -> Any:
+    """Have the cache line come that is `offset` bytes into one head of a page, without waiting for it."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(pages)(context, builder, args[0])
+        strides = cgutils.unpack_tuple(builder, array.strides, 4)
+        wide = [builder.sext(arg, INDEX) if arg.type.width < INDEX.width else arg for arg in args[1:]]
+        at = builder.add(builder.mul(wide[0], strides[0]), builder.add(builder.mul(wide[1], strides[1]), wide[2]))
+        place = builder.gep(builder.bitcast(array.data, BYTES), [at])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [BYTES], FETCH)
+        builder.call(fetch, [place, WORD(0), WORD(2), WORD(1)])  # to read, into the second cache, data
+        return context.get_dummy_value()
+
+    return none(pages, page, head, offset), code
 
 
 def can_attend(dtype: torch.dtype, size: int) -> bool:
@@ -184,58 +205,88 @@ def attend(
     output = np.empty((tokens, heads * size), qkv.dtype)
     query = np.empty((group, size), np.float32)
     weights = np.empty((group, pages.shape[1] * PAGE), np.float32)
-    sums = np.empty((group, size), np.float32)
+    partial = np.empty(16, np.float32)
+    totals, sums = np.empty(group, np.float32), np.empty((group, size), np.float32)
     key_block, value_block = np.empty((size, PAGE), np.float32), np.empty((PAGE, size), np.float32)
     for i in range(tokens):
         seen = positions[i] + 1
         first = max(seen - window, 0) if window > 0 else 0
         first_page, end_page = first // PAGE, (seen + PAGE - 1) // PAGE
         for h in range(kv_heads):
+            then, next_head = (i, h + 1) if h + 1 < kv_heads else (min(i + 1, tokens - 1), 0)
             for g in range(group):
                 for a in range(size):
                     query[g, a] = _wide(qkv[i, (h * group + g) * size + a]) * float32(scaling)
-            weights[:] = float32(0)
+            for g in range(group):
+                for t in range(first_page * PAGE, end_page * PAGE):
+                    weights[g, t] = float32(0)
+            # While one page is computed the one that follows is on its way: values after keys, then the next keys.
             for p in range(first_page, end_page):
-                _widen(keys, pages[i, p], h, key_block)
+                _widen(keys, pages[i, p], h, key_block, values, pages[i, p], h)
                 for g in range(group):
                     _add_rows(query[g], key_block, weights[g, p * PAGE : (p + 1) * PAGE])
             for g in range(group):
                 w = weights[g, first_page * PAGE : end_page * PAGE]
-                _softmax(w, first - first_page * PAGE, seen - first_page * PAGE)
+                totals[g] = _exponentials(w, first - first_page * PAGE, seen - first_page * PAGE, partial)
             sums[:] = float32(0)
             for p in range(first_page, end_page):
-                _widen(values, pages[i, p], h, value_block)
+                _widen(values, pages[i, p], h, value_block, keys, pages[then, p], next_head)
                 for g in range(group):
                     _add_rows(weights[g, p * PAGE : (p + 1) * PAGE], value_block, sums[g])
             for g in range(group):
                 for a in range(size):
-                    output[i, (h * group + g) * size + a] = _narrow(sums[g, a], output)
+                    output[i, (h * group + g) * size + a] = _narrow(sums[g, a] / totals[g], output)
     return output
 
 
 @njit(inline="always", **{**OPTIONS, "cache": False})
-def _widen(pages: np.ndarray, page: int, head: int, block: np.ndarray) -> None:
+def _widen(
+    pages: np.ndarray, page: int, head: int, block: np.ndarray, others: np.ndarray, next_page: int, next_head: int
+) -> None:
+    """One head of a page as fp32 into `block`; meanwhile the next page, of as many bytes, is fetched."""
+    row = block.shape[1] * pages.itemsize
     for a in range(block.shape[0]):
+        for offset in range(a * row, (a + 1) * row, LINE):
+            _fetch(others, next_page, next_head, offset)
         for b in range(block.shape[1]):
             block[a, b] = _wide(pages[page, head, a, b])
 
 
 @njit(inline="always", **{**OPTIONS, "cache": False})
-def _softmax(weights: np.ndarray, begin: int, end: int) -> None:
-    """In place, over [begin, end); what is outside becomes 0."""
-    weights[:begin] = float32(0)
-    weights[end:] = float32(0)
-    inside = weights[begin:end]
-    most = float32(-np.inf)
+def _exponentials(scores: np.ndarray, begin: int, end: int, partial: np.ndarray) -> float:
+    """e to the scores of [begin, end), less the highest of them, in place, and their sum; 0 for the others."""
+    behind = scores[end:]
+    for t in range(begin):
+        scores[t] = float32(-np.inf)
+    for t in range(len(behind)):
+        behind[t] = float32(-np.inf)
+    highest, total = _highest(scores, partial), float32(0)
+    inside = scores[begin:end]
     for t in range(len(inside)):
-        most = max(most, inside[t])
-    total = float32(0)
-    for t in range(len(inside)):
-        inside[t] = _exp(inside[t] - most)
+        inside[t] = _exp(inside[t] - highest)
         total += inside[t]
-    share = float32(1) / total
-    for t in range(len(inside)):
-        inside[t] *= share
+    for t in range(begin):
+        scores[t] = float32(0)
+    for t in range(len(behind)):
+        behind[t] = float32(0)
+    return total
+
+
+@njit(inline="always", **{**OPTIONS, "cache": False})
+def _highest(x: np.ndarray, partial: np.ndarray) -> float:
+    """The highest element. Of every 16th one first, as one after the other would wait for each other."""
+    for a in range(16):
+        partial[a] = float32(-np.inf)
+    whole = len(x) // 16 * 16
+    for t in range(0, whole, 16):
+        for a in range(16):
+            partial[a] = max(partial[a], _wide(x[t + a]))
+    highest = float32(-np.inf)
+    for a in range(16):
+        highest = max(highest, partial[a])
+    for t in range(whole, len(x)):
+        highest = max(highest, _wide(x[t]))
+    return highest
 
 
 @njit(inline="always", **{**OPTIONS, "cache": False})
@@ -260,12 +311,12 @@ def _add_rows(factors: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> None:
 @njit(**OPTIONS)
 def likeliest(logits: np.ndarray) -> np.ndarray:
     """The first of the highest logits (tokens, vocabulary) of each token."""
-    found = np.empty(len(logits), np.int64)
+    found, partial = np.empty(len(logits), np.int64), np.empty(16, np.float32)
     for i in range(len(logits)):
         most, best = float32(-np.inf), 0
         for begin in range(0, logits.shape[1], BLOCK):
             block = logits[i, begin : begin + BLOCK]
-            highest = _highest(block)
+            highest = _highest(block, partial)
             if highest > most:
                 most, best = highest, begin
         block = logits[i, best : best + BLOCK]
@@ -280,11 +331,11 @@ def likeliest(logits: np.ndarray) -> np.ndarray:
 @njit(**OPTIONS)
 def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndarray:
     """For each token a next one: where its chance, from 0 to 1, falls in the summed softmax of logits / temperature."""
-    found = np.empty(len(logits), np.int64)
+    found, partial = np.empty(len(logits), np.int64), np.empty(16, np.float32)
     vocabulary, sharpness = logits.shape[1], float32(1 / temperature)
     sums = np.empty(-(-vocabulary // BLOCK), np.float64)
     for i in range(len(logits)):
-        most = _highest(logits[i])
+        most = _highest(logits[i], partial)
         for b in range(len(sums)):
             block = logits[i, b * BLOCK : (b + 1) * BLOCK]
             total = float32(0)
@@ -304,11 +355,3 @@ def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndar
                 if left < 0:
                     break
     return found
-
-
-@njit(inline="always", **{**OPTIONS, "cache": False})
-def _highest(logits: np.ndarray) -> float:
-    highest = float32(-np.inf)
-    for a in range(len(logits)):
-        highest = max(highest, _wide(logits[a]))
-    return highest
