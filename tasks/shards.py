@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
-from prefect import task
+from prefect import Flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, TaskRunContext
@@ -50,7 +50,7 @@ class RayTasks(Tasks):
 
         given: dict[str, Any] = {"num_gpus": gpus_each} if self.devices(gpus_each) else {"num_cpus": self._share(count)}
         server = {PREFECT_API_URL: str(get_client(sync_client=True).api_url)}  # a temporary one is in no setting
-        with remote_options(max_retries=0, **given), temporary_settings(server):
+        with remote_options(max_retries=0, **given), temporary_settings(server), _bare_flow():
             return super().submit(place, count, gpus_each, job)
 
     def cancel(self, shards: Sequence[Any]) -> None:
@@ -99,14 +99,26 @@ def shards_by(task_runner: TaskRunner) -> Iterator[None]:
             RUNNER.reset(token)
 
 
+def _this_flow() -> FlowRunContext:
+    flow = FlowRunContext.get()
+    assert flow, "shards are tasks of a flow"
+    return flow
+
+
+def _bare_flow() -> FlowRunContext:
+    """This flow with a function that can be imported anywhere: a deployment's, which Ray's workers cannot import, is sent
+    with each task, and never called there."""
+    flow = _this_flow()
+    return flow.model_copy(update={"flow": Flow(run_shard, name=flow.flow.name if flow.flow else None)})
+
+
 @contextmanager
 def _ray() -> Iterator[None]:
     """The flow's task runner is Ray: the one at RAY_ADDRESS, or one on this machine that ends with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing anywhere
     from prefect_ray import RayTaskRunner
 
-    flow = FlowRunContext.get()
-    assert flow, "shards are tasks of a flow"
+    flow = _this_flow()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     with RayTaskRunner(init_kwargs=quiet) as runner:
