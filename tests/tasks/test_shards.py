@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -118,22 +118,55 @@ def test_on_a_local_ray_of_two_workers_the_rows_are_the_same(home: Path, ray: No
     assert shards == [f"{stage} · shard {number} of 2" for number in (1, 2)]
 
 
+@flow
+def run_two(task_runner: str, folder: Path, on_progress: Callable[[dict[str, int]], None]) -> int:
+    """Two shards of a program, and how many devices there are for them."""
+    with shards_by(task_runner):  # type: ignore[arg-type]
+        run_together("a_job", [({}, folder / "first"), ({}, folder / "second")], 1, on_progress)
+        return RUNNER.get().devices(1)
+
+
+A_JOB = """
+import os, sys, time
+from pathlib import Path
+from tasks.jobs.launch import finish, report_progress
+report_progress(1, 2)
+"""
+BOTH_AT_ONCE = """
+own = Path(sys.argv[1]).parent
+(own / "begun").touch()
+while len(list(own.parent.glob("*/begun"))) < 2:
+    time.sleep(0.05)
+finish(own, {"gpus": os.environ["CUDA_VISIBLE_DEVICES"]})
+"""
+
+
 @pytest.mark.slow
 def test_on_ray_each_shard_has_the_gpus_that_ray_gave_it(tmp_path: Path, ray: None) -> None:
-    (tmp_path / "a_job.py").write_text(
-        "import os, sys, time\nfrom pathlib import Path\nfrom tasks.jobs.launch import finish\ntime.sleep(3)\n"
-        "finish(Path(sys.argv[1]).parent, {'gpus': os.environ['CUDA_VISIBLE_DEVICES']})"
-    )
-    folders = [tmp_path / "first", tmp_path / "second"]
+    (tmp_path / "a_job.py").write_text(A_JOB + BOTH_AT_ONCE)
+    assert run_two("ray", tmp_path, lambda report: None) == 2
+    results = [json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("first", "second")]
+    assert {result["gpus"] for result in results} == {"0", "1"}
 
-    @flow
-    def look() -> int:
-        with shards_by("ray"):
-            run_together("a_job", [({}, folder) for folder in folders], 1, lambda report: None)
-            return RUNNER.get().devices(1)
 
-    assert look() == 2
-    assert {json.loads((folder / "result.json").read_text())["gpus"] for folder in folders} == {"0", "1"}
+@pytest.mark.parametrize("task_runner", ["threads", pytest.param("ray", marks=pytest.mark.slow)])
+def test_when_nobody_waits_any_more_shards_end_at_once(
+    home: Path, tmp_path: Path, task_runner: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("importable" if task_runner == "threads" else "ray")
+    (tmp_path / "a_job.py").write_text(A_JOB + "time.sleep(600)")
+
+    def leave(report: dict[str, int]) -> None:
+        if report["done"] == 2:  # both are at work
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_two(task_runner, tmp_path, leave)
+    for _ in range(100):
+        if not (left := [command for command in processes_of(home) if "a_job" in command]):
+            break
+        time.sleep(0.1)
+    assert not left
 
 
 def test_ray_that_is_not_installed_is_one_message(tmp_path: Path, tiny_model: Path) -> None:
