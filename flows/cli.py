@@ -75,9 +75,11 @@ def run(
     from tasks.models.prices import price_of
     from tasks.prepare import source_digest
     from tasks.seed import read_seeds
+    from tasks.shards import check_is_there
 
     given = {"seeds": {"path": seeds}} if seeds else {}
     settings = settled(resolve(preset, overrides or [], config, **given))
+    check_is_there(settings.task_runner)
     read_seeds(settings.seeds.path)
     read_seeds(settings.seeds.heldout, bundled="heldout.jsonl")
     for model in settings.models().values():

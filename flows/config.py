@@ -23,6 +23,7 @@ from tasks.policies import identity
 from tasks.referee import LLMReferee, RefereeConfig, ReferenceReferee
 from tasks.seed import SeedConfig, digest_of_source
 from tasks.selection import StopConfig
+from tasks.shards import TaskRunner
 from tasks.student import StudentConfig
 from tasks.teacher import TeacherConfig
 
@@ -64,6 +65,15 @@ ApproveWithin = Annotated[
     ),
 ]
 
+RunShards = Annotated[
+    TaskRunner,
+    Field(
+        description="What runs the shards of a local model: threads on this machine, or Ray (pip install -e '.[ray]'), "
+        "the one at RAY_ADDRESS or a local one.",
+        json_schema_extra=OPERATIONAL,
+    ),
+]
+
 
 class DistillConfig(BaseModel):
     """Adversarial distillation: N iterations of imitation, discrimination and generation."""
@@ -77,6 +87,7 @@ class DistillConfig(BaseModel):
     start_from: StartFrom = "base"
     approve: Approve = "none"
     approve_within: ApproveWithin = 86_400
+    task_runner: RunShards = "threads"
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Of everything random. The same seed gives the same result.")
     seeds: SeedConfig = Field(SeedConfig(), description="The first instructions, and the held-out ones.")
     teacher: TeacherConfig = Field(TeacherConfig(), description="The model that is learned from.")

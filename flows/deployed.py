@@ -32,6 +32,7 @@ from tasks.models.errors import BudgetReached
 from tasks.referee import RefereeConfig
 from tasks.seed import SeedConfig
 from tasks.selection import StopConfig
+from tasks.shards import TaskRunner
 from tasks.student import StudentConfig
 from tasks.teacher import TeacherConfig
 
@@ -56,6 +57,7 @@ def distill(
     evaluation: EvaluationConfig | None = None,
     keep: Literal["best", "last"] | None = None,
     stop: StopConfig | None = None,
+    task_runner: TaskRunner | None = None,
 ) -> State[Any]:
     """Turn the loop of imitation, discrimination and generation. What is already done is found again.
 
@@ -80,6 +82,7 @@ def distill(
         evaluation: The held-out check after each iteration.
         keep: Whether a student that is worse than an earlier one is built upon (last) or not (best).
         stop: When the loop ends before its last iteration.
+        task_runner: What runs the shards of a local model: threads on the worker's machine, or Ray.
     """
     config = resolve(preset, **_said(locals()))
     tonight = settled(config)

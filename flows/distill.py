@@ -32,6 +32,7 @@ from tasks.refresh import Pools, refresh_pools
 from tasks.report import write_report
 from tasks.seed import digest_of_source, load_seeds
 from tasks.selection import compare, gain_in, is_stalled, is_worse, told
+from tasks.shards import shards_by
 from tasks.student import answer_with_student
 from tasks.teacher import answer_with_teacher
 
@@ -40,7 +41,7 @@ from tasks.teacher import answer_with_teacher
 def distill(config: DistillConfig) -> str:
     """Run N iterations and return the run's id. The same configuration goes on where it was interrupted."""
     approval = Approval(config)
-    with recorded(config) as manifest:
+    with shards_by(config.task_runner), recorded(config) as manifest:
         run = Run(config, manifest)
         start = start_of(config)
         pools, student = run.baseline()

@@ -25,6 +25,7 @@ from tasks.prepare import base_model
 from tasks.questions import Questions, answer_questions, read_answers, read_questions, transcripts
 from tasks.referee import LLMReferee, review_responses
 from tasks.relative import TIE_MARGIN, relative_score
+from tasks.shards import shards_by
 
 
 class EvaluateConfig(BaseModel):
@@ -49,7 +50,8 @@ class EvaluateConfig(BaseModel):
 @flow(name="evaluate", flow_run_name="{config.questions}")
 def evaluate(config: EvaluateConfig) -> str:
     """Evaluate and return the study's id. The same question again is answered from what is there."""
-    return _Evaluation(config, find_student(config.student)).run()
+    with shards_by(config.distill.task_runner):
+        return _Evaluation(config, find_student(config.student)).run()
 
 
 class _Evaluation:

@@ -89,6 +89,9 @@ class KernelLocks(LockManager):
     def __init__(self) -> None:
         self._held: dict[str, tuple[str, TextIO]] = {}  # key -> holder, open file
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KernelLocks, ()  # in another process, where a stage's shards may run, it holds nothing
+
     def acquire_lock(
         self, key: str, holder: str, acquire_timeout: float | None = None, hold_timeout: float | None = None
     ) -> bool:

@@ -24,6 +24,7 @@ SHARED = {
     "models",
     "jobs",
     "progress",
+    "shards",
     "scores",
     "relative",
     "selection",

@@ -7,7 +7,6 @@ is run again, and the program finds in it what it had already made.
 Imports no torch: the orchestrating process starts this.
 """
 
-import functools
 import json
 import logging
 import os
@@ -20,13 +19,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar, copy_context
 from pathlib import Path
-from typing import Any
+from queue import Empty, Queue
+from typing import Any, Protocol
 
 from storage.files import Checkpoint, digest_of, digest_of_model, home, locked, write_atomic
-from tasks.jobs.process import ENVIRONMENT, Fork, can_fork, start, start_fork, stop
+from tasks.jobs.process import ENVIRONMENT, Fork, can_fork, gpus, start, start_fork, stop
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
 NOTABLE = re.compile(r"error|warning|\bnan\b|out of memory", re.IGNORECASE)
@@ -35,6 +36,7 @@ TAIL_LINES = 15
 
 _logger = logging.getLogger("lion.jobs")  # Prefect shows it with the run: `logging.extra_loggers` in prefect.toml
 SECONDS_BETWEEN_LINES = 2
+SECONDS_BETWEEN_LOOKS = 1  # at how far shards are
 _logger.addHandler(logging.NullHandler())  # without one, Python prints warnings
 _last_line = 0.0
 
@@ -108,22 +110,79 @@ def run_job(
     return json.loads(result.read_text())
 
 
+def run_shard(module: str, job: dict[str, Any], directory: str, environment: Mapping[str, str]) -> None:
+    """Run one job of several, wherever that is; how far it is stands in `progress.json` in its folder.
+
+    Raises:
+        JobError: as for `run_job`.
+    """
+    folder = Path(directory)
+
+    def tell(report: dict[str, Any]) -> None:
+        write_atomic(folder / "progress.json", json.dumps(report))
+
+    run_job(module, job, folder, environment=environment, on_start=_on_start.get(), on_progress=tell)
+
+
+class Pending(Protocol):
+    """A shard that was submitted: a Future of Python's or of Prefect's."""
+
+    def add_done_callback(self, fn: Callable[[Any], Any], /) -> Any:
+        """Have a function called once the shard has ended, however it ended."""
+
+    def result(self) -> Any:
+        """Nothing, once it has ended; raises what it raised."""
+
+
+class Threads:
+    """Runs shards in threads of this process, on the GPUs of this machine. Others are in `tasks/shards.py`."""
+
+    here = True  # with a single shard there is nothing to share: the thread that asks can run it
+
+    def devices(self, gpus_each: int) -> int:
+        """How many shards can have GPUs of their own, so many each."""
+        return len(gpus()) // gpus_each
+
+    def submit(self, place: int, count: int, gpus_each: int, job: tuple[str, dict[str, Any], str]) -> Pending:
+        """Begin shard `place` of `count`: module, job and folder."""
+        pool = ThreadPoolExecutor(1)
+        shard = pool.submit(copy_context().run, run_shard, *job, self.environment(place, gpus_each))
+        pool.shutdown(wait=False)
+        return shard
+
+    def cancel(self, shards: Sequence[Any]) -> None:
+        """End shards whose processes are not children of this one."""
+
+    def environment(self, place: int, gpus_each: int) -> dict[str, str]:
+        """Variables of a shard: which GPUs are its own."""
+        groups = self.devices(gpus_each)
+        first = place % groups * gpus_each if groups else 0
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus()[first : first + gpus_each])} if groups else {}
+
+
+RUNNER: ContextVar[Threads] = ContextVar("runner", default=Threads())  # noqa: B039, it has no state
+_on_start: ContextVar[Callable[["subprocess.Popen[str] | Fork"], None]] = ContextVar(
+    "on_start", default=lambda process: None
+)
+
+
 def run_together(
     module: str,
     jobs: Sequence[tuple[dict[str, Any], Path]],
-    environments: Sequence[Mapping[str, str]],
+    gpus_each: int,
     on_progress: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Run jobs, each in its folder and with variables of its own, at the same time. Their progress is told as one.
+    """Run jobs, each in its folder and on GPUs of its own, at the same time. Their progress is told as one.
 
     Raises:
         JobError: one of them ended without a result. What the others had begun is finished first.
     """
-    if len(jobs) == 1:  # in this thread, whose end a process of the job would not outlive
+    runner = RUNNER.get()
+    if len(jobs) == 1 and runner.here:  # in this thread, whose end a process of the job would not outlive
         ((job, directory),) = jobs
-        run_job(module, job, directory, environment=environments[0], on_progress=on_progress)
+        environment = runner.environment(0, gpus_each)
+        run_job(module, job, directory, environment=environment, on_progress=on_progress)
         return
-    reports: dict[Path, dict[str, Any]] = {}
     running: list[subprocess.Popen[str] | Fork] = []
     cancelled = threading.Event()
 
@@ -132,28 +191,38 @@ def run_together(
         if cancelled.is_set():  # meanwhile: starting one may take seconds
             process.terminate()
 
-    def heard(directory: Path, report: dict[str, Any]) -> None:
-        reports[directory] = report
-        told = list(reports.values())
-        on_progress({name: sum(each.get(name, 0) for each in told) for name in report})
+    shards: list[Pending] = []
+    ended: Queue[Pending] = Queue()
+    token = _on_start.set(begun)
+    try:
+        for place, (job, directory) in enumerate(jobs):
+            shards.append(runner.submit(place, len(jobs), gpus_each, (module, job, str(directory))))
+            shards[-1].add_done_callback(ended.put)
+        left = len(shards)
+        while left:
+            with suppress(Empty):
+                ended.get(timeout=SECONDS_BETWEEN_LOOKS)
+                left -= 1
+            if reports := [report for _, directory in jobs if (report := _progress_in(directory))]:
+                on_progress({name: sum(each.get(name, 0) for each in reports) for name in reports[-1]})
+    except BaseException:  # what runs elsewhere would not hear of it
+        cancelled.set()
+        for process in running:
+            with suppress(ProcessLookupError):
+                process.terminate()
+        runner.cancel(shards)
+        raise
+    finally:
+        _on_start.reset(token)
+    for shard in shards:
+        shard.result()
 
-    def one(place: int) -> None:
-        job, directory = jobs[place]
-        tell = functools.partial(heard, directory)
-        run_job(module, job, directory, environment=environments[place], on_start=begun, on_progress=tell)
 
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        futures = [pool.submit(one, place) for place in range(len(jobs))]
-        try:
-            wait(futures)
-        except BaseException:  # what runs in other threads would not hear of it
-            cancelled.set()
-            for process in running:
-                with suppress(ProcessLookupError):
-                    process.terminate()
-            raise
-    for future in futures:
-        future.result()
+def _progress_in(directory: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((directory / "progress.json").read_text())
+    except FileNotFoundError:
+        return None
 
 
 def make_checkpoint(

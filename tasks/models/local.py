@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from storage.files import OPERATIONAL, Checkpoint, digest_of, home, write_json_lines
-from tasks.jobs.launch import run_together
+from tasks.jobs.launch import RUNNER, run_together
 from tasks.jobs.process import gpus
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
 
@@ -63,7 +63,8 @@ class LocalModel(BaseModel):
         None,
         ge=1,
         le=64,
-        description="Processes among which the rows are shared evenly; by default one for each GPU. Same answers.",
+        description="Processes among which the rows are shared evenly, at most one for each row; by default one for each GPU. "
+        "Same answers.",
         json_schema_extra=OPERATIONAL,
     )
 
@@ -120,20 +121,18 @@ def infer(
         The replies in the order of the requests, and for each given answer its loss in nats, summed over its
         tokens, with the number of tokens.
     """
-    engine, devices = settings.resolved_engine(), gpus()
-    together = settings.tensor_parallel if engine == "vllm" else 1
-    groups = [",".join(devices[first : first + together]) for first in range(0, len(devices), together)]
-    count = max(1, min(settings.shards or len(groups), max(len(requests), len(answers))))
-    shards, environments = [], []
+    engine = settings.resolved_engine()
+    gpus_each = settings.tensor_parallel if engine == "vllm" else 1
+    count = max(1, min(settings.shards or RUNNER.get().devices(gpus_each), max(len(requests), len(answers))))
+    shards = []
     for shard in range(count):
         asked = [_as_json(request) for request in requests[shard::count]]
         shards.append(_job(settings, engine, checkpoint, asked, answers[shard::count], sampling, seed))
-        environments.append({"CUDA_VISIBLE_DEVICES": groups[shard % len(groups)]} if groups else {})
 
     def show(figures: dict[str, Any]) -> None:
         on_progress(figures.pop("done"), figures.pop("total"), figures)
 
-    run_together("tasks.jobs.infer", shards, environments, show)
+    run_together("tasks.jobs.infer", shards, gpus_each, show)
     replies = {line["id"]: line for _, directory in shards for line in _read_lines(directory / "replies.jsonl")}
     scores = {line["id"]: line for _, directory in shards for line in _read_lines(directory / "scores.jsonl")}
     return (

@@ -101,6 +101,15 @@ def test_a_run_shows_tables_charts_and_the_report_under_keys_that_stay(service: 
     assert "progress-train-the-student" in {artifact["key"] for artifact in everything}
 
 
+def test_a_run_on_ray_shows_its_shards(service: Service) -> None:
+    pytest.importorskip("prefect_ray")
+    model = {"model_name_or_path": str(service.tiny), "shards": 2}
+    run = service.start(name="on-ray", task_runner="ray", student={"model": model})
+    service.wait(run, "Completed")
+    tasks = service.tasks(run)
+    assert {tasks[f"student · iteration 1 · shard {number} of 2"] for number in (1, 2)} == {"Completed"}
+
+
 def test_cancelling_ends_the_trainer_within_ten_seconds_and_keeps_what_was_done(service: Service) -> None:
     run = service.start(name="cancelled", finetune=LONG)
     kept = service.folder_of(service.until_it_trains())

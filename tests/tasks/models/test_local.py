@@ -41,6 +41,18 @@ def test_no_shard_is_empty(home: Path, checkpoint: Checkpoint) -> None:
     assert folders(home) == 3
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(5, [1] * 5), (1007, [126] * 7 + [125])])
+def test_rows_are_split_evenly_among_eight_devices(
+    rows: int, sizes: list[int], home: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    settings, sampling = LocalModel(engine="transformers", precision="fp32"), Sampling(max_tokens=1)
+    replies = answer_locally(settings, checkpoint, requests(rows), sampling, seed=0, on_progress=lambda *_: None)
+    assert [reply.id for reply in replies] == [str(number) for number in range(rows)]
+    written = [path.read_text().count("\n") for path in (home / "jobs").glob("*/replies.jsonl")]
+    assert sorted(written, reverse=True) == sizes
+
+
 def test_progress_of_all_shards_is_one(checkpoint: Checkpoint) -> None:
     seen: list[tuple[int, int, dict[str, Any]]] = []
     given = [{"id": "x", "messages": [{"role": "user", "content": "Say it."}], "answer": "It.", "whole": True}]
