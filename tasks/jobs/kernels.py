@@ -205,6 +205,7 @@ def attend(
     output = np.empty((tokens, heads * size), qkv.dtype)
     query = np.empty((group, size), np.float32)
     weights = np.empty((group, pages.shape[1] * PAGE), np.float32)
+    share = size * PAGE * keys.itemsize // group  # bytes of one head of a page, fetched while one query is computed
     partial = np.empty(16, np.float32)
     totals, sums = np.empty(group, np.float32), np.empty((group, size), np.float32)
     key_block, value_block = np.empty((size, PAGE), np.float32), np.empty((PAGE, size), np.float32)
@@ -222,17 +223,19 @@ def attend(
                     weights[g, t] = float32(0)
             # While one page is computed the one that follows is on its way: values after keys, then the next keys.
             for p in range(first_page, end_page):
-                _widen(keys, pages[i, p], h, key_block, values, pages[i, p], h)
+                _widen(keys, pages[i, p], h, key_block)
                 for g in range(group):
-                    _add_rows(query[g], key_block, weights[g, p * PAGE : (p + 1) * PAGE])
+                    w = weights[g, p * PAGE : (p + 1) * PAGE]
+                    _add_rows(query[g], key_block, w, values, pages[i, p], h, g * share, share)
             for g in range(group):
                 w = weights[g, first_page * PAGE : end_page * PAGE]
                 totals[g] = _exponentials(w, first - first_page * PAGE, seen - first_page * PAGE, partial)
             sums[:] = float32(0)
             for p in range(first_page, end_page):
-                _widen(values, pages[i, p], h, value_block, keys, pages[then, p], next_head)
+                _widen(values, pages[i, p], h, value_block)
                 for g in range(group):
-                    _add_rows(weights[g, p * PAGE : (p + 1) * PAGE], value_block, sums[g])
+                    w = weights[g, p * PAGE : (p + 1) * PAGE]
+                    _add_rows(w, value_block, sums[g], keys, pages[then, p], next_head, g * share, share)
             for g in range(group):
                 for a in range(size):
                     output[i, (h * group + g) * size + a] = _narrow(sums[g, a] / totals[g], output)
@@ -240,14 +243,9 @@ def attend(
 
 
 @njit(inline="always", **{**OPTIONS, "cache": False})
-def _widen(
-    pages: np.ndarray, page: int, head: int, block: np.ndarray, others: np.ndarray, next_page: int, next_head: int
-) -> None:
-    """One head of a page as fp32 into `block`; meanwhile the next page, of as many bytes, is fetched."""
-    row = block.shape[1] * pages.itemsize
+def _widen(pages: np.ndarray, page: int, head: int, block: np.ndarray) -> None:
+    """One head of a page as fp32."""
     for a in range(block.shape[0]):
-        for offset in range(a * row, (a + 1) * row, LINE):
-            _fetch(others, next_page, next_head, offset)
         for b in range(block.shape[1]):
             block[a, b] = _wide(pages[page, head, a, b])
 
@@ -290,9 +288,26 @@ def _highest(x: np.ndarray, partial: np.ndarray) -> float:
 
 
 @njit(inline="always", **{**OPTIONS, "cache": False})
-def _add_rows(factors: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> None:
-    """Add rows, each times its factor. Eight at a time, so that a sum is read and written an eighth as often."""
+def _add_rows(
+    factors: np.ndarray,
+    rows: np.ndarray,
+    sums: np.ndarray,
+    pages: np.ndarray,
+    page: int,
+    head: int,
+    begin: int,
+    share: int,
+) -> None:
+    """Add rows, each times its factor. Eight at a time, so that a sum is read and written an eighth as often.
+
+    Meanwhile the bytes [begin, begin + share) of one head of another page are fetched, a few lines at a time, as a core
+    waits for a dozen of them at most.
+    """
+    step = 8 * share // len(factors)
     for r in range(0, len(factors), 8):
+        for offset in range(begin, begin + step, LINE):
+            _fetch(pages, page, head, offset)
+        begin += step
         f0, f1, f2, f3 = factors[r], factors[r + 1], factors[r + 2], factors[r + 3]
         f4, f5, f6, f7 = factors[r + 4], factors[r + 5], factors[r + 6], factors[r + 7]
         for a in range(len(sums)):

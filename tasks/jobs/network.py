@@ -21,7 +21,10 @@ from tasks.jobs.attention import ATTENTION, Step
 from tasks.jobs.kernels import bits, tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TILE, TILES = 64, (16, 32, 48, 96, 128)  # tokens of a step on a CPU; other sizes, where they give the same
+TILE, TILES = (
+    64,
+    (16, 32, 48, 80, 96, 112, 128, 192, 256),
+)  # tokens of a step on a CPU; other sizes, where they give the same
 GPU_TILE = 256
 LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork computes
 FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # that do not change with the length of a text
@@ -169,11 +172,12 @@ def alike_tiles(layers: Iterable[PackedLinear]) -> list[int]:
     torch.set_num_threads(1)
     sizes = list(TILES)
     for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
-        some = torch.randn(3 * max(TILES), layer.in_features, generator=torch.Generator().manual_seed(0))
+        some = torch.randn(max(TILES), layer.in_features, generator=torch.Generator().manual_seed(0))
         tokens = some.to(layer.dtype)
         expected = torch.cat([layer(part) for part in tokens.split(TILE)])
         for size in list(sizes):
-            if not torch.equal(torch.cat([layer(part) for part in tokens.split(size)]), expected):
+            whole = tokens[: len(tokens) // size * size]
+            if not torch.equal(torch.cat([layer(part) for part in whole.split(size)]), expected[: len(whole)]):
                 sizes.remove(size)
     torch.set_num_threads(threads)
     return sorted([TILE, *sizes])

@@ -90,7 +90,7 @@ class Queue:
             return self._rows.popleft() if self._rows and fits(self._rows[0]) else None
 
 
-STEP_TOKENS = 16  # what a step costs beside its tokens, as if it were so many of them
+STEP_TOKENS = 64  # what a step costs beside its tokens, as if it were so many of them
 Wanted = Sequence[tuple[Row, int]]  # a row, and the place of the token in it whose logits are there
 Settle = Callable[[Wanted, Tensor], list[tuple[Row, dict[str, Any]]]]
 
