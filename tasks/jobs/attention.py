@@ -1,11 +1,12 @@
 """Keys and values of many rows in pages, and attention over them for one step of an engine.
 
-A step is a flat sequence of tokens of any rows, prompts and single new tokens alike. Each knows its place in its row
-and its row's pages, which is all that attention asks: a token's key and value go into its page, its query sees what
+A step is a flat sequence of tokens of any rows, parts of prompts and single new tokens alike. Each knows its place in its
+row and its row's pages, which is all that attention asks: a token's key and value go into its page, its query sees what
 lies there up to itself. Rows of any length share the memory; nothing is moved when one ends.
 
 Works with every model that lets its attention be chosen (transformers' `AttentionInterface`): `attend_in_model` is
-what such a model calls. On a CPU in fp32 or bf16 it is `kernels.attend`, elsewhere torch.
+what such a model calls. On a CPU in fp32 or bf16 a single token is `kernels.attend`'s, and a run of several tokens of
+one row torch's; elsewhere all is torch's, as many rows at once as can be.
 """
 
 import math
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.modeling_utils import AttentionInterface
 
 from tasks.jobs import kernels
-from tasks.jobs.kernels import PAGE
+from tasks.jobs.kernels import PAGE, bits, tensor
 
 ATTENTION = "lion"  # the name in transformers
 
@@ -105,8 +107,7 @@ def attend_in_model(
     keys, values = step.cache.of_layer(module.layer_idx, kv_heads, size, key)
     if query.device.type == "cpu" and kernels.can_attend(query.dtype, size):
         qkv = torch.cat([query[0], key[0], value[0]]).transpose(0, 1).reshape(tokens, -1)
-        arrays = (kernels.bits(x) for x in (qkv, keys, values))
-        output = kernels.tensor(kernels.attend(*arrays, step.pages, step.positions, scaling, sliding_window or 0))
+        output = attend_on_cpu(qkv, keys, values, step, scaling, sliding_window or 0)
     else:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         output = attend_in_torch(q * scaling, k, v, keys, values, step, sliding_window or 0)
@@ -116,10 +117,45 @@ def attend_in_model(
 AttentionInterface.register(ATTENTION, attend_in_model)
 
 
+def attend_on_cpu(qkv: Tensor, keys: Tensor, values: Tensor, step: Step, scaling: float, window: int) -> Tensor:
+    """Put the tokens' keys and values into their pages; what each query finds there (tokens, heads x size).
+
+    Each run is computed by itself, so that what it finds depends on nothing but its own row.
+    """
+    pages, positions = step.pages, step.positions
+    kernels.store(bits(qkv), bits(keys), bits(values), pages, positions)
+    alone = np.array([begin for begin, end in step.runs if end - begin == 1], np.int32)
+    output = tensor(kernels.attend(bits(qkv), alone, bits(keys), bits(values), pages, positions, scaling, window))
+    for begin, end in step.runs:
+        if end - begin > 1:
+            table = torch.from_numpy(pages[begin, : pages_for(int(positions[end - 1]) + 1)])
+            query = qkv[begin:end, : output.shape[1]]
+            output[begin:end] = _attend_run(query, keys[table], values[table], int(positions[begin]), scaling, window)
+    return output
+
+
+def _attend_run(query: Tensor, keys: Tensor, values: Tensor, position: int, scaling: float, window: int) -> Tensor:
+    """query (length, heads x size), from `position` on; keys (pages, kv heads, size, PAGE) and values of its row."""
+    (length, _), (_, kv_heads, size, _) = query.shape, keys.shape
+    group = query.shape[1] // (kv_heads * size)
+    keys = keys.permute(1, 0, 3, 2).reshape(1, kv_heads, -1, size).repeat_interleave(group, 1)
+    values = values.permute(1, 0, 2, 3).reshape(1, kv_heads, -1, size).repeat_interleave(group, 1)
+    seen = _seen(torch.arange(position, position + length), keys.shape[2], window)
+    query = query.view(1, length, -1, size).transpose(1, 2)
+    found = functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scaling)
+    return found[0].transpose(0, 1).reshape(length, -1)
+
+
+def _seen(positions: Tensor, keys: int, window: int) -> Tensor:
+    """(..., keys): whether the query at each position sees each key."""
+    back = positions[..., None] - torch.arange(keys, device=positions.device)
+    return (back >= 0) & (back < (window or keys))
+
+
 def attend_in_torch(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Step, window: int
 ) -> Tensor:
-    """As `kernels.attend`, for any device and type: (tokens, heads, size). Runs of one length are computed together.
+    """As `attend_on_cpu`, for any device and type: (tokens, heads, size). Runs of one length are computed together.
 
     query (tokens, heads, size), already scaled; key and value (tokens, kv heads, size).
     """
@@ -146,8 +182,7 @@ def _attend_alike(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor
     kv_heads = keys.shape[2]
     keys = keys.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, size, -1)
     values = values.permute(0, 2, 1, 3, 4).reshape(rows, kv_heads, -1, size)
-    back = positions[:, :, None] - torch.arange(keys.shape[3], device=query.device)  # (rows, length, keys)
-    seen = (back >= 0) & (back < (window or keys.shape[3]))
+    seen = _seen(positions, keys.shape[3], window)
     # (rows, kv heads, group x length, size): what shares its keys is multiplied at once
     grouped = query.view(rows, length, kv_heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, size)
     scores = (grouped @ keys).view(rows, kv_heads, -1, length, keys.shape[3])

@@ -171,8 +171,22 @@ def rotate(
 
 
 @njit(**OPTIONS)
+def store(qkv: np.ndarray, keys: np.ndarray, values: np.ndarray, pages: np.ndarray, positions: np.ndarray) -> None:
+    """Put each token's key and value into its row's pages; arguments as for `attend`."""
+    kv_heads, size = keys.shape[1], keys.shape[2]
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    for i in range(len(qkv)):
+        page, place = pages[i, positions[i] // PAGE], positions[i] % PAGE
+        for h in range(kv_heads):
+            for a in range(size):
+                keys[page, h, a, place] = qkv[i, (heads + h) * size + a]
+                values[page, h, place, a] = qkv[i, (heads + kv_heads + h) * size + a]
+
+
+@njit(**OPTIONS)
 def attend(
     qkv: np.ndarray,
+    chosen: np.ndarray,
     keys: np.ndarray,
     values: np.ndarray,
     pages: np.ndarray,
@@ -180,28 +194,22 @@ def attend(
     scaling: float,
     window: int,
 ) -> np.ndarray:
-    """Put each token's key and value into its row's pages; then what each query finds there, itself included.
+    """What the queries of chosen tokens find in their rows' pages, up to themselves.
 
     Args:
         qkv: (tokens, (heads + 2 x kv heads) x size): queries, keys, values.
+        chosen: which tokens.
         keys: (pages, kv heads, size, PAGE), values: (pages, kv heads, PAGE, size).
         pages: (tokens, most pages of a row), those of each token's row.
         positions: (tokens), of each token in its row.
         window: how many of the last keys a query sees; 0 is all.
 
     Returns:
-        (tokens, heads x size)
+        (tokens, heads x size), of which only the chosen are filled in.
     """
     tokens, kv_heads, size = len(qkv), keys.shape[1], keys.shape[2]
     heads = qkv.shape[1] // size - 2 * kv_heads
     group = heads // kv_heads
-    for i in range(tokens):
-        page, place = pages[i, positions[i] // PAGE], positions[i] % PAGE
-        for h in range(kv_heads):
-            for a in range(size):
-                keys[page, h, a, place] = qkv[i, (heads + h) * size + a]
-                values[page, h, place, a] = qkv[i, (heads + kv_heads + h) * size + a]
-
     output = np.empty((tokens, heads * size), qkv.dtype)
     query = np.empty((group, size), np.float32)
     weights = np.empty((group, pages.shape[1] * PAGE), np.float32)
@@ -209,12 +217,13 @@ def attend(
     partial = np.empty(16, np.float32)
     totals, sums = np.empty(group, np.float32), np.empty((group, size), np.float32)
     key_block, value_block = np.empty((size, PAGE), np.float32), np.empty((PAGE, size), np.float32)
-    for i in range(tokens):
+    for c in range(len(chosen)):
+        i = chosen[c]
         seen = positions[i] + 1
         first = max(seen - window, 0) if window > 0 else 0
         first_page, end_page = first // PAGE, (seen + PAGE - 1) // PAGE
         for h in range(kv_heads):
-            then, next_head = (i, h + 1) if h + 1 < kv_heads else (min(i + 1, tokens - 1), 0)
+            then, next_head = (i, h + 1) if h + 1 < kv_heads else (chosen[min(c + 1, len(chosen) - 1)], 0)
             for g in range(group):
                 for a in range(size):
                     query[g, a] = _wide(qkv[i, (h * group + g) * size + a]) * float32(scaling)

@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from tasks.jobs import kernels
-from tasks.jobs.attention import ATTENTION, Step
+from tasks.jobs.attention import ATTENTION, Step, attend_on_cpu
 from tasks.jobs.kernels import bits, tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -105,19 +105,17 @@ class LlamaNetwork:
         stream = np.zeros(change.shape, np.float32)
         for index, layer in enumerate(self.layers):
             normed = kernels.add_norm(stream, bits(change), layer.input_norm, self.epsilon)
-            change = layer.output(tensor(self._attend(step, index, layer, layer.qkv(tensor(normed)))))
+            change = layer.output(self._attend(step, index, layer, layer.qkv(tensor(normed))))
             normed = kernels.add_norm(stream, bits(change), layer.attention_norm, self.epsilon)
             change = layer.down(tensor(kernels.gate(bits(layer.gate_and_up(tensor(normed))))))
         normed = tensor(kernels.add_norm(stream, bits(change), self.norm, self.epsilon))
         return self.head(normed) if step.wants_logits else normed
 
-    def _attend(self, step: Step, index: int, layer: "LlamaLayer", qkv: Tensor) -> np.ndarray:
+    def _attend(self, step: Step, index: int, layer: "LlamaLayer", qkv: Tensor) -> Tensor:
         keys, values = step.cache.of_layer(index, self.kv_heads, layer.size, qkv)
         heads = qkv.shape[1] // layer.size - self.kv_heads  # of queries and keys
         kernels.rotate(bits(qkv), heads, layer.size, step.positions, self.cosines, self.sines)
-        return kernels.attend(
-            bits(qkv), bits(keys), bits(values), step.pages, step.positions, layer.scaling, layer.window
-        )
+        return attend_on_cpu(qkv, keys, values, step, layer.scaling, layer.window)
 
 
 class LlamaLayer:

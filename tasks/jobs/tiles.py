@@ -53,6 +53,14 @@ class Row:
         """From this place on the row wants to know which token follows."""
         return len(self.given) - max(1, len(self.targets))
 
+    @property
+    def next_run(self) -> int:
+        """How many of the pending tokens are computed in one step: those of one page, and never a part of them.
+
+        So the runs of a row are the same in any company.
+        """
+        return min(self.pending, PAGE - self.computed % PAGE)
+
     def next_tokens(self, count: int) -> list[int]:
         return self.answer[-1:] if self.answer else self.given[self.computed : self.computed + count]
 
@@ -158,28 +166,28 @@ class Lane:
         if row.computed % PAGE:
             self.cache.copy(self.prefix.pages[row.borrowed], row.pages[row.borrowed])
 
-    def _tile(self, tokens: int) -> int:
-        """The size that is cheapest by token while so many wait."""
-        return min(self.network.tiles, key=lambda size: (size + STEP_TOKENS) / min(size, tokens))
+    def _tile(self, tokens: int, fewest: int) -> int:
+        """The size that is cheapest by token while so many wait, and has room for the fewest that can be taken."""
+        sizes = [size for size in self.network.tiles if size >= fewest]
+        return min(sizes, key=lambda size: (size + STEP_TOKENS) / min(size, tokens))
 
     def _compute(self, active: Sequence[Row]) -> tuple[Wanted, Tensor]:
         """One step: the tokens whose logits are wanted, and these logits."""
-        tile = self._tile(sum(row.pending for row in active))
+        rows = sorted(active, key=lambda row: len(row.answer))
+        tile = self._tile(sum(row.pending for row in rows), rows[0].next_run)
         tokens, positions = np.zeros(tile, np.int32), np.zeros(tile, np.int32)
-        pages = np.zeros((tile, max(len(row.pages) for row in active)), np.int32)
+        pages = np.zeros((tile, max(len(row.pages) for row in rows)), np.int32)
         runs, wanted, at = [], [], 0
-        for row in sorted(active, key=lambda row: len(row.answer)):
-            count = min(row.pending, tile - at)
-            if not count:
-                break
-            end, computed = at + count, row.computed + count
-            tokens[at:end] = row.next_tokens(count)
-            positions[at:end] = range(row.computed, computed)
-            pages[at:end, : len(row.pages)] = row.pages
-            runs.append((at, end))
-            first = max(row.first_wanted, row.computed)
-            wanted += [(end - computed + place, row, place) for place in range(first, computed)]
-            row.computed, at = computed, end
+        for row in rows:
+            while row.pending and (count := row.next_run) <= tile - at:
+                end, computed = at + count, row.computed + count
+                tokens[at:end] = row.next_tokens(count)
+                positions[at:end] = range(row.computed, computed)
+                pages[at:end, : len(row.pages)] = row.pages
+                runs.append((at, end))
+                first = max(row.first_wanted, row.computed)
+                wanted += [(end - computed + place, row, place) for place in range(first, computed)]
+                row.computed, at = computed, end
         self.statistics.add(positions=tile, padded=tile - at)
         runs += [(i, i + 1) for i in range(at, tile)]
         logits = self.network.forward(Step(tokens, positions, pages, runs, self.cache, bool(wanted)))

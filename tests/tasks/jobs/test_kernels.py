@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from tasks.jobs import kernels
-from tasks.jobs.attention import PAGE, Pages, Step, attend_in_torch
+from tasks.jobs.attention import PAGE, Pages, Step, attend_in_torch, attend_on_cpu
 from tasks.jobs.kernels import bits, tensor
 
 HEADS, KV_HEADS, SIZE = 6, 2, 16
@@ -72,7 +72,7 @@ def test_a_query_finds_what_is_in_its_rows_pages_up_to_itself(dtype: torch.dtype
     keys, values = (torch.randn(12, KV_HEADS, a, b).to(dtype) for a, b in ((SIZE, PAGE), (PAGE, SIZE)))
     other_keys, other_values = keys.clone(), values.clone()
     query, key, value = qkv.view(24, -1, SIZE).split([HEADS, KV_HEADS, KV_HEADS], 1)
-    ours = tensor(kernels.attend(bits(qkv), bits(keys), bits(values), step.pages, step.positions, 0.25, window))
+    ours = attend_on_cpu(qkv, keys, values, step, 0.25, window)
     in_torch = attend_in_torch(query * 0.25, key, value, other_keys, other_values, step, window)
     torch.testing.assert_close(ours.view(24, HEADS, SIZE), in_torch, **CLOSE[dtype])
     assert torch.equal(keys[1:], other_keys[1:]) and torch.equal(values[1:], other_values[1:])
