@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -140,10 +141,16 @@ def _attend_run(query: Tensor, keys: Tensor, values: Tensor, position: int, scal
     group = query.shape[1] // (kv_heads * size)
     keys = keys.permute(1, 0, 3, 2).reshape(1, kv_heads, -1, size).repeat_interleave(group, 1)
     values = values.permute(1, 0, 2, 3).reshape(1, kv_heads, -1, size).repeat_interleave(group, 1)
-    seen = _seen(torch.arange(position, position + length), keys.shape[2], window)
+    seen = _seen_by_run(position, length, keys.shape[2], window)
     query = query.view(1, length, -1, size).transpose(1, 2)
     found = functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scaling)
     return found[0].transpose(0, 1).reshape(length, -1)
+
+
+@lru_cache(maxsize=256)
+def _seen_by_run(position: int, length: int, keys: int, window: int) -> Tensor:
+    """`_seen` by the queries of a run; each layer asks for it, and other rows have runs of the same place."""
+    return _seen(torch.arange(position, position + length), keys, window)
 
 
 def _seen(positions: Tensor, keys: int, window: int) -> Tensor:

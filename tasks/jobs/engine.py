@@ -22,11 +22,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional
 
+from tasks.jobs import kernels
 from tasks.jobs.network import best_precision, load
 from tasks.jobs.sampling import Sampling, draw_tokens
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
@@ -34,6 +36,7 @@ from tasks.jobs.tiles import Lane, Queue, Row, Settle, Statistics, Wanted
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 FEWEST_ROWS = 8  # of a lane: another core is not worth its steps for less
+SCORED_ROWS = 16  # at once: all their tokens are known, so a few rows fill a step
 SHORTEST_PREFIX = 8  # tokens; computing fewer for each row costs less than looking them up
 
 
@@ -92,7 +95,7 @@ class Engine:
             (fitting if fits else refused).append(row)
         if refused:
             yield [_refusal(row, room) for row in refused]
-        yield from self._share(fitting, partial(self._draw, sampling))
+        yield from self._share(fitting, partial(self._draw, sampling), self.max_batch_rows)
 
     def _row(self, request: dict[str, Any], sampling: Sampling) -> Row:
         if request.get("prompt") is not None:
@@ -153,7 +156,7 @@ class Engine:
             (rows if answer else empty).append(row)
         if empty:
             yield [_score(row) for row in empty]
-        yield from self._share(rows, self._add_losses)
+        yield from self._share(rows, self._add_losses, min(self.max_batch_rows, SCORED_ROWS))
 
     def _example(self, item: dict[str, Any]) -> Example:
         whole = item.get("whole", True)
@@ -161,10 +164,9 @@ class Engine:
 
     def _add_losses(self, wanted: Wanted, logits: Tensor) -> list[tuple[Row, dict[str, Any]]]:
         """Give each row the losses of its targets; the rows that have them all, and their scores."""
-        targets = torch.tensor([row.targets[place - row.first_wanted] for row, place in wanted], device=logits.device)
-        losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+        losses = losses_of(logits, [row.targets[place - row.first_wanted] for row, place in wanted])
         done = []
-        for (row, _), loss in zip(wanted, losses.tolist()):
+        for (row, _), loss in zip(wanted, losses):
             row.losses.append(loss)
             if len(row.losses) == len(row.targets):
                 done.append((row, _score(row)))
@@ -172,15 +174,15 @@ class Engine:
 
     # ---- through the network
 
-    def _share(self, rows: Sequence[Row], settle: Settle) -> Iterator[list[dict[str, Any]]]:
-        """Have lanes take rows until none waits, and yield what is done."""
+    def _share(self, rows: Sequence[Row], settle: Settle, most: int) -> Iterator[list[dict[str, Any]]]:
+        """Have lanes take rows, each `most` of them at once, until none waits, and yield what is done."""
         if not rows:
             return
         # Longest first: too little memory shows at once.
         waiting = Queue(sorted(rows, key=lambda row: len(row.given), reverse=True))
         longest = max(len(row.given) + row.room for row in rows)
         count = min(self.lanes, -(-len(rows) // FEWEST_ROWS))
-        at_once = min(self.max_batch_rows, -(-len(rows) // count))
+        at_once = min(most, -(-len(rows) // count))
         at_once_tokens = self.max_batch_tokens // count
         done: SimpleQueue[list[dict[str, Any]] | BaseException | None] = SimpleQueue()
         ended = threading.Event()
@@ -240,6 +242,14 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for parameter, size in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_THRESHOLD, 2**30)):
             mallopt(parameter, size)
+
+
+def losses_of(logits: Tensor, targets: list[int]) -> list[float]:
+    """The cross entropy of each target, in nats."""
+    if logits.device.type == "cpu" and logits.dtype in kernels.DTYPES:
+        return kernels.losses(kernels.bits(logits), np.array(targets)).tolist()
+    wanted = torch.tensor(targets, device=logits.device)
+    return functional.cross_entropy(logits.float(), wanted, reduction="none").tolist()
 
 
 def stop_tokens_of(model: Any, tokenizer: Any) -> frozenset[int]:

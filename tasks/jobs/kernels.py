@@ -379,3 +379,18 @@ def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndar
                 if left < 0:
                     break
     return found
+
+
+@njit(**OPTIONS)
+def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The cross entropy, in nats, of one target for each row of logits (tokens, vocabulary), in fp32."""
+    found, partial = np.empty(len(logits), np.float32), np.empty(16, np.float32)
+    for i in range(len(logits)):
+        most, total = _highest(logits[i], partial), 0.0
+        for begin in range(0, logits.shape[1], BLOCK):
+            block, part = logits[i, begin : begin + BLOCK], float32(0)
+            for a in range(len(block)):
+                part += _exp(_wide(block[a]) - most)
+            total += part
+        found[i] = np.log(total) + most - _wide(logits[i, targets[i]])
+    return found

@@ -49,7 +49,7 @@ def logits_after(engine: Engine, prompts: list[list[int]]) -> torch.Tensor:
         found.update({row.id: each.clone() for (row, _), each in zip(wanted, logits)})
         return [(row, {}) for row, _ in wanted]
 
-    list(engine._share([Row(str(i), prompt) for i, prompt in enumerate(prompts)], settle))
+    list(engine._share([Row(str(i), prompt) for i, prompt in enumerate(prompts)], settle, 128))
     return torch.stack([found[str(i)] for i in range(len(prompts))])
 
 

@@ -109,3 +109,10 @@ def test_a_token_without_a_chance_is_never_drawn() -> None:
     logits[:, [3, 900]] = 0
     drawn = kernels.draw(logits.numpy(), np.array([0.0, 1 - 1e-16]), 1.0)
     assert drawn.tolist() == [3, 900]
+
+
+@dtypes
+def test_the_loss_is_the_cross_entropy(dtype: torch.dtype) -> None:
+    logits, targets = (torch.randn(6, 1300) * 5).to(dtype), torch.randint(0, 1300, (6,))
+    ours = torch.from_numpy(kernels.losses(bits(logits), targets.numpy()))
+    torch.testing.assert_close(ours, functional.cross_entropy(logits.float(), targets, reduction="none"))
