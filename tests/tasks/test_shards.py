@@ -24,7 +24,7 @@ from tests.recorded import checkpoint
 from tests.sharded import student, texts
 
 ROOT = Path(__file__).parents[2]
-ROWS = 160  # answered two at a time: long enough to be killed in the midst of
+ROWS = 300  # answered two at a time: long enough to be killed in the midst of
 
 
 @pytest.fixture(autouse=True)
@@ -94,16 +94,14 @@ def test_killed_in_the_midst_of_its_shards_a_stage_goes_on_with_what_each_had_wr
         time.sleep(0.05)
         assert child.poll() is None
     child.send_signal(ending)
-    assert child.wait(timeout=30) != 0
-    for _ in range(100):
+    assert 0 < sum(lines.count(b"\n") for lines in begun.values()) < ROWS
+    assert child.wait(timeout=60) != 0
+    for _ in range(600):  # Ray takes a while to notice that the flow is gone, and its shards go on until then
         if not (left := [command for command in processes_of(home) if "prefect.server" not in command]):
             break
         time.sleep(0.1)
     assert not left
     before = written(home)
-    assert 0 < sum(lines.count(b"\n") for lines in before.values()) < ROWS, (
-        "killed too early or too late to say anything"
-    )
     answers = student(task_runner, 2, ROWS)
     assert all(path.read_bytes().startswith(lines) for path, lines in before.items())
     assert answers == texts(1, ROWS)
