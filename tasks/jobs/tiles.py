@@ -23,8 +23,10 @@ from torch import Tensor
 from tasks.jobs.attention import PAGE, Pages, Step, pages_for
 from tasks.jobs.network import Network
 
+STEP_TOKENS = 64  # what a step costs beside its tokens, as if it were so many of them
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class Row:
     """One text on its way: what is given of it, and what came of it so far.
 
@@ -98,7 +100,6 @@ class Queue:
             return self._rows.popleft() if self._rows and fits(self._rows[0]) else None
 
 
-STEP_TOKENS = 64  # what a step costs beside its tokens, as if it were so many of them
 Wanted = Sequence[tuple[Row, int]]  # a row, and the place of the token in it whose logits are there
 Settle = Callable[[Wanted, Tensor], list[tuple[Row, dict[str, Any]]]]
 

@@ -97,7 +97,9 @@ def test_killed_in_the_midst_of_its_shards_a_stage_goes_on_with_what_each_had_wr
     assert 0 < sum(lines.count(b"\n") for lines in begun.values()) < ROWS
     assert child.wait(timeout=60) != 0
     for _ in range(600):  # Ray takes a while to notice that the flow is gone, and its shards go on until then
-        if not (left := [command for command in processes_of(home) if "prefect.server" not in command]):
+        if not (
+            left := [command for command in processes_of(home) if "tasks.jobs" in command or "ray::shard" in command]
+        ):
             break
         time.sleep(0.1)
     assert not left
