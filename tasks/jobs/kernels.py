@@ -2,7 +2,7 @@
 
 torch has these only as a dozen small operations a layer, each of which reads and writes everything once more. Here
 each token is computed by itself, in fp32, by the same instructions wherever it stands: what comes out for it depends
-on no other token of the step, to the last bit.
+on no other row of the step, to the last bit.
 
 Arrays hold fp32, or bf16 as its bits in uint16, since NumPy has no bf16: `bits` and `tensor` go from torch to NumPy and
 back without a copy. Knows nothing of models: `tasks.jobs.network` calls these in order.
@@ -30,9 +30,10 @@ LINE = 64  # bytes of a cache line
 OPTIONS = {
     "nogil": True,
     "cache": True,
-    "fastmath": {"nnan", "reassoc", "contract", "nsz", "arcp"},
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
     "error_model": "numpy",
 }
+inlined = njit(inline="always", **{**OPTIONS, "cache": False})  # into kernels, which are kept with it
 
 
 def bits(x: Tensor) -> np.ndarray:
@@ -106,7 +107,7 @@ def can_attend(dtype: torch.dtype, size: int) -> bool:
     return dtype in DTYPES and size % 8 == 0
 
 
-@njit(inline="always", **{**OPTIONS, "cache": False})
+@inlined
 def _exp(x: float) -> float:
     """e to the x for x of at most 88, to 2e-7 of its value: 2^n by the exponent's bits, the rest by a polynomial."""
     y = max(x, float32(-87.0)) * float32(1.44269504)
@@ -251,7 +252,7 @@ def attend(
     return output
 
 
-@njit(inline="always", **{**OPTIONS, "cache": False})
+@inlined
 def _widen(pages: np.ndarray, page: int, head: int, block: np.ndarray) -> None:
     """One head of a page as fp32."""
     for a in range(block.shape[0]):
@@ -259,7 +260,7 @@ def _widen(pages: np.ndarray, page: int, head: int, block: np.ndarray) -> None:
             block[a, b] = _wide(pages[page, head, a, b])
 
 
-@njit(inline="always", **{**OPTIONS, "cache": False})
+@inlined
 def _exponentials(scores: np.ndarray, begin: int, end: int, partial: np.ndarray) -> float:
     """e to the scores of [begin, end), less the highest of them, in place, and their sum; 0 for the others."""
     behind = scores[end:]
@@ -279,7 +280,7 @@ def _exponentials(scores: np.ndarray, begin: int, end: int, partial: np.ndarray)
     return total
 
 
-@njit(inline="always", **{**OPTIONS, "cache": False})
+@inlined
 def _highest(x: np.ndarray, partial: np.ndarray) -> float:
     """The highest element. Of every 16th one first, as one after the other would wait for each other."""
     for a in range(16):
@@ -296,7 +297,7 @@ def _highest(x: np.ndarray, partial: np.ndarray) -> float:
     return highest
 
 
-@njit(inline="always", **{**OPTIONS, "cache": False})
+@inlined
 def _add_rows(
     factors: np.ndarray,
     rows: np.ndarray,
@@ -371,6 +372,7 @@ def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndar
             left -= sums[b]
             b += 1
         block = logits[i, b * BLOCK : (b + 1) * BLOCK]
+        found[i] = b * BLOCK  # a token even where no logit is a number
         for a in range(len(block)):
             share = _exp((_wide(block[a]) - most) * sharpness)
             if share > float32(1e-30):  # what rounding leaves at the end goes to the last that has a share

@@ -21,10 +21,8 @@ from tasks.jobs.attention import ATTENTION, Step, attend_on_cpu
 from tasks.jobs.kernels import bits, tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TILE, TILES = (
-    64,
-    (16, 32, 48, 80, 96, 112, 128, 192, 256),
-)  # tokens of a step on a CPU; other sizes, where they give the same
+TILE = 64  # tokens of a step on a CPU
+TILES = (16, 32, 48, 80, 96, 112, 128, 192, 256)  # other sizes, where they give the same
 GPU_TILE = 256
 LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork computes
 FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # that do not change with the length of a text
@@ -184,14 +182,11 @@ def alike_tiles(layers: Iterable[PackedLinear]) -> list[int]:
 def is_llama_like(model: Any) -> bool:
     """Whether `LlamaNetwork` computes what this model does."""
     config = model.config
-    if (
-        config.model_type not in LLAMA_LIKE
-        or config.hidden_act != "silu"
-        or not kernels.can_attend(model.dtype, model.model.layers[0].self_attn.head_dim)
-    ):
+    if config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
         return False
-    rotary = model.model.rotary_emb
-    return rotary.rope_type in FIXED_ROPES and 2 * len(rotary.inv_freq) == model.model.layers[0].self_attn.head_dim
+    size, rotary = model.model.layers[0].self_attn.head_dim, model.model.rotary_emb
+    turns = rotary.rope_type in FIXED_ROPES and 2 * len(rotary.inv_freq) == size
+    return turns and kernels.can_attend(model.dtype, size)
 
 
 def _window(config: Any, index: int) -> int:
@@ -204,9 +199,9 @@ def _window(config: Any, index: int) -> int:
 def _rotations(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines (positions, size / 2) by which each position turns queries and keys."""
     positions = torch.arange(model.config.max_position_embeddings)[None]
-    half = model.model.layers[0].self_attn.head_dim // 2
-    both = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
-    cosines, sines = (x[0, :, :half].contiguous().numpy() for x in both)
+    rotary = model.model.rotary_emb
+    both = rotary(torch.zeros(1, dtype=torch.float32), positions)
+    cosines, sines = (x[0, :, : len(rotary.inv_freq)].contiguous().numpy() for x in both)
     return cosines, sines
 
 

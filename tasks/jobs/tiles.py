@@ -5,8 +5,8 @@ that is done, nor padding while enough rows are there; all rows near their ends 
 are not full.
 
 A product with a matrix of weights may sum up in another way for another number of tokens. Tiles have a number for which
-it does not (`Network.tiles`), and all else is computed for each token by itself: what comes out for a row depends on no
-other row, to the last bit. Knows nothing of what is made of the logits: `settle` does.
+it does not (`Network.tiles`), and all else is computed for each token, or each run of a row, by itself: what comes out
+for a row depends on no other row, to the last bit. Knows nothing of what is made of the logits: `settle` does.
 """
 
 import random

@@ -116,3 +116,10 @@ def test_the_loss_is_the_cross_entropy(dtype: torch.dtype) -> None:
     logits, targets = (torch.randn(6, 1300) * 5).to(dtype), torch.randint(0, 1300, (6,))
     ours = torch.from_numpy(kernels.losses(bits(logits), targets.numpy()))
     torch.testing.assert_close(ours, functional.cross_entropy(logits.float(), targets, reduction="none"))
+
+
+def test_of_logits_that_are_no_numbers_the_loss_is_none_and_a_token_of_the_vocabulary_is_drawn() -> None:
+    logits = np.full((3, 1300), np.nan, np.float32)
+    assert np.isnan(kernels.losses(logits, np.zeros(3, np.int64))).all()
+    for drawn in (kernels.draw(logits, np.array([0.0, 0.5, 0.999]), 1.0), kernels.likeliest(logits)):
+        assert all(0 <= token < 1300 for token in drawn)
