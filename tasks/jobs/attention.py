@@ -124,8 +124,9 @@ def attend_on_cpu(qkv: Tensor, keys: Tensor, values: Tensor, step: Step, scaling
     Each run is computed by itself, so that what it finds depends on nothing but its own row.
     """
     pages, positions = step.pages, step.positions
-    kernels.store(bits(qkv), bits(keys), bits(values), pages, positions)
     alone = np.array([begin for begin, end in step.runs if end - begin == 1], np.int32)
+    together = np.array([i for begin, end in step.runs if end - begin > 1 for i in range(begin, end)], np.int32)
+    kernels.store(bits(qkv), together, bits(keys), bits(values), pages, positions)
     output = tensor(kernels.attend(bits(qkv), alone, bits(keys), bits(values), pages, positions, scaling, window))
     for begin, end in step.runs:
         if end - begin > 1:

@@ -171,17 +171,35 @@ def rotate(
                 y[a] = _narrow(right * cos[a] + left * sin[a], qkv)
 
 
+@inlined
+def _store(
+    qkv: np.ndarray,
+    i: int,
+    heads: int,
+    h: int,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pages: np.ndarray,
+    positions: np.ndarray,
+) -> None:
+    """Put one head of a token's key and value into its row's page."""
+    kv_heads, size = keys.shape[1], keys.shape[2]
+    page, place = pages[i, positions[i] // PAGE], positions[i] % PAGE
+    for a in range(size):
+        keys[page, h, a, place] = qkv[i, (heads + h) * size + a]
+        values[page, h, place, a] = qkv[i, (heads + kv_heads + h) * size + a]
+
+
 @njit(**OPTIONS)
-def store(qkv: np.ndarray, keys: np.ndarray, values: np.ndarray, pages: np.ndarray, positions: np.ndarray) -> None:
-    """Put each token's key and value into its row's pages; arguments as for `attend`."""
+def store(
+    qkv: np.ndarray, chosen: np.ndarray, keys: np.ndarray, values: np.ndarray, pages: np.ndarray, positions: np.ndarray
+) -> None:
+    """Put the keys and values of chosen tokens into their rows' pages; arguments as for `attend`."""
     kv_heads, size = keys.shape[1], keys.shape[2]
     heads = qkv.shape[1] // size - 2 * kv_heads
-    for i in range(len(qkv)):
-        page, place = pages[i, positions[i] // PAGE], positions[i] % PAGE
+    for i in chosen:
         for h in range(kv_heads):
-            for a in range(size):
-                keys[page, h, a, place] = qkv[i, (heads + h) * size + a]
-                values[page, h, place, a] = qkv[i, (heads + kv_heads + h) * size + a]
+            _store(qkv, i, heads, h, keys, values, pages, positions)
 
 
 @njit(**OPTIONS)
@@ -224,6 +242,7 @@ def attend(
         first = max(seen - window, 0) if window > 0 else 0
         first_page, end_page = first // PAGE, (seen + PAGE - 1) // PAGE
         for h in range(kv_heads):
+            _store(qkv, i, heads, h, keys, values, pages, positions)
             then, next_head = (i, h + 1) if h + 1 < kv_heads else (chosen[min(c + 1, len(chosen) - 1)], 0)
             for g in range(group):
                 for a in range(size):
