@@ -19,7 +19,6 @@ from numba.extending import intrinsic
 from numba.types import none
 from torch import Tensor
 
-LANES = 64  # elements that are compared at once
 BLOCK = 512  # logits that are summed up on their own
 PAGE = 64  # tokens whose keys and values lie together
 DTYPES = {torch.float32, torch.bfloat16}
@@ -109,14 +108,6 @@ def can_attend(dtype: torch.dtype, size: int) -> bool:
 
 
 @inlined
-def _empty(rows: int, columns: int, dtype: Any) -> np.ndarray:
-    """Memory that begins with a cache line: a product whose factor does not takes twice as long."""
-    some = np.empty(rows * columns + LINE, dtype)
-    begin = -some.ctypes.data % LINE // some.itemsize
-    return some[begin : begin + rows * columns].reshape(rows, columns)
-
-
-@inlined
 def _exp(x: float) -> float:
     """e to the x for x of at most 88, to 2e-7 of its value: 2^n by the exponent's bits, the rest by a polynomial."""
     y = max(x, float32(-87.0)) * float32(1.44269504)
@@ -135,7 +126,7 @@ def _exp(x: float) -> float:
 def add_norm(stream: np.ndarray, change: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
     """Add `change` to `stream` (both: tokens, size) in place; the sum over its root mean square, times the weight."""
     tokens, size = stream.shape
-    normed = _empty(tokens, size, weight.dtype)
+    normed = np.empty((tokens, size), weight.dtype)
     for i in range(tokens):
         squares = float32(0)
         for a in range(size):
@@ -152,7 +143,7 @@ def add_norm(stream: np.ndarray, change: np.ndarray, weight: np.ndarray, epsilon
 def gate(both: np.ndarray) -> np.ndarray:
     """silu(left) x right of the two halves of (tokens, 2 x size)."""
     tokens, size = both.shape[0], both.shape[1] // 2
-    gated = _empty(tokens, size, both.dtype)
+    gated = np.empty((tokens, size), both.dtype)
     for i in range(tokens):
         for a in range(size):
             x = _wide(both[i, a])
@@ -163,31 +154,21 @@ def gate(both: np.ndarray) -> np.ndarray:
 
 @njit(**OPTIONS)
 def rotate(
-    qkv: np.ndarray,
-    heads: int,
-    size: int,
-    positions: np.ndarray,
-    cosines: np.ndarray,
-    sines: np.ndarray,
-    turned: np.ndarray,
+    qkv: np.ndarray, heads: int, size: int, positions: np.ndarray, cosines: np.ndarray, sines: np.ndarray
 ) -> None:
-    """Turn the first `heads` heads of each token by its position (RoPE).
+    """Turn the first `heads` heads of each token (tokens, heads x size ...) by its position, in place (RoPE).
 
-    qkv, and `turned`, where it goes with the other heads as they are: (tokens, heads x size ...);
     cosines, sines: (positions, size / 2), fp32.
     """
     half = size // 2
     for i in range(len(qkv)):
-        cos, sin = cosines[positions[i]], sines[positions[i]]
-        for h in range(0, heads * size, size):
-            x, y = qkv[i, h : h + half], qkv[i, h + half : h + size]
-            u, v = turned[i, h : h + half], turned[i, h + half : h + size]
+        for h in range(heads):
+            x, y = qkv[i, h * size : h * size + half], qkv[i, h * size + half : (h + 1) * size]
+            cos, sin = cosines[positions[i]], sines[positions[i]]
             for a in range(half):
                 left, right = _wide(x[a]), _wide(y[a])
-                u[a] = _narrow(left * cos[a] - right * sin[a], turned)
-                v[a] = _narrow(right * cos[a] + left * sin[a], turned)
-        for a in range(heads * size, qkv.shape[1]):
-            turned[i, a] = qkv[i, a]
+                x[a] = _narrow(left * cos[a] - right * sin[a], qkv)
+                y[a] = _narrow(right * cos[a] + left * sin[a], qkv)
 
 
 @inlined
@@ -222,21 +203,6 @@ def store(
 
 
 @njit(**OPTIONS)
-def gather(keys: np.ndarray, values: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values, both (kv heads, tokens, size), that lie in the pages of a row."""
-    kv_heads, size = keys.shape[1], keys.shape[2]
-    row_keys = np.empty((kv_heads, len(table) * PAGE, size), keys.dtype)
-    row_values = np.empty((kv_heads, len(table) * PAGE, size), values.dtype)
-    for h in range(kv_heads):
-        for p in range(len(table)):
-            for t in range(PAGE):
-                for a in range(size):
-                    row_keys[h, p * PAGE + t, a] = keys[table[p], h, a, t]
-                    row_values[h, p * PAGE + t, a] = values[table[p], h, t, a]
-    return row_keys, row_values
-
-
-@njit(**OPTIONS)
 def attend(
     qkv: np.ndarray,
     chosen: np.ndarray,
@@ -263,13 +229,13 @@ def attend(
     tokens, kv_heads, size = len(qkv), keys.shape[1], keys.shape[2]
     heads = qkv.shape[1] // size - 2 * kv_heads
     group = heads // kv_heads
-    output = _empty(tokens, heads * size, qkv.dtype)
-    query = _empty(group, size, np.float32)
-    weights = _empty(group, pages.shape[1] * PAGE, np.float32)
+    output = np.empty((tokens, heads * size), qkv.dtype)
+    query = np.empty((group, size), np.float32)
+    weights = np.empty((group, pages.shape[1] * PAGE), np.float32)
     share = size * PAGE * keys.itemsize // group  # bytes of one head of a page, fetched while one query is computed
-    partial = np.empty(LANES, np.float32)
-    totals, sums = np.empty(group, np.float32), _empty(group, size, np.float32)
-    key_block, value_block = _empty(size, PAGE, np.float32), _empty(PAGE, size, np.float32)
+    partial = np.empty(16, np.float32)
+    totals, sums = np.empty(group, np.float32), np.empty((group, size), np.float32)
+    key_block, value_block = np.empty((size, PAGE), np.float32), np.empty((PAGE, size), np.float32)
     for c in range(len(chosen)):
         i = chosen[c]
         seen = positions[i] + 1
@@ -322,9 +288,10 @@ def _exponentials(scores: np.ndarray, begin: int, end: int, partial: np.ndarray)
     for t in range(len(behind)):
         behind[t] = float32(-np.inf)
     highest, total = _highest(scores, partial), float32(0)
-    for t in range(len(scores)):  # all of them, whole vectors: e to -87 adds nothing
-        scores[t] = _exp(scores[t] - highest)
-        total += scores[t]
+    inside = scores[begin:end]
+    for t in range(len(inside)):
+        inside[t] = _exp(inside[t] - highest)
+        total += inside[t]
     for t in range(begin):
         scores[t] = float32(0)
     for t in range(len(behind)):
@@ -334,19 +301,16 @@ def _exponentials(scores: np.ndarray, begin: int, end: int, partial: np.ndarray)
 
 @inlined
 def _highest(x: np.ndarray, partial: np.ndarray) -> float:
-    """The highest element. Of every 64th one first, as one after the other would wait for each other."""
-    for a in range(LANES):
+    """The highest element. Of every 16th one first, as one after the other would wait for each other."""
+    for a in range(16):
         partial[a] = float32(-np.inf)
-    whole = len(x) // LANES * LANES
-    for t in range(0, whole, LANES):
-        for a in range(LANES):
+    whole = len(x) // 16 * 16
+    for t in range(0, whole, 16):
+        for a in range(16):
             partial[a] = max(partial[a], _wide(x[t + a]))
-    half = LANES // 2
-    while half:
-        for a in range(half):
-            partial[a] = max(partial[a], partial[half + a])
-        half //= 2
-    highest = partial[0]
+    highest = float32(-np.inf)
+    for a in range(16):
+        highest = max(highest, partial[a])
     for t in range(whole, len(x)):
         highest = max(highest, _wide(x[t]))
     return highest
@@ -391,7 +355,7 @@ def _add_rows(
 @njit(**OPTIONS)
 def likeliest(logits: np.ndarray) -> np.ndarray:
     """The first of the highest logits (tokens, vocabulary) of each token."""
-    found, partial = np.empty(len(logits), np.int64), np.empty(LANES, np.float32)
+    found, partial = np.empty(len(logits), np.int64), np.empty(16, np.float32)
     for i in range(len(logits)):
         most, best = float32(-np.inf), 0
         for begin in range(0, logits.shape[1], BLOCK):
@@ -411,7 +375,7 @@ def likeliest(logits: np.ndarray) -> np.ndarray:
 @njit(**OPTIONS)
 def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndarray:
     """For each token a next one: where its chance, from 0 to 1, falls in the summed softmax of logits / temperature."""
-    found, partial = np.empty(len(logits), np.int64), np.empty(LANES, np.float32)
+    found, partial = np.empty(len(logits), np.int64), np.empty(16, np.float32)
     vocabulary, sharpness = logits.shape[1], float32(1 / temperature)
     sums = np.empty(-(-vocabulary // BLOCK), np.float64)
     for i in range(len(logits)):
@@ -441,7 +405,7 @@ def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndar
 @njit(**OPTIONS)
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The cross entropy, in nats, of one target for each row of logits (tokens, vocabulary), in fp32."""
-    found, partial = np.empty(len(logits), np.float32), np.empty(LANES, np.float32)
+    found, partial = np.empty(len(logits), np.float32), np.empty(16, np.float32)
     for i in range(len(logits)):
         most, total = _highest(logits[i], partial), 0.0
         for begin in range(0, logits.shape[1], BLOCK):
