@@ -125,14 +125,14 @@ def attend_on_cpu(qkv: Tensor, keys: Tensor, values: Tensor, step: Step, scaling
     """
     pages, positions = step.pages, step.positions
     alone = np.array([begin for begin, end in step.runs if end - begin == 1], np.int32)
-    together = np.array([i for begin, end in step.runs if end - begin > 1 for i in range(begin, end)], np.int32)
+    long_runs = [(begin, end) for begin, end in step.runs if end - begin > 1]
+    together = np.array([i for begin, end in long_runs for i in range(begin, end)], np.int32)
     kernels.store(bits(qkv), together, bits(keys), bits(values), pages, positions)
     output = tensor(kernels.attend(bits(qkv), alone, bits(keys), bits(values), pages, positions, scaling, window))
-    for begin, end in step.runs:
-        if end - begin > 1:
-            table = torch.from_numpy(pages[begin, : pages_for(int(positions[end - 1]) + 1)])
-            query = qkv[begin:end, : output.shape[1]]
-            output[begin:end] = _attend_run(query, keys[table], values[table], int(positions[begin]), scaling, window)
+    for begin, end in long_runs:
+        table = torch.from_numpy(pages[begin, : pages_for(int(positions[end - 1]) + 1)])
+        query = qkv[begin:end, : output.shape[1]]
+        output[begin:end] = _attend_run(query, keys[table], values[table], int(positions[begin]), scaling, window)
     return output
 
 

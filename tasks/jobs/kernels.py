@@ -213,7 +213,9 @@ def attend(
     scaling: float,
     window: int,
 ) -> np.ndarray:
-    """What the queries of chosen tokens find in their rows' pages, up to themselves.
+    """Put the keys and values of chosen tokens into their rows' pages; what their queries find there, up to themselves.
+
+    To store a key touches a cache line for each of its elements: here they are at hand, as they are read next.
 
     Args:
         qkv: (tokens, (heads + 2 x kv heads) x size): queries, keys, values.
