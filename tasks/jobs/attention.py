@@ -14,8 +14,8 @@ import mmap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """Tokens that go through the network together."""
 
@@ -85,7 +85,50 @@ class Step:
     pages: np.ndarray  # (tokens, most pages of a row), those of each token's row
     runs: Sequence[tuple[int, int]]  # tokens [begin, end) are of one row, one after the other
     cache: Pages
-    wants_logits: bool  # of any token; where not, the network need not compute them
+    wanted: Sequence[int]  # the tokens whose logits are
+
+    @property
+    def filled(self) -> int:
+        """How many tokens are of rows; the last ones only make up a tile, and attend to nothing."""
+        return self.runs[-1][1]
+
+    @cached_property
+    def alone(self) -> np.ndarray:
+        """The tokens that are a run by themselves."""
+        return np.array([begin for begin, end in self.runs if end - begin == 1], np.int32)
+
+    @cached_property
+    def together(self) -> np.ndarray:
+        """The tokens of all other runs."""
+        return np.array([i for run in self.long_runs for i in range(run.begin, run.end)], np.int32)
+
+    @cached_property
+    def long_runs(self) -> list["Run"]:
+        """The runs of several tokens."""
+        return [self._run(begin, end) for begin, end in self.runs if end - begin > 1]
+
+    def _run(self, begin: int, end: int) -> "Run":
+        pages = self.pages[begin, : pages_for(int(self.positions[end - 1]) + 1)]
+        return Run(begin, end, torch.from_numpy(self.positions[begin:end]), pages)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens [begin, end) of a step, which are of one row, one after the other."""
+
+    begin: int
+    end: int
+    positions: Tensor
+    pages: np.ndarray  # of the row, up to these tokens
+    _masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int, group: int, dtype: torch.dtype) -> Tensor:
+        """(group x tokens, keys): 0, or -inf where a query does not see a key. Most layers ask for the same."""
+        if (window, group, dtype) not in self._masks:
+            seen = _seen(self.positions, len(self.pages) * PAGE, window)
+            mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
+            self._masks[window, group, dtype] = mask.repeat(group, 1)
+        return self._masks[window, group, dtype]
 
 
 def attend_in_model(
@@ -123,35 +166,31 @@ def attend_on_cpu(qkv: Tensor, keys: Tensor, values: Tensor, step: Step, scaling
 
     Each run is computed by itself, so that what it finds depends on nothing but its own row.
     """
-    pages, positions = step.pages, step.positions
-    alone = np.array([begin for begin, end in step.runs if end - begin == 1], np.int32)
-    long_runs = [(begin, end) for begin, end in step.runs if end - begin > 1]
-    together = np.array([i for begin, end in long_runs for i in range(begin, end)], np.int32)
-    kernels.store(bits(qkv), together, bits(keys), bits(values), pages, positions)
-    output = tensor(kernels.attend(bits(qkv), alone, bits(keys), bits(values), pages, positions, scaling, window))
-    for begin, end in long_runs:
-        table = torch.from_numpy(pages[begin, : pages_for(int(positions[end - 1]) + 1)])
-        query = qkv[begin:end, : output.shape[1]]
-        output[begin:end] = _attend_run(query, keys[table], values[table], int(positions[begin]), scaling, window)
+    all_bits = bits(qkv), bits(keys), bits(values)
+    kernels.store(all_bits[0], step.together, *all_bits[1:], step.pages, step.positions)
+    found = kernels.attend(all_bits[0], step.alone, *all_bits[1:], step.pages, step.positions, scaling, window)
+    output = tensor(found)
+    output[step.filled :] = 0
+    for run in step.long_runs:
+        row_keys, row_values = kernels.gather(*all_bits[1:], run.pages)
+        query = qkv[run.begin : run.end, : output.shape[1]]
+        _attend_run(query, tensor(row_keys), tensor(row_values), run, scaling, window, output[run.begin : run.end])
     return output
 
 
-def _attend_run(query: Tensor, keys: Tensor, values: Tensor, position: int, scaling: float, window: int) -> Tensor:
-    """query (length, heads x size), from `position` on; keys (pages, kv heads, size, PAGE) and values of its row."""
-    (length, _), (_, kv_heads, size, _) = query.shape, keys.shape
+def _attend_run(
+    query: Tensor, keys: Tensor, values: Tensor, run: Run, scaling: float, window: int, output: Tensor
+) -> None:
+    """query and output (length, heads x size); keys and values (kv heads, keys, size), of its row."""
+    length, (kv_heads, _, size) = len(query), keys.shape
     group = query.shape[1] // (kv_heads * size)
-    keys = keys.permute(1, 0, 3, 2).reshape(1, kv_heads, -1, size).repeat_interleave(group, 1)
-    values = values.permute(1, 0, 2, 3).reshape(1, kv_heads, -1, size).repeat_interleave(group, 1)
-    seen = _seen_by_run(position, length, keys.shape[2], window)
-    query = query.view(1, length, -1, size).transpose(1, 2)
-    found = functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scaling)
-    return found[0].transpose(0, 1).reshape(length, -1)
-
-
-@lru_cache(maxsize=256)
-def _seen_by_run(position: int, length: int, keys: int, window: int) -> Tensor:
-    """`_seen` by the queries of a run; each layer asks for it, and other rows have runs of the same place."""
-    return _seen(torch.arange(position, position + length), keys, window)
+    # (kv heads, group x length, size): what shares its keys is multiplied at once
+    query = query.view(length, kv_heads, group, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
+    found = functional.scaled_dot_product_attention(
+        query[None], keys[None], values[None], attn_mask=run.mask(window, group, query.dtype), scale=scaling
+    )
+    by_token = found.view(kv_heads, group, length, size).permute(2, 0, 1, 3)
+    output.view(length, kv_heads, group, size).copy_(by_token)
 
 
 def _seen(positions: Tensor, keys: int, window: int) -> Tensor:
@@ -172,7 +211,7 @@ def attend_in_torch(
     positions = torch.from_numpy(step.positions).to(device, torch.long)
     page, place = pages.gather(1, positions[:, None] // PAGE)[:, 0], positions % PAGE
     keys[page, :, :, place], values[page, :, place] = key, value
-    output = torch.empty_like(query)
+    output = torch.zeros_like(query)
     alike = defaultdict(list)
     for begin, end in step.runs:
         alike[end - begin].append(begin)

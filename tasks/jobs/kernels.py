@@ -19,8 +19,10 @@ from numba.extending import intrinsic
 from numba.types import none
 from torch import Tensor
 
+LANES = 64  # elements that are compared at once
 BLOCK = 512  # logits that are summed up on their own
 PAGE = 64  # tokens whose keys and values lie together
+CHUNK = 16  # rows of a page that are computed while a few lines of another are fetched
 DTYPES = {torch.float32, torch.bfloat16}
 WORD, INDEX, BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 FETCH = ir.FunctionType(ir.VoidType(), [BYTES, WORD, WORD, WORD])
@@ -102,9 +104,78 @@ def _fetch(context: Any, pages: Any, page: Any, head: Any, offset: Any) -> Any:
     return none(pages, page, head, offset), code
 
 
+def _adder(queries: int, vectors: int, lanes: int) -> Any:
+    """Code that adds to `queries` rows of sums, `vectors` x `lanes` columns of each, products of factors and rows.
+
+    sums[j + q, s + a + c] += factors[j + q, f + r] x rows[r, a + c], summed over r of [first, end), one r after the
+    other. The sums stay in registers meanwhile, and what is read of a row serves all queries: compiled from a loop over
+    arrays it took three times as long.
+    """
+    vector = ir.VectorType(ir.FloatType(), lanes)
+    nothing, lane_0 = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(WORD, lanes), [0] * lanes)
+
+    @intrinsic
+    def add(
+        context: Any, factors: Any, j: Any, f: Any, rows: Any, first: Any, end: Any, a: Any, sums: Any, s: Any
+    ) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            def array(i: int) -> Any:
+                return context.make_array(signature.args[i])(context, builder, args[i])
+
+            def place(of: Any, row: Any, column: Any) -> Any:
+                width = builder.extract_value(of.shape, 1)
+                return builder.gep(of.data, [builder.add(builder.mul(row, width), column)])
+
+            def vectors_at(of: Any, row: Any, column: Any) -> list[Any]:
+                columns = [builder.add(column, INDEX(v * lanes)) for v in range(vectors)]
+                return [builder.bitcast(place(of, row, c), vector.as_pointer()) for c in columns]
+
+            factors, rows, sums = array(0), array(3), array(7)
+            j, f, first, end, a, s = (
+                builder.sext(args[i], INDEX) if args[i].type.width < INDEX.width else args[i]
+                for i in (1, 2, 4, 5, 6, 8)
+            )
+            own = [builder.add(j, INDEX(q)) for q in range(queries)]
+            places = [vectors_at(sums, q, builder.add(s, a)) for q in own]
+            kept = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in own]
+            for q in range(queries):
+                for v in range(vectors):
+                    builder.store(builder.load(places[q][v], align=4), kept[q][v])
+            with cgutils.for_range_slice(builder, first, end, INDEX(1), INDEX) as (r, _):
+                row = [builder.load(at, align=4) for at in vectors_at(rows, r, a)]
+                for q in range(queries):
+                    factor = builder.load(place(factors, own[q], builder.add(f, r)))
+                    factor = builder.insert_element(nothing, factor, WORD(0))
+                    factor = builder.shuffle_vector(factor, nothing, lane_0)
+                    for v in range(vectors):
+                        product = builder.fmul(factor, row[v], flags=["contract"])
+                        added = builder.fadd(builder.load(kept[q][v]), product, flags=["contract"])
+                        builder.store(added, kept[q][v])
+            for q in range(queries):
+                for v in range(vectors):
+                    builder.store(builder.load(kept[q][v]), places[q][v], align=4)
+            return context.get_dummy_value()
+
+        return none(factors, j, f, rows, first, end, a, sums, s), code
+
+    return add
+
+
+_add_to_two, _add_to_one = _adder(2, 4, 16), _adder(1, 4, 16)
+_add_few_to_two, _add_few_to_one = _adder(2, 1, 8), _adder(1, 1, 8)
+
+
 def can_attend(dtype: torch.dtype, size: int) -> bool:
     """Whether `attend` knows heads of this size and type."""
     return dtype in DTYPES and size % 8 == 0
+
+
+@inlined
+def _empty(rows: int, columns: int, dtype: Any) -> np.ndarray:
+    """Memory that begins with a cache line: a product whose factor does not takes twice as long."""
+    some = np.empty(rows * columns + LINE, dtype)
+    begin = -some.ctypes.data % LINE // some.itemsize
+    return some[begin : begin + rows * columns].reshape(rows, columns)
 
 
 @inlined
@@ -126,7 +197,7 @@ def _exp(x: float) -> float:
 def add_norm(stream: np.ndarray, change: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
     """Add `change` to `stream` (both: tokens, size) in place; the sum over its root mean square, times the weight."""
     tokens, size = stream.shape
-    normed = np.empty((tokens, size), weight.dtype)
+    normed = _empty(tokens, size, weight.dtype)
     for i in range(tokens):
         squares = float32(0)
         for a in range(size):
@@ -143,7 +214,7 @@ def add_norm(stream: np.ndarray, change: np.ndarray, weight: np.ndarray, epsilon
 def gate(both: np.ndarray) -> np.ndarray:
     """silu(left) x right of the two halves of (tokens, 2 x size)."""
     tokens, size = both.shape[0], both.shape[1] // 2
-    gated = np.empty((tokens, size), both.dtype)
+    gated = _empty(tokens, size, both.dtype)
     for i in range(tokens):
         for a in range(size):
             x = _wide(both[i, a])
@@ -154,21 +225,31 @@ def gate(both: np.ndarray) -> np.ndarray:
 
 @njit(**OPTIONS)
 def rotate(
-    qkv: np.ndarray, heads: int, size: int, positions: np.ndarray, cosines: np.ndarray, sines: np.ndarray
+    qkv: np.ndarray,
+    heads: int,
+    size: int,
+    positions: np.ndarray,
+    cosines: np.ndarray,
+    sines: np.ndarray,
+    turned: np.ndarray,
 ) -> None:
-    """Turn the first `heads` heads of each token (tokens, heads x size ...) by its position, in place (RoPE).
+    """Turn the first `heads` heads of each token by its position (RoPE).
 
+    qkv, and `turned`, where it goes with the other heads as they are: (tokens, heads x size ...);
     cosines, sines: (positions, size / 2), fp32.
     """
     half = size // 2
     for i in range(len(qkv)):
-        for h in range(heads):
-            x, y = qkv[i, h * size : h * size + half], qkv[i, h * size + half : (h + 1) * size]
-            cos, sin = cosines[positions[i]], sines[positions[i]]
+        cos, sin = cosines[positions[i]], sines[positions[i]]
+        for h in range(0, heads * size, size):
+            x, y = qkv[i, h : h + half], qkv[i, h + half : h + size]
+            u, v = turned[i, h : h + half], turned[i, h + half : h + size]
             for a in range(half):
                 left, right = _wide(x[a]), _wide(y[a])
-                x[a] = _narrow(left * cos[a] - right * sin[a], qkv)
-                y[a] = _narrow(right * cos[a] + left * sin[a], qkv)
+                u[a] = _narrow(left * cos[a] - right * sin[a], turned)
+                v[a] = _narrow(right * cos[a] + left * sin[a], turned)
+        for a in range(heads * size, qkv.shape[1]):
+            turned[i, a] = qkv[i, a]
 
 
 @inlined
@@ -203,6 +284,21 @@ def store(
 
 
 @njit(**OPTIONS)
+def gather(keys: np.ndarray, values: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values, both (kv heads, tokens, size), that lie in the pages of a row."""
+    kv_heads, size = keys.shape[1], keys.shape[2]
+    row_keys = np.empty((kv_heads, len(table) * PAGE, size), keys.dtype)
+    row_values = np.empty((kv_heads, len(table) * PAGE, size), values.dtype)
+    for h in range(kv_heads):
+        for p in range(len(table)):
+            for t in range(PAGE):
+                for a in range(size):
+                    row_keys[h, p * PAGE + t, a] = keys[table[p], h, a, t]
+                    row_values[h, p * PAGE + t, a] = values[table[p], h, t, a]
+    return row_keys, row_values
+
+
+@njit(**OPTIONS)
 def attend(
     qkv: np.ndarray,
     chosen: np.ndarray,
@@ -231,13 +327,12 @@ def attend(
     tokens, kv_heads, size = len(qkv), keys.shape[1], keys.shape[2]
     heads = qkv.shape[1] // size - 2 * kv_heads
     group = heads // kv_heads
-    output = np.empty((tokens, heads * size), qkv.dtype)
-    query = np.empty((group, size), np.float32)
-    weights = np.empty((group, pages.shape[1] * PAGE), np.float32)
-    share = size * PAGE * keys.itemsize // group  # bytes of one head of a page, fetched while one query is computed
-    partial = np.empty(16, np.float32)
-    totals, sums = np.empty(group, np.float32), np.empty((group, size), np.float32)
-    key_block, value_block = np.empty((size, PAGE), np.float32), np.empty((PAGE, size), np.float32)
+    output = _empty(tokens, heads * size, qkv.dtype)
+    query = _empty(group, size, np.float32)
+    weights = _empty(group, pages.shape[1] * PAGE, np.float32)
+    partial = np.empty(LANES, np.float32)
+    totals, sums = np.empty(group, np.float32), _empty(group, size, np.float32)
+    key_block, value_block = _empty(size, PAGE, np.float32), _empty(PAGE, size, np.float32)
     for c in range(len(chosen)):
         i = chosen[c]
         seen = positions[i] + 1
@@ -255,18 +350,14 @@ def attend(
             # While one page is computed the one that follows is on its way: values after keys, then the next keys.
             for p in range(first_page, end_page):
                 _widen(keys, pages[i, p], h, key_block)
-                for g in range(group):
-                    w = weights[g, p * PAGE : (p + 1) * PAGE]
-                    _add_rows(query[g], key_block, w, values, pages[i, p], h, g * share, share)
+                _add_products(query, 0, key_block, weights, p * PAGE, values, pages[i, p], h)
             for g in range(group):
                 w = weights[g, first_page * PAGE : end_page * PAGE]
                 totals[g] = _exponentials(w, first - first_page * PAGE, seen - first_page * PAGE, partial)
             sums[:] = float32(0)
             for p in range(first_page, end_page):
                 _widen(values, pages[i, p], h, value_block)
-                for g in range(group):
-                    w = weights[g, p * PAGE : (p + 1) * PAGE]
-                    _add_rows(w, value_block, sums[g], keys, pages[then, p], next_head, g * share, share)
+                _add_products(weights, p * PAGE, value_block, sums, 0, keys, pages[then, p], next_head)
             for g in range(group):
                 for a in range(size):
                     output[i, (h * group + g) * size + a] = _narrow(sums[g, a] / totals[g], output)
@@ -290,10 +381,9 @@ def _exponentials(scores: np.ndarray, begin: int, end: int, partial: np.ndarray)
     for t in range(len(behind)):
         behind[t] = float32(-np.inf)
     highest, total = _highest(scores, partial), float32(0)
-    inside = scores[begin:end]
-    for t in range(len(inside)):
-        inside[t] = _exp(inside[t] - highest)
-        total += inside[t]
+    for t in range(len(scores)):  # all of them, whole vectors: e to -87 adds nothing
+        scores[t] = _exp(scores[t] - highest)
+        total += scores[t]
     for t in range(begin):
         scores[t] = float32(0)
     for t in range(len(behind)):
@@ -303,61 +393,65 @@ def _exponentials(scores: np.ndarray, begin: int, end: int, partial: np.ndarray)
 
 @inlined
 def _highest(x: np.ndarray, partial: np.ndarray) -> float:
-    """The highest element. Of every 16th one first, as one after the other would wait for each other."""
-    for a in range(16):
+    """The highest element. Of every 64th one first, as one after the other would wait for each other."""
+    for a in range(LANES):
         partial[a] = float32(-np.inf)
-    whole = len(x) // 16 * 16
-    for t in range(0, whole, 16):
-        for a in range(16):
+    whole = len(x) // LANES * LANES
+    for t in range(0, whole, LANES):
+        for a in range(LANES):
             partial[a] = max(partial[a], _wide(x[t + a]))
-    highest = float32(-np.inf)
-    for a in range(16):
-        highest = max(highest, partial[a])
+    half = LANES // 2
+    while half:
+        for a in range(half):
+            partial[a] = max(partial[a], partial[half + a])
+        half //= 2
+    highest = partial[0]
     for t in range(whole, len(x)):
         highest = max(highest, _wide(x[t]))
     return highest
 
 
 @inlined
-def _add_rows(
+def _add_products(
     factors: np.ndarray,
+    f: int,
     rows: np.ndarray,
     sums: np.ndarray,
+    s: int,
     pages: np.ndarray,
     page: int,
     head: int,
-    begin: int,
-    share: int,
 ) -> None:
-    """Add rows, each times its factor. Eight at a time, so that a sum is read and written an eighth as often.
+    """sums[:, s:] += factors[:, f:] x rows, a product of matrices.
 
-    Meanwhile the bytes [begin, begin + share) of one head of another page are fetched, a few lines at a time, as a core
-    waits for a dozen of them at most.
+    Meanwhile one head of another page is fetched, a few lines at a time, as a core waits for a dozen of them at most.
     """
-    step = 8 * share // len(factors)
-    for r in range(0, len(factors), 8):
-        for offset in range(begin, begin + step, LINE):
-            _fetch(pages, page, head, offset)
-        begin += step
-        f0, f1, f2, f3 = factors[r], factors[r + 1], factors[r + 2], factors[r + 3]
-        f4, f5, f6, f7 = factors[r + 4], factors[r + 5], factors[r + 6], factors[r + 7]
-        for a in range(len(sums)):
-            sums[a] += (
-                f0 * rows[r, a]
-                + f1 * rows[r + 1, a]
-                + f2 * rows[r + 2, a]
-                + f3 * rows[r + 3, a]
-                + f4 * rows[r + 4, a]
-                + f5 * rows[r + 5, a]
-                + f6 * rows[r + 6, a]
-                + f7 * rows[r + 7, a]
-            )
+    queries, height, width = len(factors), rows.shape[0], rows.shape[1]
+    steps = (queries + 1) // 2 * (-(-height // CHUNK))
+    lines, offset = -(-height * width * pages.itemsize // (steps * LINE)), 0
+    wide = width // 64 * 64
+    for j in range(0, queries, 2):
+        for r in range(0, height, CHUNK):
+            for _ in range(lines):
+                _fetch(pages, page, head, offset)
+                offset += LINE
+            end = min(r + CHUNK, height)
+            for a in range(0, wide, 64):
+                if j + 1 < queries:
+                    _add_to_two(factors, j, f, rows, r, end, a, sums, s)
+                else:
+                    _add_to_one(factors, j, f, rows, r, end, a, sums, s)
+            for a in range(wide, width, 8):
+                if j + 1 < queries:
+                    _add_few_to_two(factors, j, f, rows, r, end, a, sums, s)
+                else:
+                    _add_few_to_one(factors, j, f, rows, r, end, a, sums, s)
 
 
 @njit(**OPTIONS)
 def likeliest(logits: np.ndarray) -> np.ndarray:
     """The first of the highest logits (tokens, vocabulary) of each token."""
-    found, partial = np.empty(len(logits), np.int64), np.empty(16, np.float32)
+    found, partial = np.empty(len(logits), np.int64), np.empty(LANES, np.float32)
     for i in range(len(logits)):
         most, best = float32(-np.inf), 0
         for begin in range(0, logits.shape[1], BLOCK):
@@ -377,7 +471,7 @@ def likeliest(logits: np.ndarray) -> np.ndarray:
 @njit(**OPTIONS)
 def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndarray:
     """For each token a next one: where its chance, from 0 to 1, falls in the summed softmax of logits / temperature."""
-    found, partial = np.empty(len(logits), np.int64), np.empty(16, np.float32)
+    found, partial = np.empty(len(logits), np.int64), np.empty(LANES, np.float32)
     vocabulary, sharpness = logits.shape[1], float32(1 / temperature)
     sums = np.empty(-(-vocabulary // BLOCK), np.float64)
     for i in range(len(logits)):
@@ -407,7 +501,7 @@ def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndar
 @njit(**OPTIONS)
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The cross entropy, in nats, of one target for each row of logits (tokens, vocabulary), in fp32."""
-    found, partial = np.empty(len(logits), np.float32), np.empty(16, np.float32)
+    found, partial = np.empty(len(logits), np.float32), np.empty(LANES, np.float32)
     for i in range(len(logits)):
         most, total = _highest(logits[i], partial), 0.0
         for begin in range(0, logits.shape[1], BLOCK):

@@ -5,7 +5,7 @@ device. `LlamaNetwork` is the same computation for models of Llama's shape on a 
 of a step goes to a hundred small operations a layer in the former, and Python that keeps other threads waiting.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ from tasks.jobs.kernels import bits, tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TILE = 64  # tokens of a step on a CPU
-TILES = (16, 32, 48, 80, 96, 112, 128, 192, 256)  # other sizes, where they give the same
+TILES = tuple(range(16, 257, 16))  # sizes, where they give the same
+LARGEST_TILE = 512  # made of several such sizes: a layer's weights are read from memory once for all of them
 GPU_TILE = 256
 LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork computes
 FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # that do not change with the length of a text
@@ -35,8 +36,8 @@ class Network(Protocol):
     generation_config: Any
     tiles: Sequence[int]  # how many tokens a step may have, for a token to get the same logits in any of them
 
-    def forward(self, step: Step) -> Tensor:
-        """Logits (tokens, vocabulary), if the step wants any; keys and values go into its pages."""
+    def forward(self, step: Step) -> Iterator[Tensor]:
+        """Logits (tokens, vocabulary) of the tokens wanted, some at a time; keys and values go into the step's pages."""
         ...
 
 
@@ -69,19 +70,27 @@ class TransformersNetwork:
         self.model, self.config, self.generation_config = model, model.config, model.generation_config
         self.tiles = tiles
 
-    def forward(self, step: Step) -> Tensor:
-        tokens, positions = (
-            torch.from_numpy(x).to(self.model.device, torch.long)[None] for x in (step.tokens, step.positions)
+    def forward(self, step: Step) -> Iterator[Tensor]:
+        tokens, positions, wanted = (
+            torch.from_numpy(x).to(self.model.device, torch.long)
+            for x in (step.tokens, step.positions, _filled_up(step.wanted, self.tiles))
         )
-        keep = 0 if step.wants_logits else 1  # 0: of all tokens
-        done = self.model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep, step=step)
-        return done.logits[0]
+        done = self.model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=wanted,
+            step=step,
+        )
+        if step.wanted:
+            yield done.logits[0, : len(step.wanted)]
 
 
 class LlamaNetwork:
     """Llama's layers: what is linear by oneDNN, the rest by one kernel each. Takes the model apart as it packs it.
 
-    What runs through the layers is kept in fp32, whatever the precision of the weights.
+    What runs through the layers is kept in fp32, whatever the precision of the weights. A step of more tokens than the
+    largest tile goes through each layer in parts, one after the other, but for attention, which looks across them.
     """
 
     def __init__(self, model: Any):
@@ -96,24 +105,33 @@ class LlamaNetwork:
         for index, layer in enumerate(model.model.layers):
             self.layers.append(LlamaLayer(layer, _window(config, index)))
             model.model.layers[index] = nn.Identity()  # its weights are free
-        self.tiles = alike_tiles([self.head, *self.layers[0].linear])
+        alike = alike_tiles([self.head, *self.layers[0].linear])
+        self.part = alike[-1]
+        self.tiles = sorted({size + before for size in alike for before in range(0, LARGEST_TILE, self.part)})
 
-    def forward(self, step: Step) -> Tensor:
-        change = self.embedding(torch.from_numpy(step.tokens).long())
-        stream = np.zeros(change.shape, np.float32)
+    def forward(self, step: Step) -> Iterator[Tensor]:
+        parts = [slice(begin, begin + self.part) for begin in range(0, len(step.tokens), self.part)]
+        changes = [self.embedding(torch.from_numpy(step.tokens[part]).long()) for part in parts]
+        stream = np.zeros((len(step.tokens), changes[0].shape[1]), np.float32)
         for index, layer in enumerate(self.layers):
-            normed = kernels.add_norm(stream, bits(change), layer.input_norm, self.epsilon)
-            change = layer.output(self._attend(step, index, layer, layer.qkv(tensor(normed))))
-            normed = kernels.add_norm(stream, bits(change), layer.attention_norm, self.epsilon)
-            change = layer.down(tensor(kernels.gate(bits(layer.gate_and_up(tensor(normed))))))
-        normed = tensor(kernels.add_norm(stream, bits(change), self.norm, self.epsilon))
-        return self.head(normed) if step.wants_logits else normed
+            qkv = changes[0].new_empty(len(step.tokens), layer.qkv.out_features)
+            for part, change in zip(parts, changes):
+                normed = kernels.add_norm(stream[part], bits(change), layer.input_norm, self.epsilon)
+                self._rotate(layer, layer.qkv(tensor(normed)), step.positions[part], qkv[part])
+            keys, values = step.cache.of_layer(index, self.kv_heads, layer.size, qkv)
+            found = attend_on_cpu(qkv, keys, values, step, layer.scaling, layer.window)
+            for i, part in enumerate(parts):
+                change = layer.output(found[part])
+                normed = kernels.add_norm(stream[part], bits(change), layer.attention_norm, self.epsilon)
+                changes[i] = layer.down(tensor(kernels.gate(bits(layer.gate_and_up(tensor(normed))))))
+        normed = tensor(kernels.add_norm(stream, bits(torch.cat(changes)), self.norm, self.epsilon))
+        wanted = normed[torch.from_numpy(_filled_up(step.wanted, self.tiles))]
+        for begin in range(0, len(step.wanted), self.part):
+            yield self.head(wanted[begin : begin + self.part])[: len(step.wanted) - begin]
 
-    def _attend(self, step: Step, index: int, layer: "LlamaLayer", qkv: Tensor) -> Tensor:
-        keys, values = step.cache.of_layer(index, self.kv_heads, layer.size, qkv)
+    def _rotate(self, layer: "LlamaLayer", qkv: Tensor, positions: np.ndarray, turned: Tensor) -> None:
         heads = qkv.shape[1] // layer.size - self.kv_heads  # of queries and keys
-        kernels.rotate(bits(qkv), heads, layer.size, step.positions, self.cosines, self.sines)
-        return attend_on_cpu(qkv, keys, values, step, layer.scaling, layer.window)
+        kernels.rotate(bits(qkv), heads, layer.size, positions, self.cosines, self.sines, bits(turned))
 
 
 class LlamaLayer:
@@ -176,7 +194,14 @@ def alike_tiles(layers: Iterable[PackedLinear]) -> list[int]:
             if not torch.equal(torch.cat([layer(part) for part in whole.split(size)]), expected[: len(whole)]):
                 sizes.remove(size)
     torch.set_num_threads(threads)
-    return sorted([TILE, *sizes])
+    return sizes
+
+
+def _filled_up(wanted: Sequence[int], tiles: Sequence[int]) -> np.ndarray:
+    """The tokens whose logits are wanted, and the first one as often as it takes to be so many as in a tile."""
+    filled = np.zeros(next(size for size in tiles if size >= len(wanted)), np.int64)
+    filled[: len(wanted)] = wanted
+    return filled
 
 
 def is_llama_like(model: Any) -> bool:

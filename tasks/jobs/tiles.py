@@ -24,6 +24,7 @@ from tasks.jobs.attention import PAGE, Pages, Step, pages_for
 from tasks.jobs.network import Network
 
 STEP_TOKENS = 64  # what a step costs beside its tokens, as if it were so many of them
+RUN = 256  # tokens of a row whose attention is computed in one piece
 
 
 @dataclass(slots=True, eq=False)
@@ -55,13 +56,12 @@ class Row:
         """From this place on the row wants to know which token follows."""
         return len(self.given) - max(1, len(self.targets))
 
-    @property
-    def next_run(self) -> int:
-        """How many of the pending tokens are computed in one step: those of one page, and never a part of them.
+    def next_run(self, longest: int) -> int:
+        """How many of the pending tokens are computed together, and never a part of them.
 
         So the runs of a row are the same in any company.
         """
-        return min(self.pending, PAGE - self.computed % PAGE)
+        return min(self.pending, longest - self.computed % longest)
 
     def next_tokens(self, count: int) -> list[int]:
         return self.answer[-1:] if self.answer else self.given[self.computed : self.computed + count]
@@ -125,6 +125,7 @@ class Lane:
         longest: int,
     ):
         self.network, self.statistics, self.rows = network, statistics, rows
+        self.longest_run = min(RUN, network.tiles[-1])
         pages = min(rows * pages_for(longest), max(tokens // PAGE, pages_for(longest)))
         self.cache = Pages(1 + pages_for(len(prefix)) + pages)
         self.prefix = Row("", list(prefix))
@@ -145,8 +146,7 @@ class Lane:
                 active.append(row)
             if not active:
                 return
-            wanted, logits = self._compute(active)
-            done = settle(wanted, logits) if wanted else []
+            done = [each for wanted, logits in self._compute(active) for each in settle(wanted, logits)]
             for row, _ in done:
                 active.remove(row)
                 self.cache.give_back(row.pages[row.borrowed :])
@@ -160,7 +160,7 @@ class Lane:
         known = len(self.prefix.given)
         if known and row.first_wanted >= known and row.given[:known] == self.prefix.given:
             while self.prefix.pending:
-                self._compute([self.prefix])
+                list(self._compute([self.prefix]))
             row.borrowed, row.computed = known // PAGE, known
         row.pages = self.prefix.pages[: row.borrowed]
         row.pages += self.cache.take(len(row.given) + row.room - row.borrowed * PAGE)
@@ -172,15 +172,15 @@ class Lane:
         sizes = [size for size in self.network.tiles if size >= fewest]
         return min(sizes, key=lambda size: (size + STEP_TOKENS) / min(size, tokens))
 
-    def _compute(self, active: Sequence[Row]) -> tuple[Wanted, Tensor]:
-        """One step: the tokens whose logits are wanted, and these logits."""
+    def _compute(self, active: Sequence[Row]) -> Iterator[tuple[Wanted, Tensor]]:
+        """One step: tokens whose logits are wanted, and these logits, some at a time."""
         rows = sorted(active, key=lambda row: len(row.answer))
-        tile = self._tile(sum(row.pending for row in rows), rows[0].next_run)
-        tokens, positions = np.zeros(tile, np.int32), np.zeros(tile, np.int32)
-        pages = np.zeros((tile, max(len(row.pages) for row in rows)), np.int32)
+        most = self._tile(sum(row.pending for row in rows), rows[0].next_run(self.longest_run))
+        tokens, positions = np.zeros(most, np.int32), np.zeros(most, np.int32)
+        pages = np.zeros((most, max(len(row.pages) for row in rows)), np.int32)
         runs, wanted, at = [], [], 0
         for row in rows:
-            while row.pending and (count := row.next_run) <= tile - at:
+            while row.pending and (count := row.next_run(self.longest_run)) <= most - at:
                 end, computed = at + count, row.computed + count
                 tokens[at:end] = row.next_tokens(count)
                 positions[at:end] = range(row.computed, computed)
@@ -189,7 +189,10 @@ class Lane:
                 first = max(row.first_wanted, row.computed)
                 wanted += [(end - computed + place, row, place) for place in range(first, computed)]
                 row.computed, at = computed, end
+        tile = next(size for size in self.network.tiles if size >= at)
         self.statistics.add(positions=tile, padded=tile - at)
-        runs += [(i, i + 1) for i in range(at, tile)]
-        logits = self.network.forward(Step(tokens, positions, pages, runs, self.cache, bool(wanted)))
-        return [(row, place) for _, row, place in wanted], logits[[at for at, _, _ in wanted]]
+        step = Step(tokens[:tile], positions[:tile], pages[:tile], runs, self.cache, [at for at, _, _ in wanted])
+        known = 0
+        for logits in self.network.forward(step):
+            yield [(row, place) for _, row, place in wanted[known : known + len(logits)]], logits
+            known += len(logits)

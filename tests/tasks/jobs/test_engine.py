@@ -41,6 +41,13 @@ def test_a_row_answers_the_same_in_any_shard(engine: Engine, sampling: Sampling)
     assert shards[0] | shards[1] | shards[2] == answers(engine, REQUESTS, sampling)
 
 
+def prompts_of(engine: Engine) -> list[list[int]]:
+    """Short ones, and two that go beyond a run, a tile and the parts of a step."""
+    prompts = [encode_prompt(engine.tokenizer, request["messages"]) for request in REQUESTS]
+    every = [token for prompt in prompts for token in prompt] * 9
+    return [*prompts, every[:300], every[7:480]]
+
+
 def logits_after(engine: Engine, prompts: list[list[int]]) -> torch.Tensor:
     """(prompts, vocabulary): what the engine finds to follow each prompt."""
     found: dict[str, torch.Tensor] = {}
@@ -56,7 +63,7 @@ def logits_after(engine: Engine, prompts: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_logits_do_not_depend_on_the_company_to_the_last_bit(tiny_model: Path, precision: str) -> None:
     engine = Engine(tiny_model, precision)
-    prompts = [encode_prompt(engine.tokenizer, request["messages"]) for request in REQUESTS]
+    prompts = prompts_of(engine)
     together = logits_after(engine, prompts)
     engine.lanes = 1
     alone = torch.cat([logits_after(engine, [prompt]) for prompt in prompts])
@@ -67,7 +74,7 @@ def test_logits_do_not_depend_on_the_company_to_the_last_bit(tiny_model: Path, p
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_llama_written_out_is_the_llama_of_transformers(tiny_model: Path, precision: str) -> None:
     engine = Engine(tiny_model, precision)
-    prompts = [encode_prompt(engine.tokenizer, request["messages"]) for request in REQUESTS]
+    prompts = prompts_of(engine)
     assert isinstance(engine.network, LlamaNetwork)
     ours = logits_after(engine, prompts).float()
     for i, prompt in enumerate(prompts):
@@ -205,6 +212,16 @@ def test_the_loss_of_an_answer_is_that_of_single_forwards(tiny_model: Path, engi
             loss = model(torch.tensor([example.input_ids]), labels=torch.tensor([labels])).loss.item() if tokens else 0
         assert scores[item["id"]]["tokens"] == tokens
         assert scores[item["id"]]["loss_sum"] == pytest.approx(loss * tokens, abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_of_an_answer_does_not_depend_on_the_company_to_the_last_bit(tiny_model: Path, precision: str) -> None:
+    engine = Engine(tiny_model, precision)
+    items = [{**request, "answer": TEXTS[i] * (1 + i)} for i, request in enumerate(REQUESTS)]
+    together = {score["id"]: score for batch in engine.score(items) for score in batch}
+    engine.lanes = 1
+    alone = {score["id"]: score for item in items for batch in engine.score([item]) for score in batch}
+    assert alone == together
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:

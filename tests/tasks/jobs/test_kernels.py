@@ -48,40 +48,42 @@ def test_heads_turn_by_their_position_and_the_others_stay(dtype: torch.dtype) ->
     expected = torch.cat([x * cos - y * sin, y * cos + x * sin], -1)
     expected[:, HEADS + KV_HEADS :] = torch.cat([x, y], -1)[:, HEADS + KV_HEADS :]
     cosines, sines = angles.cos().numpy(), angles.sin().numpy()
-    kernels.rotate(bits(qkv), HEADS + KV_HEADS, SIZE, positions, cosines, sines)
-    torch.testing.assert_close(qkv, expected.view(3, -1).to(dtype), **CLOSE[dtype])
+    turned = torch.empty_like(qkv)
+    kernels.rotate(bits(qkv), HEADS + KV_HEADS, SIZE, positions, cosines, sines, bits(turned))
+    torch.testing.assert_close(turned, expected.view(3, -1).to(dtype), **CLOSE[dtype])
 
 
 def a_step() -> Step:
-    """A row of 100 tokens of which 20 come now, three rows of which one comes, and one token that only fills up."""
+    """A row of 100 tokens of which 20 come now, three rows of which one comes, and one token that only makes up a tile."""
     cache = Pages(12)
     tables = [cache.take(100), cache.take(70), cache.take(1), cache.take(150)]
-    runs = [(0, 20), (20, 21), (21, 22), (22, 23), (23, 24)]
+    runs = [(0, 20), (20, 21), (21, 22), (22, 23)]
     positions = np.array([*range(80, 100), 69, 0, 130, 0], np.int32)
     pages = np.zeros((24, 3), np.int32)
     for table, (begin, end) in zip(tables, runs):
         pages[begin:end, : len(table)] = table
-    return Step(np.zeros(24, np.int32), positions, pages, runs, cache, True)
+    return Step(np.zeros(24, np.int32), positions, pages, runs, cache, [])
 
 
 @dtypes
 @pytest.mark.parametrize("window", [0, 30])
-def test_a_query_finds_what_is_in_its_rows_pages_up_to_itself(dtype: torch.dtype, window: int) -> None:
+@pytest.mark.parametrize("size", [16, 64, 72])
+def test_a_query_finds_what_is_in_its_rows_pages_up_to_itself(dtype: torch.dtype, window: int, size: int) -> None:
     step = a_step()
-    qkv = torch.randn(24, (HEADS + 2 * KV_HEADS) * SIZE).to(dtype)
-    keys, values = (torch.randn(12, KV_HEADS, a, b).to(dtype) for a, b in ((SIZE, PAGE), (PAGE, SIZE)))
+    qkv = torch.randn(24, (HEADS + 2 * KV_HEADS) * size).to(dtype)
+    keys, values = (torch.randn(12, KV_HEADS, a, b).to(dtype) for a, b in ((size, PAGE), (PAGE, size)))
     other_keys, other_values = keys.clone(), values.clone()
-    query, key, value = qkv.view(24, -1, SIZE).split([HEADS, KV_HEADS, KV_HEADS], 1)
+    query, key, value = qkv.view(24, -1, size).split([HEADS, KV_HEADS, KV_HEADS], 1)
     ours = attend_on_cpu(qkv, keys, values, step, 0.25, window)
     in_torch = attend_in_torch(query * 0.25, key, value, other_keys, other_values, step, window)
-    torch.testing.assert_close(ours.view(24, HEADS, SIZE), in_torch, **CLOSE[dtype])
+    torch.testing.assert_close(ours.view(24, HEADS, size), in_torch, **CLOSE[dtype])
     assert torch.equal(keys[1:], other_keys[1:]) and torch.equal(values[1:], other_values[1:])
     # And by hand, for the last token of the long row.
     i, seen = 22, slice(max(0, 131 - window) if window else 0, 131)
     table = step.pages[i]
     all_keys = torch.cat([keys[page] for page in table], -1)[..., seen].float()
     all_values = torch.cat([values[page] for page in table], 1)[:, seen].float()
-    weights = torch.softmax(query[i].float().view(KV_HEADS, -1, SIZE) * 0.25 @ all_keys, -1)
+    weights = torch.softmax(query[i].float().view(KV_HEADS, -1, size) * 0.25 @ all_keys, -1)
     torch.testing.assert_close(ours[i].float(), (weights @ all_values).flatten(), **CLOSE[dtype])
 
 
