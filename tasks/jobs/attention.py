@@ -28,6 +28,7 @@ from tasks.jobs import kernels
 from tasks.jobs.kernels import PAGE, bits, tensor
 
 ATTENTION = "lion"  # the name in transformers
+PIECE = 128  # positions of a run whose queries are multiplied by the same keys, and by none that come later
 
 
 class Pages:
@@ -120,15 +121,24 @@ class Run:
     end: int
     positions: Tensor
     pages: np.ndarray  # of the row, up to these tokens
-    _masks: dict[Any, Tensor] = field(default_factory=dict)
+    _pieces: dict[Any, list[tuple[slice, Tensor]]] = field(default_factory=dict)
 
-    def mask(self, window: int, group: int, dtype: torch.dtype) -> Tensor:
-        """(group x tokens, keys): 0, or -inf where a query does not see a key. Most layers ask for the same."""
-        if (window, group, dtype) not in self._masks:
-            seen = _seen(self.positions, len(self.pages) * PAGE, window)
-            mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
-            self._masks[window, group, dtype] = mask.repeat(group, 1)
-        return self._masks[window, group, dtype]
+    def pieces(self, window: int, group: int, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
+        """Tokens of the run that are multiplied by the same keys, and the mask: 0, or -inf where a key is not seen.
+
+        Masks are (group x tokens, keys up to the last of the tokens). Most layers ask for the same.
+        """
+        if (window, group, dtype) not in self._pieces:
+            first, last = int(self.positions[0]), int(self.positions[-1])
+            pieces = []
+            for begin in range(first // PIECE * PIECE, last + 1, PIECE):
+                tokens = slice(max(begin - first, 0), min(begin + PIECE, last + 1) - first)
+                positions = self.positions[tokens]
+                seen = _seen(positions, pages_for(int(positions[-1]) + 1) * PAGE, window)
+                mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
+                pieces.append((tokens, mask.repeat(group, 1)))
+            self._pieces[window, group, dtype] = pieces
+        return self._pieces[window, group, dtype]
 
 
 def attend_in_model(
@@ -182,15 +192,17 @@ def _attend_run(
     query: Tensor, keys: Tensor, values: Tensor, run: Run, scaling: float, window: int, output: Tensor
 ) -> None:
     """query and output (length, heads x size); keys and values (kv heads, keys, size), of its row."""
-    length, (kv_heads, _, size) = len(query), keys.shape
+    kv_heads, _, size = keys.shape
     group = query.shape[1] // (kv_heads * size)
-    # (kv heads, group x length, size): what shares its keys is multiplied at once
-    query = query.view(length, kv_heads, group, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
-    found = functional.scaled_dot_product_attention(
-        query[None], keys[None], values[None], attn_mask=run.mask(window, group, query.dtype), scale=scaling
-    )
-    by_token = found.view(kv_heads, group, length, size).permute(2, 0, 1, 3)
-    output.view(length, kv_heads, group, size).copy_(by_token)
+    for tokens, mask in run.pieces(window, group, query.dtype):
+        # (kv heads, group x tokens, size): what shares its keys is multiplied at once
+        some = query[tokens].view(-1, kv_heads, group, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
+        seen = slice(mask.shape[1])
+        found = functional.scaled_dot_product_attention(
+            some[None], keys[None, :, seen], values[None, :, seen], attn_mask=mask, scale=scaling
+        )
+        by_token = found.view(kv_heads, group, -1, size).permute(2, 0, 1, 3)
+        output[tokens].view(by_token.shape).copy_(by_token)
 
 
 def _seen(positions: Tensor, keys: int, window: int) -> Tensor:
