@@ -105,11 +105,11 @@ def _fetch(context: Any, pages: Any, page: Any, head: Any, offset: Any) -> Any:
 
 
 def _adder(queries: int, vectors: int, lanes: int) -> Any:
-    """Code that adds to `queries` rows of sums, `vectors` x `lanes` columns of each, products of factors and rows.
+    """A product of matrices for `queries` of its rows and `vectors` x `lanes` of its columns, added to what is there.
 
-    sums[j + q, s + a + c] += factors[j + q, f + r] x rows[r, a + c], summed over r of [first, end), one r after the
-    other. The sums stay in registers meanwhile, and what is read of a row serves all queries: compiled from a loop over
-    arrays it took three times as long.
+    sums[j + q, s + a + c] += factors[j + q, f + r] x rows[r, a + c] for r of [first, end), one after the other; all fp32,
+    one row after the other in memory. The sums stay in registers meanwhile, and what is read of a row serves all
+    queries: what Numba makes of the same loops takes three times as long.
     """
     vector = ir.VectorType(ir.FloatType(), lanes)
     nothing, lane_0 = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(WORD, lanes), [0] * lanes)
@@ -162,7 +162,7 @@ def _adder(queries: int, vectors: int, lanes: int) -> Any:
 
 
 _add_to_two, _add_to_one = _adder(2, 4, 16), _adder(1, 4, 16)
-_add_few_to_two, _add_few_to_one = _adder(2, 1, 8), _adder(1, 1, 8)
+_add_few_to_one = _adder(1, 1, 8)
 
 
 def can_attend(dtype: torch.dtype, size: int) -> bool:
@@ -442,10 +442,8 @@ def _add_products(
                 else:
                     _add_to_one(factors, j, f, rows, r, end, a, sums, s)
             for a in range(wide, width, 8):
-                if j + 1 < queries:
-                    _add_few_to_two(factors, j, f, rows, r, end, a, sums, s)
-                else:
-                    _add_few_to_one(factors, j, f, rows, r, end, a, sums, s)
+                for k in range(j, min(j + 2, queries)):
+                    _add_few_to_one(factors, k, f, rows, r, end, a, sums, s)
 
 
 @njit(**OPTIONS)
