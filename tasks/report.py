@@ -133,7 +133,7 @@ def _chart(title: str, note: str, chart: alt.Chart | alt.LayerChart) -> dict[str
     styled = (
         chart.properties(width=330, height=190, background="transparent")
         .configure_axis(labelColor=INK, titleColor=INK, gridColor=GRID, domainColor=INK, tickColor=INK, titleFontWeight="normal")
-        .configure_legend(labelColor=INK, titleColor=INK)
+        .configure_legend(labelColor=INK, titleColor=INK, titleFontWeight="normal")
         .configure_view(stroke=None)
     )  # fmt: skip
     return {"title": title, "note": note, "svg": vl_convert.vegalite_to_svg(styled.to_json())}
