@@ -176,13 +176,12 @@ def attend_on_cpu(qkv: Tensor, keys: Tensor, values: Tensor, step: Step, scaling
 
     Each run is computed by itself, so that what it finds depends on nothing but its own row.
     """
-    all_bits = bits(qkv), bits(keys), bits(values)
-    kernels.store(all_bits[0], step.together, *all_bits[1:], step.pages, step.positions)
-    found = kernels.attend(all_bits[0], step.alone, *all_bits[1:], step.pages, step.positions, scaling, window)
-    output = tensor(found)
+    tokens, in_pages, places = bits(qkv), (bits(keys), bits(values)), (step.pages, step.positions)
+    kernels.store(tokens, step.together, *in_pages, *places)
+    output = tensor(kernels.attend(tokens, step.alone, *in_pages, *places, scaling, window))
     output[step.filled :] = 0
     for run in step.long_runs:
-        row_keys, row_values = kernels.gather(*all_bits[1:], run.pages)
+        row_keys, row_values = kernels.gather(*in_pages, run.pages)
         query = qkv[run.begin : run.end, : output.shape[1]]
         _attend_run(query, tensor(row_keys), tensor(row_values), run, scaling, window, output[run.begin : run.end])
     return output

@@ -6,6 +6,8 @@ on no other row of the step, to the last bit.
 
 Arrays hold fp32, or bf16 as its bits in uint16, since NumPy has no bf16: `bits` and `tensor` go from torch to NumPy and
 back without a copy. Knows nothing of models: `tasks.jobs.network` calls these in order.
+
+All of it is one file because Numba keeps what it compiled until the kernel's own file changes, and does not see others.
 """
 
 from typing import Any
@@ -87,15 +89,20 @@ def _power_of_two(context: Any, n: Any) -> Any:
     return float32(int32), code
 
 
+def _as_indices(builder: Any, numbers: Any) -> list[Any]:
+    """Whole numbers of any width as those that count places in memory."""
+    return [builder.sext(x, INDEX) if x.type.width < INDEX.width else x for x in numbers]
+
+
 @intrinsic
 def _fetch(context: Any, pages: Any, page: Any, head: Any, offset: Any) -> Any:
     """Have the cache line come that is `offset` bytes into one head of a page, without waiting for it."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(pages)(context, builder, args[0])
+        array = context.make_array(signature.args[0])(context, builder, args[0])
         strides = cgutils.unpack_tuple(builder, array.strides, 4)
-        wide = [builder.sext(arg, INDEX) if arg.type.width < INDEX.width else arg for arg in args[1:]]
-        at = builder.add(builder.mul(wide[0], strides[0]), builder.add(builder.mul(wide[1], strides[1]), wide[2]))
+        page, head, offset = _as_indices(builder, args[1:])
+        at = builder.add(builder.mul(page, strides[0]), builder.add(builder.mul(head, strides[1]), offset))
         place = builder.gep(builder.bitcast(array.data, BYTES), [at])
         fetch = builder.module.declare_intrinsic("llvm.prefetch", [BYTES], FETCH)
         builder.call(fetch, [place, WORD(0), WORD(2), WORD(1)])  # to read, into the second cache, data
@@ -104,56 +111,40 @@ def _fetch(context: Any, pages: Any, page: Any, head: Any, offset: Any) -> Any:
     return none(pages, page, head, offset), code
 
 
-def _adder(queries: int, vectors: int, lanes: int) -> Any:
-    """A product of matrices for `queries` of its rows and `vectors` x `lanes` of its columns, added to what is there.
+def _adder(queries: int, columns: int) -> Any:
+    """A product of matrices for `queries` of its rows and `columns` of its columns, added to what is there.
 
     sums[j + q, s + a + c] += factors[j + q, f + r] x rows[r, a + c] for r of [first, end), one after the other; all fp32,
     one row after the other in memory. The sums stay in registers meanwhile, and what is read of a row serves all
     queries: what Numba makes of the same loops takes three times as long.
     """
-    vector = ir.VectorType(ir.FloatType(), lanes)
-    nothing, lane_0 = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(WORD, lanes), [0] * lanes)
+    vector = ir.VectorType(ir.FloatType(), columns)  # in as many registers as it takes
+    nothing, lane_0 = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(WORD, columns), [0] * columns)
 
     @intrinsic
     def add(
         context: Any, factors: Any, j: Any, f: Any, rows: Any, first: Any, end: Any, a: Any, sums: Any, s: Any
     ) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            def array(i: int) -> Any:
-                return context.make_array(signature.args[i])(context, builder, args[i])
+            factors, rows, sums = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 3, 7))
+            j, f, first, end, a, s = _as_indices(builder, [args[i] for i in (1, 2, 4, 5, 6, 8)])
 
             def place(of: Any, row: Any, column: Any) -> Any:
                 width = builder.extract_value(of.shape, 1)
                 return builder.gep(of.data, [builder.add(builder.mul(row, width), column)])
 
-            def vectors_at(of: Any, row: Any, column: Any) -> list[Any]:
-                columns = [builder.add(column, INDEX(v * lanes)) for v in range(vectors)]
-                return [builder.bitcast(place(of, row, c), vector.as_pointer()) for c in columns]
-
-            factors, rows, sums = array(0), array(3), array(7)
-            j, f, first, end, a, s = (
-                builder.sext(args[i], INDEX) if args[i].type.width < INDEX.width else args[i]
-                for i in (1, 2, 4, 5, 6, 8)
-            )
             own = [builder.add(j, INDEX(q)) for q in range(queries)]
-            places = [vectors_at(sums, q, builder.add(s, a)) for q in own]
-            kept = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in own]
-            for q in range(queries):
-                for v in range(vectors):
-                    builder.store(builder.load(places[q][v], align=4), kept[q][v])
+            places = [builder.bitcast(place(sums, q, builder.add(s, a)), vector.as_pointer()) for q in own]
+            kept = [cgutils.alloca_once_value(builder, builder.load(at, align=4)) for at in places]
             with cgutils.for_range_slice(builder, first, end, INDEX(1), INDEX) as (r, _):
-                row = [builder.load(at, align=4) for at in vectors_at(rows, r, a)]
-                for q in range(queries):
-                    factor = builder.load(place(factors, own[q], builder.add(f, r)))
-                    factor = builder.insert_element(nothing, factor, WORD(0))
-                    factor = builder.shuffle_vector(factor, nothing, lane_0)
-                    for v in range(vectors):
-                        product = builder.fmul(factor, row[v], flags=["contract"])
-                        added = builder.fadd(builder.load(kept[q][v]), product, flags=["contract"])
-                        builder.store(added, kept[q][v])
-            for q in range(queries):
-                for v in range(vectors):
-                    builder.store(builder.load(kept[q][v]), places[q][v], align=4)
+                row = builder.load(builder.bitcast(place(rows, r, a), vector.as_pointer()), align=4)
+                for q, sum_ in zip(own, kept):
+                    factor = builder.load(place(factors, q, builder.add(f, r)))
+                    factor = builder.shuffle_vector(builder.insert_element(nothing, factor, WORD(0)), nothing, lane_0)
+                    product = builder.fmul(factor, row, flags=["contract"])
+                    builder.store(builder.fadd(builder.load(sum_), product, flags=["contract"]), sum_)
+            for at, sum_ in zip(places, kept):
+                builder.store(builder.load(sum_), at, align=4)
             return context.get_dummy_value()
 
         return none(factors, j, f, rows, first, end, a, sums, s), code
@@ -161,13 +152,13 @@ def _adder(queries: int, vectors: int, lanes: int) -> Any:
     return add
 
 
-_add_to_two, _add_to_one = _adder(2, 4, 16), _adder(1, 4, 16)
-_add_few_to_one = _adder(1, 1, 8)
+WIDE, NARROW = 64, 8  # columns of a product that are computed together
+_add_wide_to_two, _add_wide_to_one, _add_narrow_to_one = _adder(2, WIDE), _adder(1, WIDE), _adder(1, NARROW)
 
 
 def can_attend(dtype: torch.dtype, size: int) -> bool:
     """Whether `attend` knows heads of this size and type."""
-    return dtype in DTYPES and size % 8 == 0
+    return dtype in DTYPES and size % NARROW == 0
 
 
 @inlined
@@ -429,21 +420,21 @@ def _add_products(
     queries, height, width = len(factors), rows.shape[0], rows.shape[1]
     steps = (queries + 1) // 2 * (-(-height // CHUNK))
     lines, offset = -(-height * width * pages.itemsize // (steps * LINE)), 0
-    wide = width // 64 * 64
+    wide = width // WIDE * WIDE
     for j in range(0, queries, 2):
         for r in range(0, height, CHUNK):
             for _ in range(lines):
                 _fetch(pages, page, head, offset)
                 offset += LINE
             end = min(r + CHUNK, height)
-            for a in range(0, wide, 64):
+            for a in range(0, wide, WIDE):
                 if j + 1 < queries:
-                    _add_to_two(factors, j, f, rows, r, end, a, sums, s)
+                    _add_wide_to_two(factors, j, f, rows, r, end, a, sums, s)
                 else:
-                    _add_to_one(factors, j, f, rows, r, end, a, sums, s)
-            for a in range(wide, width, 8):
+                    _add_wide_to_one(factors, j, f, rows, r, end, a, sums, s)
+            for a in range(wide, width, NARROW):
                 for k in range(j, min(j + 2, queries)):
-                    _add_few_to_one(factors, k, f, rows, r, end, a, sums, s)
+                    _add_narrow_to_one(factors, k, f, rows, r, end, a, sums, s)
 
 
 @njit(**OPTIONS)

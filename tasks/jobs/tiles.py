@@ -191,7 +191,7 @@ class Lane:
                 row.computed, at = computed, end
         tile = next(size for size in self.network.tiles if size >= at)
         self.statistics.add(positions=tile, padded=tile - at)
-        step = Step(tokens[:tile], positions[:tile], pages[:tile], runs, self.cache, [at for at, _, _ in wanted])
+        step = Step(tokens[:tile], positions[:tile], pages[:tile], runs, self.cache, [i for i, _, _ in wanted])
         known = 0
         for logits in self.network.forward(step):
             yield [(row, place) for _, row, place in wanted[known : known + len(logits)]], logits
