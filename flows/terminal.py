@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 out = Console(highlight=False)
 note = Console(stderr=True, highlight=False)
@@ -112,7 +112,7 @@ def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: boo
         writer.writeheader()
         writer.writerows(rows)
     elif rows:
-        table = Table(*rows[0])
+        table = Table(*(Column(name, overflow="fold") for name in rows[0]))  # an id that is cut cannot be typed again
         for line in rows:
             table.add_row(*("" if value is None else _shown(value) for value in line.values()))
         out.print(table)

@@ -147,3 +147,12 @@ def test_a_model_is_local_unless_it_says_otherwise() -> None:
 
     assert resolve("smoke", ["teacher.model.model_name_or_path=here"]).teacher.model.kind == "local"
     assert resolve("lion-7b").teacher.model.kind == "openai"
+
+
+def test_a_narrow_terminal_cuts_no_id(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.terminal import out, print_rows
+
+    monkeypatch.setattr(out, "_width", 30)
+    print_rows([{"run": "offline-94556779", "state": "completed", "goes on from": ""}])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert "".join(line.split("│")[1].strip() for line in lines) == "offline-94556779"
