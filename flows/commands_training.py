@@ -57,7 +57,7 @@ def finetune(
         "tokens_per_second",
         "seconds",
     )
-    print_rows([{name: figures[name] for name in names}])
+    print_rows([{"figure": name.replace("_", " "), "value": figures[name]} for name in names])
     if copy_to:
         shutil.copytree(trained.checkpoint.path, copy_to, ignore=shutil.ignore_patterns("job.json", "log.txt"))
     out.print(str(copy_to or trained.checkpoint.path), soft_wrap=True)

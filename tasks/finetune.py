@@ -17,7 +17,7 @@ from tasks.progress import progress, tell
 
 VERSION = 2
 TRAINER = "tasks.jobs.sft"
-TRAINER_VERSION = 3  # raise it when the trainer makes other weights from the same job
+TRAINER_VERSION = 4  # raise it when the trainer makes other weights from the same job
 
 
 class FinetuneConfig(BaseModel):

@@ -48,10 +48,10 @@ class Engine:
         precision: bf16, fp16, fp32, or auto: the fastest that this machine itself computes in.
         max_batch_rows: rows held in the cache together by a GPU, or by a core of the processor.
         max_batch_tokens: tokens, prompt and answer, held in the cache for all rows together.
-        quantization: none, or how the weights of linear layers are held on a CUDA GPU: 8bit or 4bit (bitsandbytes).
+        quantization: none, or how the weights of linear layers are held: 8bit or 4bit (bitsandbytes).
 
     Raises:
-        RuntimeError: the weights are to be quantized, and there is no CUDA GPU, or no bitsandbytes.
+        NotInstalled: the weights are to be quantized, and there is no bitsandbytes.
     """
 
     def __init__(

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available
 
 from tasks.jobs import kernels
 from tasks.jobs.attention import ATTENTION, Step, attend_on_cpu
 from tasks.jobs.kernels import bits, tensor
+from tasks.jobs.quantization import WidenedLinear, quantized, widen_at_use
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TILE = 64  # tokens of a step on a CPU
@@ -45,21 +44,23 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
     """The model in a folder, ready to compute in a precision.
 
     Raises:
-        RuntimeError: the weights are to be quantized, and there is no CUDA GPU, or no bitsandbytes.
+        NotInstalled: the weights are to be quantized, and there is no bitsandbytes.
     """
+    dtype = DTYPES[precision]
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path,
-        dtype=DTYPES[precision],
+        dtype=dtype,
         attn_implementation=ATTENTION,
-        **quantized(quantization, precision, device),
+        **quantized(quantization, dtype, device),
     )
     model.eval()
+    widened = widen_at_use(model, dtype) if quantization != "none" else []
     if quantization == "none":
         model.to(device)
     if device.type == "cpu" and can_pack(precision):
-        if is_llama_like(model):
+        if not widened and is_llama_like(model):
             return LlamaNetwork(model)
-        return TransformersNetwork(model, alike_tiles(pack_linear_layers(model)))
+        return TransformersNetwork(model, alike_tiles([*widened, *pack_linear_layers(model)]))
     return TransformersNetwork(model, [TILE if device.type == "cpu" else GPU_TILE])
 
 
@@ -176,7 +177,7 @@ def pack_linear_layers(model: nn.Module) -> list[PackedLinear]:
 
 
 @torch.inference_mode()
-def alike_tiles(layers: Iterable[PackedLinear]) -> list[int]:
+def alike_tiles(layers: Iterable[PackedLinear | WidenedLinear]) -> list[int]:
     """The sizes of a step at which every layer gives a token the same numbers, to the last bit, wherever it stands.
 
     A library picks how a product is summed up by its shape alone, and it is not said how; so it is tried out, once for
@@ -238,28 +239,6 @@ def can_pack(precision: str) -> bool:
         "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
     return torch.backends.mkldnn.is_available() and able[precision]()
-
-
-def quantized(quantization: str, precision: str, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` is told so that it holds weights in 8 or 4 bit."""
-    if quantization == "none":
-        return {}
-    if device.type != "cuda" or not is_bitsandbytes_available():
-        raise RuntimeError(
-            f"quantization: {quantization} needs a CUDA GPU and bitsandbytes (pip install 'lion-distill[gpu]'); "
-            "take quantization: none"
-        )
-    config = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if quantization == "8bit"
-        else BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[precision],
-        )
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def best_precision(device: torch.device) -> str:

@@ -1,16 +1,18 @@
-"""Saves a trained model, and reads it back as a stranger would: `python -m tasks.jobs.reload FOLDER ROWS.json DTYPE`.
+"""Saves a trained model, and reads it back as a stranger would: `python -m tasks.jobs.reload FOLDER ROWS.json DTYPE HELD`.
 
 Prints the loss that the model in FOLDER has on the encoded rows. The trainer compares it with its own: a model that was
 gathered wrongly from several devices is found out before anyone uses it. Under FSDP and ZeRO a fresh process does this,
 since in the trainer's own every model that is loaded would be sharded as well.
 
 With a folder `adapter` in FOLDER, the adapter is first merged into its base and the result saved into FOLDER in DTYPE.
+HELD is what the base was widened to in training where it was held in 4 bit, else None.
 """
 
 import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tasks.jobs.dataset import padded
+from tasks.jobs.quantization import quantized, widened
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 
@@ -28,11 +31,27 @@ def stored_dtype(model: str) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight in a type of fewer bits, up or down by chance, so that it is right on average; the same each time.
+
+    An update by less than half of what two numbers of that type are apart would be undone by rounding to the nearest,
+    and most updates of a short training are that small (stochastic rounding: Gupta et al. 2015).
+    """
+    near = weight.to(dtype)
+    if near.dtype == weight.dtype:
+        return near
+    chance = torch.Generator().manual_seed(zlib.crc32(weight.numpy()))  # no two students lean the same way
+    missed = weight - near.float()
+    beyond = torch.nextafter(near, torch.full_like(near, torch.inf).copysign(missed.to(dtype)))
+    share = missed / (beyond.float() - near.float())
+    return torch.where(torch.rand(weight.shape, generator=chance) < share, beyond, near)
+
+
 def save_model(weights: dict[str, torch.Tensor], like: Any, dtype: torch.dtype, folder: Path) -> None:
-    """Save weights as a plain checkpoint in `dtype`, with the config and the generation config of the model `like`."""
+    """Save fp32 weights as a plain checkpoint in `dtype`, with the config and the generation config of the model `like`."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(like.config, dtype=dtype)
-    given = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    given = {name: rounded(weight.cpu().contiguous(), dtype) for name, weight in weights.items()}
     skeleton.load_state_dict(given, strict=False, assign=True)
     skeleton.tie_weights()  # a tied weight may have been given by one of its names
     if lost := [name for name, weight in skeleton.named_parameters() if weight.is_meta]:
@@ -41,12 +60,19 @@ def save_model(weights: dict[str, torch.Tensor], like: Any, dtype: torch.dtype, 
     skeleton.save_pretrained(folder)
 
 
-def merge_adapter(folder: Path, dtype: torch.dtype) -> None:
-    """Merge `folder/adapter` into the base model that its config names, and save the result into `folder`."""
+def merge_adapter(folder: Path, dtype: torch.dtype, held: torch.dtype | None) -> None:
+    """Merge `folder/adapter` into the base model that its config names, and save the result into `folder`.
+
+    An adapter to a base held in 4 bit learned to mend what rounding did to it: it is merged into the rounded weights,
+    widened again, and not into those of the base.
+    """
     from peft import PeftModel
 
     base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    in_4_bit = quantized("4bit", held, torch.device("cpu")) if held else {}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=held or torch.float32, **in_4_bit)
+    if held:
+        model = widened(model)
     merged = PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload()
     save_model(merged.state_dict(), merged, dtype, folder)
 
@@ -61,12 +87,15 @@ def loss_of_saved(folder: Path, rows: list[dict[str, Any]]) -> float:
     return model(**{name: batch[name] for name in names}).loss.item()
 
 
-def loss_in_fresh_process(folder: Path, rows: list[dict[str, Any]], dtype: torch.dtype) -> float:
+def loss_in_fresh_process(
+    folder: Path, rows: list[dict[str, Any]], dtype: torch.dtype, held: torch.dtype | None
+) -> float:
     """`python -m tasks.jobs.reload`, outside of the launcher's group of processes."""
     file = folder / "trainer" / "rows.json"
     file.write_text(json.dumps([row | {"input_ids": row["input_ids"].tolist()} for row in rows]))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
-    command = [sys.executable, "-m", "tasks.jobs.reload", str(folder), str(file), str(dtype).split(".")[1]]
+    dtypes = [str(each).removeprefix("torch.") for each in (dtype, held)]
+    command = [sys.executable, "-m", "tasks.jobs.reload", str(folder), str(file), *dtypes]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"the saved model could not be read back: {' '.join(command)}")
@@ -76,5 +105,5 @@ def loss_in_fresh_process(folder: Path, rows: list[dict[str, Any]], dtype: torch
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     if (directory / "adapter").is_dir():
-        merge_adapter(directory, getattr(torch, sys.argv[3]))
+        merge_adapter(directory, *(getattr(torch, name, None) for name in sys.argv[3:]))
     print(loss_of_saved(directory, json.loads(Path(sys.argv[2]).read_text())))

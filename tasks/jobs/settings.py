@@ -25,7 +25,7 @@ class SftSettings(BaseModel):
     )
     peft: Literal["none", "lora", "qlora"] = Field(
         "none",
-        description="lora: train small matrices beside the frozen linear layers. qlora: and hold those in 4 bit (CUDA).",
+        description="lora: train small matrices beside the frozen linear layers. qlora: and hold those in 4 bit (bitsandbytes).",
     )
     lora_rank: int = Field(16, ge=1, le=1024, description="Inner dimension of LoRA's matrices.")
     lora_alpha: int = Field(32, ge=1, le=4096, description="LoRA's update is multiplied by alpha / rank.")

@@ -16,7 +16,7 @@ from tasks.jobs.launch import RUNNER, run_together
 from tasks.jobs.process import gpus
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
 
-ENGINE_VERSION = 3  # raise it when the engine gives other tokens for the same request
+ENGINE_VERSION = 4  # raise it when the engine gives other tokens for the same request
 
 
 class LocalModel(BaseModel):
@@ -44,7 +44,7 @@ class LocalModel(BaseModel):
         "auto", description="Of the weights at inference. auto: the best this machine computes natively."
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="How the weights are held at inference; 8bit and 4bit need a CUDA GPU (bitsandbytes)."
+        "none", description="How the weights are held at inference; 8bit and 4bit need bitsandbytes."
     )
     max_batch_rows: int = Field(
         128,
