@@ -31,6 +31,8 @@ STRATEGIES = {
     "zero3": {"strategy": "deepspeed-zero3", "gradient_checkpointing": True},
     "zero3-offload": {"strategy": "deepspeed-zero3", "offload": "parameters"},
     "fsdp-lora": {"strategy": "fsdp", "peft": "lora", "lora_dropout": 0.0},
+    "ddp-qlora": {"strategy": "ddp", "peft": "qlora", "lora_dropout": 0.0},
+    "zero2-qlora": {"strategy": "deepspeed-zero2", "peft": "qlora", "lora_dropout": 0.0},
 }
 WRAPPED = {"ddp": "DistributedDataParallel", "fsdp": "FSDP", "deepspeed": "DeepSpeedEngine"}
 REFERENCE: dict[str, dict[str, Any]] = {}  # of each kind of peft, trained once
