@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers.modeling_utils import AttentionInterface
 
 from tasks.jobs import kernels
-from tasks.jobs.kernels import PAGE, bits, tensor
+from tasks.jobs.kernels import PAGE, Places, bits, tensor
 
 ATTENTION = "lion"  # the name in transformers
 PIECE = 128  # positions of a run whose queries are multiplied by the same keys, and by none that come later
@@ -176,12 +176,12 @@ def attend_on_cpu(qkv: Tensor, keys: Tensor, values: Tensor, step: Step, scaling
 
     Each run is computed by itself, so that what it finds depends on nothing but its own row.
     """
-    tokens, in_pages, places = bits(qkv), (bits(keys), bits(values)), (step.pages, step.positions)
-    kernels.store(tokens, step.together, *in_pages, *places)
-    output = tensor(kernels.attend(tokens, step.alone, *in_pages, *places, scaling, window))
+    tokens, places = bits(qkv), Places(bits(keys), bits(values), step.pages, step.positions)
+    kernels.store(tokens, step.together, places)
+    output = tensor(kernels.attend(tokens, step.alone, places, scaling, window))
     output[step.filled :] = 0
     for run in step.long_runs:
-        row_keys, row_values = kernels.gather(*in_pages, run.pages)
+        row_keys, row_values = kernels.gather(places.keys, places.values, run.pages)
         query = qkv[run.begin : run.end, : output.shape[1]]
         _attend_run(query, tensor(row_keys), tensor(row_values), run, scaling, window, output[run.begin : run.end])
     return output

@@ -10,7 +10,7 @@ back without a copy. Knows nothing of models: `tasks.jobs.network` calls these i
 All of it is one file because Numba keeps what it compiled until the kernel's own file changes, and does not see others.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,15 @@ OPTIONS = {
     "error_model": "numpy",
 }
 inlined = njit(inline="always", **{**OPTIONS, "cache": False})  # into kernels, which are kept with it
+
+
+class Places(NamedTuple):
+    """Where the tokens of a step keep their keys and values in a layer."""
+
+    keys: np.ndarray  # (pages, kv heads, size, PAGE)
+    values: np.ndarray  # (pages, kv heads, PAGE, size)
+    pages: np.ndarray  # (tokens, most pages of a row), those of each token's row
+    positions: np.ndarray  # (tokens), of each token in its row
 
 
 def bits(x: Tensor) -> np.ndarray:
@@ -244,17 +253,9 @@ def rotate(
 
 
 @inlined
-def _store(
-    qkv: np.ndarray,
-    i: int,
-    heads: int,
-    h: int,
-    keys: np.ndarray,
-    values: np.ndarray,
-    pages: np.ndarray,
-    positions: np.ndarray,
-) -> None:
+def _store(qkv: np.ndarray, i: int, heads: int, h: int, places: Places) -> None:
     """Put one head of a token's key and value into its row's page."""
+    keys, values, pages, positions = places
     kv_heads, size = keys.shape[1], keys.shape[2]
     page, place = pages[i, positions[i] // PAGE], positions[i] % PAGE
     for a in range(size):
@@ -263,15 +264,13 @@ def _store(
 
 
 @njit(**OPTIONS)
-def store(
-    qkv: np.ndarray, chosen: np.ndarray, keys: np.ndarray, values: np.ndarray, pages: np.ndarray, positions: np.ndarray
-) -> None:
+def store(qkv: np.ndarray, chosen: np.ndarray, places: Places) -> None:
     """Put the keys and values of chosen tokens into their rows' pages; arguments as for `attend`."""
-    kv_heads, size = keys.shape[1], keys.shape[2]
+    kv_heads, size = places.keys.shape[1], places.keys.shape[2]
     heads = qkv.shape[1] // size - 2 * kv_heads
     for i in chosen:
         for h in range(kv_heads):
-            _store(qkv, i, heads, h, keys, values, pages, positions)
+            _store(qkv, i, heads, h, places)
 
 
 @njit(**OPTIONS)
@@ -290,16 +289,7 @@ def gather(keys: np.ndarray, values: np.ndarray, table: np.ndarray) -> tuple[np.
 
 
 @njit(**OPTIONS)
-def attend(
-    qkv: np.ndarray,
-    chosen: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    pages: np.ndarray,
-    positions: np.ndarray,
-    scaling: float,
-    window: int,
-) -> np.ndarray:
+def attend(qkv: np.ndarray, chosen: np.ndarray, places: Places, scaling: float, window: int) -> np.ndarray:
     """Put the keys and values of chosen tokens into their rows' pages; what their queries find there, up to themselves.
 
     To store a key touches a cache line for each of its elements: here they are at hand, as they are read next.
@@ -307,14 +297,12 @@ def attend(
     Args:
         qkv: (tokens, (heads + 2 x kv heads) x size): queries, keys, values.
         chosen: which tokens.
-        keys: (pages, kv heads, size, PAGE), values: (pages, kv heads, PAGE, size).
-        pages: (tokens, most pages of a row), those of each token's row.
-        positions: (tokens), of each token in its row.
         window: how many of the last keys a query sees; 0 is all.
 
     Returns:
         (tokens, heads x size), of which only the chosen are filled in.
     """
+    keys, values, pages, positions = places
     tokens, kv_heads, size = len(qkv), keys.shape[1], keys.shape[2]
     heads = qkv.shape[1] // size - 2 * kv_heads
     group = heads // kv_heads
@@ -330,7 +318,7 @@ def attend(
         first = max(seen - window, 0) if window > 0 else 0
         first_page, end_page = first // PAGE, (seen + PAGE - 1) // PAGE
         for h in range(kv_heads):
-            _store(qkv, i, heads, h, keys, values, pages, positions)
+            _store(qkv, i, heads, h, places)
             then, next_head = (i, h + 1) if h + 1 < kv_heads else (chosen[min(c + 1, len(chosen) - 1)], 0)
             for g in range(group):
                 for a in range(size):
