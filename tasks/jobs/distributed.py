@@ -163,9 +163,19 @@ def raise_unless_sharded(settings: SftSettings, wrapped: torch.nn.Module) -> Non
 
 
 def gather_weights(trainer: Any) -> dict[str, torch.Tensor]:
-    """All weights, whole, on the first process. Every process must take part."""
+    """All weights, whole, on the first process: those in fp32 that are trained, not those in 16 bit that are computed with.
+
+    Every process must take part.
+    """
     from torch.distributed.tensor import DTensor
 
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, weight in trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters():
+            trained = safe_get_full_fp32_param(weight)  # None of one that is frozen
+            if trained is not None and state:
+                state[name] = trained.cpu()
     # FSDP leaves the second name of a tied weight sharded; the first one is whole. ZeRO-3 gives other processes None.
     return {name: weight for name, weight in (state or {}).items() if not isinstance(weight, DTensor)}

@@ -5,6 +5,7 @@ One undisturbed training in a single process is what all of them are held agains
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tasks.jobs.launch import run_job
 from tasks.jobs.settings import SftSettings, launcher_command
@@ -81,6 +84,26 @@ def test_a_killed_training_resumes_and_ends_as_one_process_would(
     assert not (directory / "trainer").exists()
     if "lora" in name:
         assert (directory / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "deepspeed-zero2", "deepspeed-zero3"])
+def test_what_little_was_learned_in_16_bit_is_in_the_student(
+    strategy: str, home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    for name, dtype in (("in-16", torch.bfloat16), ("in-32", torch.float32)):  # the same weights
+        shutil.copytree(tiny_model, tmp_path / name)
+        model.to(dtype).save_pretrained(tmp_path / name)
+    settings = {"precision": "bf16", "learning_rate": 2e-5, "num_train_epochs": 2}
+    data = write_rows(*NUMBERS * 2)
+    whole, student = tmp_path / "whole", tmp_path / "student"
+    train_here(make_job(tmp_path / "in-32", data, **settings), whole)
+    launched = {"strategy": strategy, "processes_per_node": 1 if strategy == "single" else 2}
+    job = make_job(tmp_path / "in-16", data, **settings | launched | {"per_device_train_batch_size": 2})
+    run_job("tasks.jobs.sft", job, student, launcher=launcher_command(SftSettings(**job["config"])))
+    base, learned, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path / "in-32", whole, student))
+    learned, kept = (torch.cat([(of[key].float() - base[key]).flatten() for key in base]) for of in (learned, kept))
+    assert (kept @ learned) / (learned @ learned) == pytest.approx(1, abs=0.1)
 
 
 def kill_after_a_checkpoint(job: dict[str, Any], launcher: list[str], directory: Path, whom: int) -> None:
