@@ -15,9 +15,8 @@ from torch.nn import functional
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # on a CPU it warns whoever imports peft, of a kernel of the Hub
+# On a CPU it warns whoever imports peft of a kernel that is on the Hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 INT8 = 127  # what the largest weight of a row becomes
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tasks.jobs.engine import Engine
-from tasks.jobs.infer import Lines, run
+from tasks.jobs.infer import Lines, main, run
 from tasks.jobs.launch import run_job
 from tasks.jobs.sampling import Sampling
 from tests.tiny import TEXTS
@@ -123,6 +123,17 @@ def test_memory_is_flat_over_ten_thousand_prompts(tmp_path: Path, tiny_model: Pa
     # What oneDNN keeps for each shape that it has met levels off; keys and values, kept, would add a
     # third: 1 KB a token.
     assert max(sizes[middle:]) < max(sizes[:middle]) * 1.1
+
+
+def test_weights_in_few_bits_without_bitsandbytes_are_refused_in_one_line(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.jobs.quantization.is_bitsandbytes_available", lambda: False)
+    (tmp_path / "job.json").write_text(json.dumps(job_in(tmp_path, tiny_model, quantization="4bit")))
+    with pytest.raises(
+        SystemExit, match=r"^error: weights in 4bit need bitsandbytes: pip install 'lion-distill\[gpu\]'$"
+    ):
+        main(tmp_path / "job.json")
 
 
 @pytest.fixture(scope="module")
