@@ -23,6 +23,7 @@ from tasks.jobs.dataset import padded
 from tasks.jobs.quantization import quantized, widened
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+PART = 2**24  # elements that are rounded at once
 
 
 def stored_dtype(model: str) -> torch.dtype:
@@ -37,21 +38,25 @@ def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     An update by less than half of what two numbers of that type are apart would be undone by rounding to the nearest,
     and most updates of a short training are that small (stochastic rounding: Gupta et al. 2015).
     """
-    near = weight.to(dtype)
-    if near.dtype == weight.dtype:
-        return near
-    chance = torch.Generator().manual_seed(zlib.crc32(weight.numpy()))  # no two students lean the same way
-    missed = weight - near.float()
-    beyond = torch.nextafter(near, torch.full_like(near, torch.inf).copysign(missed.to(dtype)))
-    share = missed / (beyond.float() - near.float())
-    return torch.where(torch.rand(weight.shape, generator=chance) < share, beyond, near)
+    whole = weight.float().contiguous()
+    if dtype == torch.float32:
+        return whole
+    chance = torch.Generator().manual_seed(zlib.crc32(whole.numpy()))  # no two students lean the same way
+    parts = []
+    for part in whole.flatten().split(PART):
+        near = part.to(dtype)
+        missed = part - near.float()
+        beyond = torch.nextafter(near, torch.full_like(near, torch.inf).copysign(missed.to(dtype)))
+        share = missed / (beyond.float() - near.float())
+        parts.append(torch.where(torch.rand(part.shape, generator=chance) < share, beyond, near))
+    return torch.cat(parts).view(weight.shape)
 
 
 def save_model(weights: dict[str, torch.Tensor], like: Any, dtype: torch.dtype, folder: Path) -> None:
-    """Save fp32 weights as a plain checkpoint in `dtype`, with the config and the generation config of the model `like`."""
+    """Save weights as a plain checkpoint in `dtype`, with the config and the generation config of the model `like`."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(like.config, dtype=dtype)
-    given = {name: rounded(weight.cpu().contiguous(), dtype) for name, weight in weights.items()}
+    given = {name: rounded(weight.cpu(), dtype) for name, weight in weights.items()}
     skeleton.load_state_dict(given, strict=False, assign=True)
     skeleton.tie_weights()  # a tied weight may have been given by one of its names
     if lost := [name for name, weight in skeleton.named_parameters() if weight.is_meta]:

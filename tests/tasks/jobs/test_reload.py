@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tasks.jobs import reload
 from tasks.jobs.reload import rounded
 
 
@@ -20,6 +21,15 @@ def test_what_a_type_holds_stays_as_it_is() -> None:
     assert torch.equal(rounded(weight.float(), torch.bfloat16), weight)
     fine = torch.randn(1000)
     assert torch.equal(rounded(fine, torch.float32), fine)
+    assert torch.equal(rounded(weight, torch.float32), weight.float())  # as DeepSpeed gives what is not trained
+    assert torch.equal(rounded(weight, torch.float16), rounded(weight.float(), torch.float16))
+
+
+def test_a_large_weight_is_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reload, "PART", 7)
+    weight = torch.randn(10, 5).t()
+    made = rounded(weight, torch.bfloat16)
+    assert made.shape == weight.shape and (made - weight).abs().max() < 0.05
 
 
 def test_the_same_weight_is_rounded_the_same() -> None:
