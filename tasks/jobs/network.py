@@ -5,7 +5,7 @@ device. `LlamaNetwork` is the same computation for models of Llama's shape on a 
 of a step goes to a hundred small operations a layer in the former, and Python that keeps other threads waiting.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from tasks.jobs import kernels
 from tasks.jobs.attention import ATTENTION, Step, attend_on_cpu
 from tasks.jobs.kernels import bits, tensor
-from tasks.jobs.quantization import WidenedLinear, quantized, widen_at_use
+from tasks.jobs.linear import TILE, PackedLinear, alike_tiles, can_pack, pack_linear_layers, widen_at_use
+from tasks.jobs.quantization import quantized
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TILE = 64  # tokens of a step on a CPU
-TILES = tuple(range(16, 257, 16))  # sizes, where they give the same
 LARGEST_TILE = 512  # made of several such sizes: a layer's weights are read from memory once for all of them
 GPU_TILE = 256
 LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork computes
@@ -150,54 +149,6 @@ class LlamaLayer:
         self.linear = [self.qkv, self.output, self.gate_and_up, self.down]
 
 
-class PackedLinear(nn.Module):
-    """Linear layers of one input on a CPU, side by side, laid out once for oneDNN and not again at every call."""
-
-    def __init__(self, *layers: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = layers[0].in_features, sum(layer.out_features for layer in layers)
-        self.dtype = layers[0].weight.dtype
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]))
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_linear_layers(model: nn.Module) -> list[PackedLinear]:
-    """Put a `PackedLinear` in the place of each linear layer."""
-    packed = []
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                packed.append(PackedLinear(child))
-                setattr(parent, name, packed[-1])
-    return packed
-
-
-@torch.inference_mode()
-def alike_tiles(layers: Iterable[PackedLinear | WidenedLinear]) -> list[int]:
-    """The sizes of a step at which every layer gives a token the same numbers, to the last bit, wherever it stands.
-
-    A library picks how a product is summed up by its shape alone, and it is not said how; so it is tried out, once for
-    each shape, with one thread, as lanes have.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    sizes = list(TILES)
-    for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
-        some = torch.randn(max(TILES), layer.in_features, generator=torch.Generator().manual_seed(0))
-        tokens = some.to(layer.dtype)
-        expected = torch.cat([layer(part) for part in tokens.split(TILE)])
-        for size in list(sizes):
-            whole = tokens[: len(tokens) // size * size]
-            if not torch.equal(torch.cat([layer(part) for part in whole.split(size)]), expected[: len(whole)]):
-                sizes.remove(size)
-    torch.set_num_threads(threads)
-    return sizes
-
-
 def _filled_up(wanted: Sequence[int], tiles: Sequence[int]) -> np.ndarray:
     """The tokens whose logits are wanted, and the first one as often as it takes to be so many as in a tile."""
     filled = np.zeros(next(size for size in tiles if size >= len(wanted)), np.int64)
@@ -229,16 +180,6 @@ def _rotations(model: Any) -> tuple[np.ndarray, np.ndarray]:
     both = rotary(torch.zeros(1, dtype=torch.float32), positions)
     cosines, sines = (x[0, :, : len(rotary.inv_freq)].contiguous().numpy() for x in both)
     return cosines, sines
-
-
-def can_pack(precision: str) -> bool:
-    """Whether oneDNN multiplies in this precision on this CPU."""
-    able = {
-        "fp32": torch.backends.mkldnn.is_available,
-        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return torch.backends.mkldnn.is_available() and able[precision]()
 
 
 def best_precision(device: torch.device) -> str:

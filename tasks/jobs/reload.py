@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tasks.jobs.dataset import padded
-from tasks.jobs.quantization import quantized, widened
+from tasks.jobs.quantization import made_whole, quantized
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 PART = 2**24  # elements that are rounded at once
@@ -77,7 +77,7 @@ def merge_adapter(folder: Path, dtype: torch.dtype, held: torch.dtype | None) ->
     in_4_bit = quantized("4bit", held, torch.device("cpu")) if held else {}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=held or torch.float32, **in_4_bit)
     if held:
-        model = widened(model)
+        model = made_whole(model)
     merged = PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload()
     save_model(merged.state_dict(), merged, dtype, folder)
 

@@ -33,9 +33,8 @@ from tests.benchmarks.inference import MAX_TOKENS, PROMPTS, make_requests, secon
 PRECISION = best_precision(torch.device("cpu"))
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
 AT = "--host 127.0.0.1 --port {port}"
-ALL_CORES = (
-    f"env VLLM_CPU_OMP_THREADS_BIND=0-{(os.cpu_count() or 1) - 1} VLLM_CPU_KVCACHE_SPACE=4"  # it would leave one
-)
+# vLLM would leave a core, and take nearly all the memory.
+ENVIRONMENT = f"VLLM_CPU_OMP_THREADS_BIND=0-{(os.cpu_count() or 1) - 1} VLLM_CPU_KVCACHE_SPACE=4"
 SERVERS = (  # what it is called, requests at once, every which prompt, the model's form that it reads, what starts it
     (
         "transformers serve --continuous-batching",
@@ -49,7 +48,7 @@ SERVERS = (  # what it is called, requests at once, every which prompt, the mode
         PROMPTS,
         1,
         "safetensors",
-        f"{ALL_CORES} vllm serve {{model}} {AT} --dtype {DTYPES[PRECISION]} --generation-config vllm",
+        f"vllm serve {{model}} {AT} --dtype {DTYPES[PRECISION]} --generation-config vllm",
     ),
     (
         "llama-server, 16 slots, Q4_1",
@@ -69,12 +68,11 @@ def run() -> list[dict[str, Any]]:
         ours = rate(Engine(Path(name), PRECISION), requests, sampling)
         models = {"safetensors": name, "gguf": str(find_embedded())}
         for label, rows, every, form, command in SERVERS:
-            program = next(word for word in command.split() if word != "env" and "=" not in word)
-            if shutil.which(program) is None:
+            if shutil.which(command.split()[0]) is None:
                 print(f"not measured, as it is not installed: {label}", file=sys.stderr)
                 continue
             model, port = models[form], free_port()
-            quiet = f"sh -c 'exec {command} > /dev/null 2>&1'"
+            quiet = f"sh -c 'exec env {ENVIRONMENT} {command} > /dev/null 2>&1'"
             with Served(serve_command(model, port, quiet, PRECISION, 1), port, model, rows) as server:
                 theirs = rate(server, requests[::every], sampling)
             against = f"{label} ({theirs:.0f}/s)"

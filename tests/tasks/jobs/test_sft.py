@@ -323,17 +323,15 @@ class TestTraining:
         assert changed == {name for name in before if "_proj" in name}
         assert before.keys() == after.keys()
 
-    @pytest.mark.parametrize("peft", ["none", "lora", "qlora"])
+    @pytest.mark.parametrize(("peft", "rate"), [("none", 5e-5), ("lora", 1e-4), ("qlora", 1e-4)])
     def test_what_little_was_learned_is_there_in_a_student_of_16_bit(
-        self, peft: str, home: Path, tiny_model: Path, tmp_path: Path
+        self, peft: str, rate: float, home: Path, tiny_model: Path, tmp_path: Path
     ) -> None:
         base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
         shutil.copytree(tiny_model, tmp_path / "base")
         base.save_pretrained(tmp_path / "base")
         data = write_rows(*["The answer is always the same."] * 12)
-        job = make_job(
-            tmp_path / "base", data, peft=peft, learning_rate={"none": 5e-5}.get(peft, 5e-4), num_train_epochs=2
-        )
+        job = make_job(tmp_path / "base", data, peft=peft, learning_rate=rate, num_train_epochs=2)
         result = train_here(job, home / "job")
         losses = [loss for _, loss in result["loss_by_step"]]
         assert result["reloaded_loss_difference"] < 0.1 * (losses[0] - losses[-1])
