@@ -113,16 +113,23 @@ def _mean(arms: list[list[Evaluation]], column: str) -> Interval | None:
     A question counts with its mean over the seeds, so that the interval is that of another set of questions; how
     far the seeds lie apart stands beside it.
     """
-    means = []
-    tokens: dict[str, float] = {}
-    for evaluations in arms:
-        values: dict[str, list[float]] = defaultdict(list)
-        for evaluation in evaluations:
-            for key, row in by_id(evaluation.details, ["tokens", column]).items():
-                if row[column] is not None:
-                    values[key].append(row[column])
-                    tokens[key] = row["tokens"] if column == "loss_sum" else 1
-        means.append({key: sum(some) / len(some) for key, some in values.items()})
-    keys = sorted(set.intersection(*(set(mean) for mean in means)))
-    numerators = [means[0][key] - (means[1][key] if len(means) > 1 else 0) for key in keys]
-    return paired(numerators, [tokens[key] for key in keys])
+    sums = [_sums(evaluations, column) for evaluations in arms]
+    keys = sorted(set.intersection(*map(set, sums)))
+    figures = [{key: value / weight for key, (value, weight) in some.items()} for some in sums]
+    # A token's loss, weighted by how many tokens the first arm's answer has; the other arm's are as many, but for
+    # answers that a sampling teacher gave otherwise with another seed, and one seed lacks.
+    weights = [sums[0][key][1] / len(arms[0]) for key in keys]
+    differences = [figures[0][key] - (figures[1][key] if len(arms) > 1 else 0) for key in keys]
+    return paired([weight * each for weight, each in zip(weights, differences, strict=True)], weights)
+
+
+def _sums(evaluations: list[Evaluation], column: str) -> dict[str, tuple[float, float]]:
+    """A figure by question, summed over the seeds, and what it is to be divided by."""
+    found: dict[str, tuple[float, float]] = {}
+    for evaluation in evaluations:
+        for key, row in by_id(evaluation.details, ["tokens", column]).items():
+            weight = row["tokens"] if column == "loss_sum" else 1
+            if row[column] is not None and weight:
+                value, before = found.get(key, (0.0, 0))
+                found[key] = value + row[column], before + weight
+    return found

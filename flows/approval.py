@@ -93,7 +93,7 @@ def lowered(config: DistillConfig, rows: int) -> DistillConfig:
 
 
 def forecast(config: DistillConfig, manifest: Manifest, pools: Pools) -> str:
-    """What the next iteration will ask of models, as Markdown: requests, and dollars at the mean price so far."""
+    """What the next iteration will ask of models, as Markdown: requests, and dollars paid so far."""
     spent = spend_of(manifest.run_id)
     wanted = config.generate.hard_rows + config.generate.easy_rows
     requests = {

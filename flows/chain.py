@@ -7,6 +7,8 @@ iterations are counted on. What `latest` means is settled before a run gets its 
 from dataclasses import dataclass
 
 from flows.config import ConfigError, DistillConfig
+from storage.files import Snapshot
+from storage.pools import by_id
 from storage.runs import IterationRecord, list_manifests, load_manifest
 from tasks.refresh import Pools
 
@@ -17,7 +19,21 @@ class Start:
 
     records: list[IterationRecord]  # of the iterations so far
     pools: Pools
+    heldout: Snapshot  # what was kept out of these pools
     same_teacher: bool  # its answers may be taken over
+
+    def check_holds_out(self, heldout: Snapshot) -> None:
+        """See that no instruction is held out now that may be in the pools.
+
+        Raises:
+            ConfigError: there are some.
+        """
+        new = by_id(heldout, []).keys() - by_id(self.heldout, []).keys()
+        if new:
+            raise ConfigError(
+                f"start_from: {len(new)} held-out instructions were not held out before, so the pools may hold them, and "
+                "the student have learned them. Keep `seeds.heldout` as it was, or begin from the base."
+            )
 
 
 def settled(config: DistillConfig) -> DistillConfig:
@@ -65,5 +81,6 @@ def start_of(config: DistillConfig) -> Start | None:
     return Start(
         records=records,
         pools=Pools(train=following["train_pool"], cache=following["cache_pool"]),
+        heldout=earlier.baseline.snapshots["heldout"],
         same_teacher=all(earlier.config[part] == config.model_dump(mode="json")[part] for part in ("teacher", "seed")),
     )

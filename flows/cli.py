@@ -90,7 +90,7 @@ def run(
     run_id = settings.run_id
     manifest = load_manifest(run_id)
     if fresh and manifest:
-        from storage.runs import forget
+        from storage.gc import forget
 
         forget(manifest)
     elif manifest and manifest.state == "completed" and manifest.is_whole():

@@ -212,7 +212,7 @@ def compare(
 ) -> None:
     """Put runs side by side: the best student of each, the gain over the first with its interval, the settings."""
     use_home(home)
-    from storage.journal import Journal
+    from storage.journal import spend_of
     from tasks.selection import compare as compare_students
 
     if len(run_ids) < 2:
@@ -220,23 +220,22 @@ def compare(
     manifests = [find_run(name) for name in run_ids]
     best = [_best_evaluation(manifest) for manifest in manifests]
     rows = []
-    with Journal() as journal:
-        for manifest, (iteration, evaluation) in zip(manifests, best, strict=True):
-            gain = compare_students(evaluation, best[0][1], best[0][0], manifest.config["seed"])
-            taught = sum(record.trained_rows for record in manifest.iterations)
-            rows.append(
-                {
-                    "run": manifest.run_id,
-                    "best iteration": f"{iteration} of {len(manifest.iterations)}",
-                    "rows trained on": taught,
-                    "loss": evaluation.loss,
-                    "gain in loss over the first": _shown(gain.loss_gain),
-                    "score": evaluation.score,
-                    "gain in score": _shown(gain.score_gain),
-                    "relative": _shown(gain.relative),
-                    "usd": journal.spent(manifest.run_id).usd,
-                }
-            )
+    for manifest, (iteration, evaluation) in zip(manifests, best, strict=True):
+        gain = compare_students(evaluation, best[0][1], best[0][0], manifest.config["seed"])
+        taught = sum(record.trained_rows for record in manifest.iterations)
+        rows.append(
+            {
+                "run": manifest.run_id,
+                "best iteration": f"{iteration} of {len(manifest.iterations)}",
+                "rows trained on": taught,
+                "loss": evaluation.loss,
+                "gain in loss over the first": _shown(gain.loss_gain),
+                "score": evaluation.score,
+                "gain in score": _shown(gain.score_gain),
+                "relative": _shown(gain.relative),
+                "usd": sum(line.usd for line in spend_of(manifest.run_id)),
+            }
+        )
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -278,11 +277,7 @@ def ablate(
 
     rows = run_arms(settings, [arm.strip() for arm in arms.split(",") if arm.strip()], seeds)
     if as_json:
-        plain = [
-            {key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in row.items()}
-            for row in rows
-        ]
-        print(json.dumps(plain, indent=2))
+        print(json.dumps(rows, indent=2, default=lambda interval: interval.model_dump()))
         return
     columns = ("loss", "score", "loss_over_adversarial", "score_over_adversarial")
     print_rows([row | {name: _shown(row[name]) for name in columns} for row in rows])

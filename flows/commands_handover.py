@@ -7,11 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import CheckpointName, Home, Refusal, find_run, note, out, use_home
+from flows.terminal import CheckpointName, Home, Refusal, RunName, find_run, note, out, use_home
 
 commands = typer.Typer()
-
-RunId = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")]
 
 
 class Form(StrEnum):
@@ -36,13 +34,15 @@ class What(StrEnum):
 @commands.command()
 def export(
     to: Annotated[Path, typer.Option("--to", help="The file to write; for hf a folder.")],
-    run_id: RunId = None,
+    run_id: RunName = None,
     form: Annotated[
         Form,
         typer.Option("--format", help="dpo: the teacher's answer over the student's where all reviews say so."),
     ] = Form.messages,
     what: Annotated[What, typer.Option("--what", help="training: what the student was trained on.")] = What.training,
-    iteration: Annotated[int | None, typer.Option("--iteration", help="Only this one's; by default all.")] = None,
+    iteration: Annotated[
+        int | None, typer.Option("--iteration", help="Only this one's; by default all that count.")
+    ] = None,
     home: Home = None,
 ) -> None:
     """Write a run's training set or a pool for other programs, each row with its lineage and licence."""
@@ -89,6 +89,7 @@ def push(
     """Put a student with its card on the Hub. Without HF_TOKEN in the environment only say what would go there."""
     use_home(home)
     from flows.students import find_student
+    from storage.files import model_files
 
     if repository.count("/") != 1:
         raise Refusal(f"{repository}: a repository is called OWNER/NAME.")
@@ -113,13 +114,6 @@ def push(
         repo_id=repository, folder_path=found.checkpoint.path, allow_patterns=[path.name for path in files]
     )
     note.print(f"{found.name} is at {repository}")
-
-
-def model_files(folder: Path) -> list[Path]:
-    """What a model is loaded from, and no log or job file beside it."""
-    from storage.files import MODEL_FILES
-
-    return sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
 
 
 def card_of(student: Any) -> str:

@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,8 +30,7 @@ def chat(
     from tasks.models.session import Session
 
     found = find_student(student)
-    system = system or found.system_prompt
-    opening = [{"role": "system", "content": system}] if system else []
+    opening = _opening(system or found.system_prompt)
     said = list(opening)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     note.print(f"{escaped(found.name)}. /new starts over, /quit ends.", soft_wrap=True)
@@ -65,9 +64,8 @@ def demo(
     """Open a page on which student and teacher answer side by side."""
     use_home(home)
     from contextlib import ExitStack
-    from functools import partial
 
-    from flows.students import find_student
+    from flows.students import Student, find_student
     from flows.web import demo_app
     from flows.web import serve as serve_page
     from tasks.models.chat import Sampling
@@ -76,20 +74,29 @@ def demo(
 
     found = find_student(student)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
-    if teacher is None:
-        model = found.config.get("teacher", {}).get("model", {"kind": "local", "model_name_or_path": "embedded"})
-        if model["kind"] != "local":
-            raise Refusal("The teacher is behind an API, and a demo would spend money unseen: name one with --teacher.")
-        teacher = model["model_name_or_path"]
-    other = find_student(teacher)
+    config = found.config.get("teacher", {}) if teacher is None else {}
+    model = config.get("model", {"kind": "local"})
+    if model["kind"] != "local":
+        raise Refusal("The teacher is behind an API, and a demo would spend money unseen: name one with --teacher.")
+    settings = LocalModel.model_validate(model)
+    other = find_student(teacher or settings.model_name_or_path)
     with ExitStack() as open_sessions:
-        sessions = {
-            who: open_sessions.enter_context(Session(LocalModel(), one.checkpoint))
-            for who, one in (("student", found), ("teacher", other))
-        }
-        answers = {who: partial(session.answer, sampling=sampling) for who, session in sessions.items()}
+
+        def answers_of(one: Student, settings: LocalModel, system_prompt: str | None) -> Any:
+            session = open_sessions.enter_context(Session(settings, one.checkpoint))
+            return lambda said: session.answer([*_opening(system_prompt), *said], sampling)
+
+        answers = {"student": answers_of(found, found.model, found.system_prompt)}
+        if config:  # the run's teacher, as it was asked
+            answers["teacher"] = answers_of(other, settings, config["system_prompt"])
+        else:
+            answers["teacher"] = answers_of(other, other.model, other.system_prompt)
         note.print(f"http://127.0.0.1:{port}  (Ctrl-C ends)")
         serve_page(demo_app(answers, {"student": found.name, "teacher": other.name}), port)
+
+
+def _opening(system_prompt: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system_prompt}] if system_prompt else []
 
 
 def _asked() -> str | None:

@@ -238,6 +238,7 @@ def explain(config: BaseModel) -> str:
 
 
 def _explained_fields(model: BaseModel, indent: str) -> Iterator[str]:
+    plain = model.model_dump(mode="json")
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if field.description:
@@ -246,5 +247,4 @@ def _explained_fields(model: BaseModel, indent: str) -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _explained_fields(value, indent + "  ")
         else:
-            shown = list(value) if isinstance(value, tuple) else value
-            yield f"{indent}{name}: {json.dumps(shown, ensure_ascii=False)}"
+            yield f"{indent}{name}: {json.dumps(plain[name], ensure_ascii=False)}"

@@ -44,7 +44,7 @@ def distill(config: DistillConfig) -> str:
     with shards_by(config.task_runner), recorded(config) as manifest:
         run = Run(config, manifest)
         start = start_of(config)
-        pools, student = run.baseline()
+        pools, student = run.baseline(start)
         if start:
             pools, student = run.go_on_from(start)
         first = len(manifest.iterations) + 1
@@ -58,7 +58,7 @@ def distill(config: DistillConfig) -> str:
             write_report(manifest)
             catalog.publish()
             publish_artifacts(manifest)
-            if run.is_stalled():
+            if run.is_stalled(last=iteration == first + config.iterations - 1):
                 break  # nothing is gained; the manifest's notes say so
         manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}
     write_report(manifest)
@@ -72,7 +72,7 @@ class Run:
     def __init__(self, config: DistillConfig, manifest: Manifest):
         self.config, self.manifest = config, manifest
 
-    def baseline(self) -> tuple[Pools, Checkpoint]:
+    def baseline(self, start: Start | None) -> tuple[Pools, Checkpoint]:
         """Before the first iteration: models, pools, and how good the student is without any training."""
         config, record = self.config, self.manifest.baseline
         step = Steps(self.manifest, record)
@@ -89,6 +89,8 @@ class Run:
             "near_heldout": seeds.near_heldout,
         }
         self.heldout: Snapshot = seeds.heldout
+        if start:
+            start.check_holds_out(self.heldout)
 
         # All who are asked far away come first: a wrong key is found before anything is paid or computed.
         self.teachers = [
@@ -127,8 +129,12 @@ class Run:
         if start.same_teacher:
             self.answers = [start.records[-1].snapshots["teacher_responses"]]
         kept = [record for record in start.records if not record.rolled_back]
-        self.standing = kept[-1] if kept else self.manifest.baseline
-        assert self.standing.student, "a finished iteration has a student"
+        if kept:
+            # Measured as this run measures, or the next student would be compared by another yardstick.
+            self.standing = record = kept[-1]
+            assert record.student, "a finished iteration has a student"
+            record.evaluation = self._evaluate(Steps(self.manifest, record), record.student, record.iteration)
+        assert self.standing.student
         return start.pools, self.standing.student
 
     def iterate(self, iteration: int, pools: Pools, student: Checkpoint) -> tuple[Pools, Checkpoint]:
@@ -189,11 +195,11 @@ class Run:
         following = step(refresh_pools, pools.cache, generation.candidates)
         return following, student
 
-    def is_stalled(self) -> bool:
-        """Whether the loop ends here because the last iterations gained nothing; the manifest says so."""
+    def is_stalled(self, *, last: bool) -> bool:
+        """Whether the last iterations gained nothing, so that the loop ends; unless it ends anyway, the manifest says so."""
         records, stop = self.manifest.iterations, self.config.stop
         stalled = is_stalled(stop, [record.comparison for record in records if record.comparison])
-        if stalled and len(records) < self.config.iterations:
+        if stalled and not last:
             records[-1].notes.append(f"stopped: no gain above {stop.min_gain:g} in the last {stop.patience} iterations")
         return stalled
 

@@ -20,7 +20,7 @@ from tasks.models.endpoint import OpenAIModel
 from tasks.models.prices import price_of
 from tasks.models.wire import keyer
 from tasks.referee import PROMPT, LLMReferee
-from tasks.seed import read_seeds
+from tasks.seed import usable_seeds
 
 USUAL_TOKENS = {"teacher": 256, "referee": 160, "generator": 80}  # of an answer, where nothing better is known
 CHARS_PER_TOKEN = 4.0  # of English prose under today's byte-pair vocabularies
@@ -95,10 +95,10 @@ def _assumptions(config: DistillConfig, given: Sequence[str]) -> Assumptions:
 
 def _measured(config: DistillConfig) -> dict[str, tuple[float, str]]:
     """Mean answer lengths of the same role and model in this home's journal."""
-    models = {name.split()[0]: model.model for name, model in config.models().items() if model.kind == "openai"}
+    models = {(name.split()[0], model.model) for name, model in config.models().items() if model.kind == "openai"}
     tokens, requests = Counter[str](), Counter[str]()
     for row in spend_of():
-        if models.get(row.role) == row.model:
+        if (row.role, row.model) in models:
             tokens[row.role] += row.completion_tokens
             requests[row.role] += row.requests
     return {
@@ -113,9 +113,8 @@ class _Reckoning:
 
     def __init__(self, config: DistillConfig, assumed: dict[str, float]):
         self.config, self.assumed = config, assumed
-        seeds, heldout = config.seeds, read_seeds(config.seeds.heldout, bundled="heldout.jsonl").rows
-        self.seeds = _with_ids(read_seeds(seeds.path).rows[: seeds.max_rows])
-        self.heldout = _with_ids(heldout[: seeds.max_heldout])
+        usable = usable_seeds(config.seeds)
+        self.seeds, self.heldout = _with_ids(usable.rows), _with_ids(usable.heldout)
 
     def lines(self) -> Iterable[Line]:
         config = self.config

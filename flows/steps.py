@@ -68,6 +68,7 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
             versions={name: version(name) for name in ("lion-distill", "prefect", "duckdb", "pyarrow")},
             stage_keys=before.stage_keys if before else [],
             approvals=before.approvals if before else {},
+            earlier=list(dict.fromkeys(before.pointers())) if before else [],
             warnings=config.warnings(),
         )
         for warning in manifest.warnings:
@@ -90,5 +91,5 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
             manifest.state, manifest.error = "failed", f"{type(error).__name__}: {error}"
             manifest.save()
             raise
-        manifest.state = "completed"
+        manifest.state, manifest.earlier = "completed", []
         manifest.save()

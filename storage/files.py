@@ -191,10 +191,26 @@ class Checkpoint(Pointer):
             raise StorageError(f"checkpoint {self.digest} is damaged: {self.path}")
 
 
-MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template.jinja")
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",  # which shard holds what
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def model_files(directory: Path) -> list[Path]:
+    """What a model is loaded from, and no log or job file beside it: weights, configs, tokenizer, chat template."""
+    return sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern)})
 
 
 def digest_of_model(directory: Path) -> str:
-    """Digest of the files that a model is loaded from: weights, configs, tokenizer, chat template."""
-    files = sorted(path for pattern in MODEL_FILES for path in directory.glob(pattern))
-    return digest_of({path.name: digest_of_file(path) for path in files})
+    """Digest of the files that a model is loaded from."""
+    return digest_of({path.name: digest_of_file(path) for path in model_files(directory)})

@@ -1,11 +1,10 @@
 """The manifest of a run: what was asked, what each iteration made, where it is.
 
 `runs/<run_id>/manifest.json` is written whole after every stage, so that a run killed at any moment can be
-looked at. It is a record and never a decision: what is done and what is not is decided by the cache keys of the
-stages. The one exception is the question whether a *completed* run has anything left to do.
+looked at. It is a record: what is done and what is not is decided by the cache keys of the stages. What it decides is
+whether a *completed* run has anything left to do, where another run goes on from, and what nobody needs any more.
 """
 
-import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,6 +125,7 @@ class Manifest(BaseModel):
     next_pools: dict[str, Snapshot] = Field(default_factory=dict)  # what an iteration more would start from
     approvals: dict[int, dict[str, Any]] = Field(default_factory=dict)  # by iteration: what a person answered
     stage_keys: list[str] = Field(default_factory=list)  # cache keys of the stages, for --fresh and gc
+    earlier: list[Snapshot | Checkpoint] = Field(default_factory=list)  # made by earlier attempts; none once completed
 
     @property
     def folder(self) -> Path:
@@ -145,6 +145,13 @@ class Manifest(BaseModel):
         gone = {record.iteration for record in self.iterations if record.rolled_back or not record.evaluation}
         standing = [(iteration, student) for iteration, student in self.students() if iteration not in gone]
         return standing[-1] if standing else None
+
+    def lineage(self, iteration: int) -> list[IterationRecord]:
+        """The iterations whose answers made the student of an iteration what it is."""
+        if self.config["student"]["init_from"] == "base":
+            return [record for record in self.iterations if record.iteration == iteration]
+        made = [record for record in self.iterations if record.iteration <= iteration]
+        return [record for record in made if record.iteration == iteration or not record.rolled_back]
 
     def state_now(self) -> str:
         """The state, and whether a run that says it is running still is."""
@@ -185,15 +192,6 @@ def load_manifest(run_id: str) -> Manifest | None:
         return Manifest.model_validate_json(path.read_text())
     except ValueError as error:
         raise StorageError(f"{path} cannot be read ({error}). Move it away and run again: no work is lost.") from error
-
-
-def forget(manifest: Manifest) -> None:
-    """Take away what makes a run's stages count as done: their records, and the models they trained."""
-    for key in manifest.stage_keys:
-        (home() / "results" / key).unlink(missing_ok=True)
-    for pointer in manifest.pointers():
-        if isinstance(pointer, Checkpoint):
-            shutil.rmtree(pointer.path, ignore_errors=True)
 
 
 def list_manifests() -> list[Manifest]:

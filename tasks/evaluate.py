@@ -15,7 +15,7 @@ from tasks.policies import stage
 from tasks.progress import progress
 from tasks.scores import reference_score
 
-VERSION = 1
+VERSION = 2
 
 
 class EvaluationConfig(BaseModel):

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from storage.catalog import ask
 from storage.files import write_atomic, write_json_lines, write_json_list
-from storage.pools import write_parquet
+from storage.pools import by_id, write_parquet
 from storage.runs import Manifest
 from tasks.models.chat import conversation
 
@@ -62,8 +62,9 @@ def export(manifest: Manifest, form: Form, to: Path, what: What = "training", it
 
     Args:
         form: `hf` writes a folder, every other form a file; a written file is replaced whole.
-        what: training: what the student was trained on. A pool: all its instructions, answered or not.
-        iteration: of the pool, or of the reviews; by default all together.
+        what: training: what the best student was trained on, through all iterations that it descends from; the rows that
+            the trainer set apart for its own validation are among them. A pool: all its instructions, answered or not.
+        iteration: of the training, of the pool, or of the reviews; by default all together.
 
     Raises:
         NothingToExport: there is no such row.
@@ -103,8 +104,24 @@ def _answered(manifest: Manifest, what: What, iteration: int | None) -> list[dic
     pool = "train_pool" if what == "training" else what
     rows = ask(ANSWERED.format(pool=pool), {"run": manifest.run_id, "iteration": iteration})
     if what == "training":
-        rows = [row for row in rows if row["status"] in _taught(manifest)]
+        trained = _trained_on(manifest, iteration)
+        rows = [row for row in rows if row["instruction_id"] in trained]
     return _with_teacher(manifest, rows)
+
+
+def _trained_on(manifest: Manifest, iteration: int | None) -> set[str]:
+    """Ids of the rows that a student saw: that of an iteration in this one alone, the best in all that led to it."""
+    best = manifest.best()
+    if iteration is not None:
+        records = [record for record in manifest.iterations if record.iteration == iteration]
+    else:
+        records = manifest.lineage(best[0]) if best else []
+    found: set[str] = set()
+    for record in records:
+        if examples := record.snapshots.get("examples"):
+            left_out = {key for keys in record.training.get("left_out", {}).values() for key in keys}
+            found |= by_id(examples, []).keys() - left_out
+    return found
 
 
 def _preferred(manifest: Manifest, iteration: int | None) -> list[dict[str, Any]]:

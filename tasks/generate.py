@@ -7,15 +7,18 @@ when enough are accepted or when the cap on attempts is reached; a shortfall is 
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Snapshot
-from storage.pools import by_id, instruction_id, read_rows, write_snapshot
+from storage.pools import by_id, instruction_id, write_snapshot
 from storage.runs import Generated
+from tasks.contamination import Evaluated, whole_text
 from tasks.models.budget import Account
 from tasks.models.chat import Reply, Request, Sampling, Status
 from tasks.models.local import LocalModel
@@ -25,7 +28,7 @@ from tasks.novelty import NoveltyIndex, Rejection, check_text
 from tasks.policies import stage
 from tasks.progress import progress
 
-VERSION = 1
+VERSION = 2
 SIDES = ("hard", "easy")
 PROMPTS = {
     ("prompt", "hard"): load("generate_hard.md"),
@@ -104,7 +107,7 @@ def generate_instructions(
         difficulty = _by_lot(difficulty, random.Random(f"{seed}/lot"))
     parents = {side: [key for key in pool if difficulty.get(key) == side] for side in SIDES}
     wanted, notes = _shares(config, parents)
-    judge = _Judge(config.max_similarity, [*pool.values(), *read_rows(heldout)], wanted)
+    judge = _Judge(config, pool, by_id(heldout), wanted)
     queue = {side: _coverage(parents[side], random.Random(f"{seed}/{side}")) for side in SIDES}
     left = {side: math.ceil(wanted[side] * config.max_attempts) for side in SIDES}
     while any(judge.missing(side) and left[side] for side in SIDES):
@@ -145,10 +148,12 @@ def _shares(config: GenerateConfig, parents: dict[str, list[str]]) -> tuple[dict
     """How many rows are wanted of each side. A side without parents gives its share to the other, and says so."""
     wanted = {"hard": config.hard_rows, "easy": config.easy_rows}
     notes = []
+    if any(wanted.values()) and not any(parents.values()):
+        return dict.fromkeys(SIDES, 0), [f"no parents: none of the {sum(wanted.values()):,} rows is asked for"]
     for side, other in (SIDES, SIDES[::-1]):
         if wanted[side] and not parents[side]:
             notes.append(f"no {side} parents: their {wanted[side]:,} rows are asked of the {other} side")
-            wanted = {side: 0, other: wanted[other] + wanted[side] if parents[other] else 0}
+            wanted = {side: 0, other: wanted[other] + wanted[side]}
     return wanted, notes
 
 
@@ -176,13 +181,21 @@ def _request(key: str, method: str, side: str, parent: dict[str, Any], draw: int
 class _Judge:
     """Takes replies one by one, in the order of their requests, and decides which are new."""
 
-    def __init__(self, max_similarity: float, known: list[dict[str, Any]], wanted: dict[str, int]):
+    def __init__(
+        self,
+        config: GenerateConfig,
+        pool: dict[str, dict[str, Any]],
+        heldout: dict[str, dict[str, Any]],
+        wanted: dict[str, int],
+    ):
         self.candidates: list[dict[str, Any]] = []
+        self._read = _candidate_in_json if config.method == "prompt" else _candidate
         self._wanted = wanted
         self._accepted: Counter[str] = Counter()
         self._seen: Counter[str] = Counter()
-        self._index = NoveltyIndex(max_similarity)
-        self._index.add_many((row["instruction_id"], _comparable(row["instruction"], row["input"])) for row in known)
+        self._heldout = Evaluated(heldout.items(), config.max_similarity)
+        self._index = NoveltyIndex(config.max_similarity)
+        self._index.add_many((key, whole_text(row)) for key, row in pool.items())
 
     def missing(self, side: str) -> int:
         return self._wanted[side] - self._accepted[side]
@@ -197,24 +210,24 @@ class _Judge:
         row: dict[str, Any] = {"parent_id": parent["instruction_id"], "side": side, "draw": draw}
         row |= {"category": parent["category"], "rejection": _UNUSABLE.get(reply.status)}
         if row["rejection"] is None:
-            row |= _candidate(reply.text or "")
+            row |= self._read(reply.text or "")
             row["instruction_id"] = instruction_id(row["instruction"], row["input"])
-            row |= self._judged(side, row["instruction_id"], row["instruction"], row["input"])
+            row["rejection"] = row["rejection"] or check_text(row["instruction"])
+            row |= {} if row["rejection"] else self._compared(side, row)
         self.candidates.append(row)
         self._accepted[side] += row["rejection"] is None
 
-    def _judged(self, side: str, key: str, instruction: str, input: str | None) -> dict[str, Any]:
-        if problem := check_text(instruction):
-            return {"rejection": problem}
-        text = _comparable(instruction, input)
-        if near := self._index.nearest(text):
+    def _compared(self, side: str, row: dict[str, Any]) -> dict[str, Any]:
+        text = whole_text(row)
+        if near := self._heldout.nearest(row) or self._index.nearest(text):
             return {"rejection": Rejection.NEAR_DUPLICATE, "near_id": near.key, "similarity": near.similarity}
         if not self.missing(side):
             return {"rejection": Rejection.SURPLUS}
-        self._index.add(key, text)
+        self._index.add(row["instruction_id"], text)
         return {"rejection": None}
 
 
+_JSON = json.JSONDecoder(strict=False)  # models put line breaks into strings
 _UNUSABLE = {
     Status.TRUNCATED: Rejection.TRUNCATED,
     Status.FILTERED: Rejection.FILTERED,
@@ -224,21 +237,20 @@ _UNUSABLE = {
 }
 
 
-def _comparable(instruction: str, input: str | None) -> str:
-    return f"{instruction}\n{input}" if input else instruction
-
-
 def _candidate(text: str) -> dict[str, Any]:
-    """Instruction and input from a reply: a JSON object where it is one, otherwise the whole text."""
-    body = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
-    try:
-        said = json.loads(body)
-    except json.JSONDecodeError:
-        said = None
-    if not isinstance(said, dict) or not isinstance(said.get("instruction"), str):
-        return {"instruction": text.strip(), "input": None}
-    given = said.get("input")
-    return {
-        "instruction": said["instruction"].strip(),
-        "input": given.strip() or None if isinstance(given, str) else None,
-    }
+    """The instruction that a model wrote on."""
+    return {"instruction": text.strip(), "input": None, "rejection": None}
+
+
+def _candidate_in_json(text: str) -> dict[str, Any]:
+    """Instruction and input of the first JSON object that has them, whatever stands around it; the whole text where the
+    model gave none, as long as it did not try to."""
+    for brace in re.finditer("{", text):
+        with suppress(json.JSONDecodeError):
+            said = _JSON.raw_decode(text, brace.start())[0]
+            if isinstance(said.get("instruction"), str):
+                given = said.get("input")
+                input = given.strip() or None if isinstance(given, str) else None
+                return {"instruction": said["instruction"].strip(), "input": input, "rejection": None}
+    tried = text.lstrip().startswith(("{", "```")) or '"instruction"' in text
+    return _candidate(text) | {"rejection": Rejection.MALFORMED if tried else None}

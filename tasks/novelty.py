@@ -21,7 +21,7 @@ import sys
 import unicodedata
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from typing import NamedTuple
@@ -32,13 +32,14 @@ from rapidfuzz.distance import LCSseq
 
 
 class Rejection(StrEnum):
-    """Why a candidate instruction was rejected. The first five are what can become of the generator's reply."""
+    """Why a candidate instruction was rejected. The first six are what can become of the generator's reply."""
 
     TRUNCATED = "truncated"  # cut at max_tokens: half an instruction
     FILTERED = "filtered"  # withheld by a content filter
     REFUSED = "refused"  # the generator declined
     FAILED = "failed"  # no reply
     EMPTY = "empty"  # nothing but white space
+    MALFORMED = "malformed"  # JSON that broke off, or has no instruction
     TEMPLATE_LEAK = "template_leak"  # a phrase of our own prompts, or a special token
     NOT_AN_INSTRUCTION = "not_an_instruction"  # no words, or a remark about the task instead of a task
     TOO_SHORT = "too_short"
@@ -65,17 +66,25 @@ def rouge_tokens(text: str) -> list[str]:
     return ROUGE_TOKEN.findall(text.lower())
 
 
-def tokens_of(text: str) -> list[str]:
-    """The tokens that the index compares: those of rouge_score, unless they miss most of the text.
+def tokens_of_any_script(text: str) -> list[str]:
+    """The words of any script, or the characters where a script has no spaces."""
+    return TOKEN_OF_ANY_SCRIPT.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def tokenizer_for(text: str) -> Callable[[str], list[str]]:
+    """What finds the tokens of a text, and of those that are compared with it: `rouge_tokens`, unless it misses most.
 
     In other scripts rouge_score sees nothing, or only the word "Python" amid a Chinese question; it would find
     any two such questions wholly different, or equal. So where at most half of the letters and digits are in
-    a-z and 0-9, the tokens are the words of any script, or the characters where a script has no spaces.
+    a-z and 0-9, the tokens are `tokens_of_any_script`.
     """
-    tokens = rouge_tokens(text)
-    if text.isascii() or 2 * sum(map(len, tokens)) > sum(map(str.isalnum, text)):
-        return tokens
-    return TOKEN_OF_ANY_SCRIPT.findall(unicodedata.normalize("NFKC", text).lower())
+    seen = text.isascii() or 2 * sum(map(len, rouge_tokens(text))) > sum(map(str.isalnum, text))
+    return rouge_tokens if seen else tokens_of_any_script
+
+
+def tokens_of(text: str) -> list[str]:
+    """The tokens that the index compares."""
+    return tokenizer_for(text)(text)
 
 
 def lcs_f_measure(a: Sequence[str], b: Sequence[str]) -> float:
@@ -87,14 +96,15 @@ def lcs_f_measure(a: Sequence[str], b: Sequence[str]) -> float:
     return 2 * LCSseq.similarity(first, second) / (len(a) + len(b))
 
 
-def rouge_l(a: str, b: str) -> float:
-    """ROUGE-L F (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries") of two texts.
+def rouge_l(reference: str, text: str) -> float:
+    """ROUGE-L F (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries") of a text to a reference.
 
-    Equal to `RougeScorer(["rougeL"], use_stemmer=False)` of the package rouge_score, up to that package's
+    For a reference in Latin letters (`tokenizer_for`) equal to `RougeScorer(["rougeL"], use_stemmer=False)` of the package rouge_score, up to that package's
     rounding: it goes by way of precision and recall, and can find 0.7000000000000001 where seven tokens of ten
     are shared. The score here is the float nearest to the true one, so it is above 0.7 only if that is.
     """
-    return lcs_f_measure(rouge_tokens(a), rouge_tokens(b))
+    tokenize = tokenizer_for(reference)
+    return lcs_f_measure(tokenize(reference), tokenize(text))
 
 
 # Near duplicates
@@ -197,10 +207,6 @@ class NoveltyIndex:
             if similarity > highest or (similarity == highest and row < best):
                 best, highest = row, similarity
         return Near(self._keys[best], highest) if best >= 0 else None
-
-    def nearest_many(self, texts: Iterable[str]) -> list[Near | None]:
-        """`nearest` for each of the texts, which are not compared with each other."""
-        return [self.nearest(text) for text in texts]
 
     def _sharing_a_rare_token(self, known: list[int], m: int) -> tuple[Rows, npt.NDArray[np.int64]]:
         """Step 1: rows, some more than once, and beside each how many shared tokens it needs at least."""
@@ -318,15 +324,18 @@ REMARK = re.compile(
 )
 
 
-def check_text(text: str, *, min_tokens: int = 2, max_tokens: int = 1024) -> Rejection | None:
+# Tokens are those of `tokens_of`: words, mostly. "Explain photosynthesis." has two; long tasks are wanted, and a runaway
+# is cut anyway.
+FEWEST_TOKENS, MOST_TOKENS = 2, 1024
+
+
+def check_text(text: str) -> Rejection | None:
     """What makes a candidate unusable by itself, or None. Near duplicates are `NoveltyIndex`'s business.
 
     Neither the word "instruction" nor a leading quote nor a letter outside a-z is a reason.
 
     Args:
         text: the candidate, as cut out of a whole reply; what became of other replies is the caller's to say.
-        min_tokens: fewer tokens (`tokens_of`: words, mostly) are too short. "Explain photosynthesis." has two.
-        max_tokens: more are too long: generous, since long tasks are wanted and a runaway is cut anyway.
     """
     if not text.strip():
         return Rejection.EMPTY
@@ -336,9 +345,9 @@ def check_text(text: str, *, min_tokens: int = 2, max_tokens: int = 1024) -> Rej
     tokens = tokens_of(text)
     if not any(map(str.isalpha, text)) or REMARK.match(lowered):
         return Rejection.NOT_AN_INSTRUCTION
-    if len(tokens) < min_tokens:
+    if len(tokens) < FEWEST_TOKENS:
         return Rejection.TOO_SHORT
-    if len(tokens) > max_tokens:
+    if len(tokens) > MOST_TOKENS:
         return Rejection.TOO_LONG
     return Rejection.REPETITIVE if is_repetitive(tokens) else None
 

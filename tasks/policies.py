@@ -1,7 +1,8 @@
 """How a stage is cached, locked, retried and named: `@stage(...)` around an ordinary typed function.
 
 A stage's cache key says *what* is made, in content alone: stage, version, prompt texts, the settings that change
-the result, the digests of the inputs. Never a path, a run, a clock time or the source of the function. Whoever
+the result, the digests of the inputs. Never a run, a clock time or the source of the function, and of places only the
+name that a local model was given. Whoever
 changes what a stage makes raises its `version`; whoever does not, keeps what users have paid for.
 
 The record of a finished stage is a small JSON file under `$LION_HOME/results`, written by Prefect. It is trusted
@@ -192,16 +193,16 @@ def stage(
     *,
     version: int,
     prompts: Iterable[str] = (),
-    retries: int = 1,
 ) -> Callable[[Callable[..., Any]], Task[..., Any]]:
-    """Make a function a stage: cached by content, locked while it runs, retried by Prefect.
+    """Make a function a stage: cached by content, locked while it runs, retried once by Prefect.
+
+    Not retried are a ValueError, which says that the input is wrong, and a ModelError, whose requests were tried again
+    one by one.
 
     Args:
         name: the stage's word, used in keys, task run names, tags and the manifest.
         version: raise it when the same inputs shall give another result.
         prompts: the prompt texts it uses. Editing one makes the stage run again.
-        retries: of the stage as a whole. Not retried: a ValueError, which says that the
-            input is wrong, and a ModelError, whose requests were tried again one by one.
     """
     texts = list(prompts)
 
@@ -218,7 +219,7 @@ def stage(
             cache_policy=policy,
             persist_result=True,
             result_serializer=WholeResult(),
-            retries=retries,
+            retries=1,
             retry_delay_seconds=5,
             retry_condition_fn=may_pass,
         )(_within_limits(function))

@@ -38,13 +38,15 @@ def source_digest(settings: LocalModel) -> str:
     """What a model's name stands for: the content of a local folder, otherwise the name itself.
 
     Raises:
-        ModelNotFound: the name looks like a folder, and no model is in it.
+        ModelNotFound: the name looks like a folder, and no model with safetensors is in it.
     """
     name = settings.model_name_or_path
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelNotFound(f"{name}: no config.json in this folder, so no model. Name the folder of a checkpoint.")
+        if not any(folder.glob("*.safetensors")):
+            raise ModelNotFound(f"{name}: no *.safetensors in this folder. Save the model as safetensors first.")
         return digest_of_model(folder)
     if name.startswith(("/", "./", "../", "~")):
         raise ModelNotFound(f"{name}: no such folder. Name a folder, a Hub id, or `embedded`.")

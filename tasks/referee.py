@@ -20,7 +20,7 @@ from tasks.policies import stage
 from tasks.progress import progress
 from tasks.scores import BEST_SCORE, reference_score
 
-VERSION = 1
+VERSION = 2
 PROMPT = load("referee.md")
 ORDERS = ("teacher_first", "student_first")
 REVIEW_SCHEMA = {

@@ -7,7 +7,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -116,18 +116,37 @@ def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> Se
     Raises:
         SeedError: a source cannot be used.
     """
+    usable = usable_seeds(config)
+    return SeedPools(
+        pool=_write(usable.rows, "seed"),
+        heldout=_write(usable.heldout, "heldout"),
+        duplicates=usable.duplicates,
+        near_heldout=usable.near_heldout,
+    )
+
+
+class UsableSeeds(NamedTuple):
+    """What a run begins with."""
+
+    rows: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    duplicates: int
+    near_heldout: int
+
+
+def usable_seeds(config: SeedConfig) -> UsableSeeds:
+    """The seeds that are near no held-out instruction, at most `max_rows` of them, and what is held out.
+
+    Raises:
+        SeedError: a source cannot be used, or no seed is left.
+    """
     seeds = read_seeds(config.path)
     heldout = read_seeds(config.heldout, bundled="heldout.jsonl").rows[: config.max_heldout]
     near = {id(row) for row, _ in find_near(seeds.rows, heldout)}
     clean = [row for row in seeds.rows if id(row) not in near]
     if not clean:
         raise SeedError(f"{config.path}: every seed is near a held-out instruction. Name other ones in seeds.heldout.")
-    return SeedPools(
-        pool=_write(clean[: config.max_rows], "seed"),
-        heldout=_write(heldout, "heldout"),
-        duplicates=seeds.duplicates,
-        near_heldout=len(near),
-    )
+    return UsableSeeds(clean[: config.max_rows], heldout, seeds.duplicates, len(near))
 
 
 def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:

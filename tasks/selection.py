@@ -38,11 +38,15 @@ class StopConfig(BaseModel):
 
 
 def compare(now: Evaluation, before: Evaluation, against: int, seed: int) -> Comparison:
-    """A student's held-out figures beside the teacher's and beside those of the student of iteration `against`."""
+    """A student's held-out figures beside the teacher's and beside those of the student of iteration `against`.
+
+    Losses can be told from each other where they are of the same tokens: else there is no gain in loss.
+    """
     columns = ["loss_sum", "tokens", "score"]
     new, old = by_id(now.details, columns), by_id(before.details, columns)
     both = [(new[key], old[key]) for key in sorted(new.keys() & old.keys())]
-    losses = [(b["loss_sum"] - a["loss_sum"], a["tokens"]) for a, b in both if a["tokens"]]
+    same = all(a["tokens"] == b["tokens"] for a, b in both)
+    losses = [(b["loss_sum"] - a["loss_sum"], a["tokens"]) for a, b in both if same and a["tokens"]]
     scores = [(a["score"] - b["score"], 1) for a, b in both if a["score"] is not None and b["score"] is not None]
     return Comparison(
         against=against,

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.files import MODEL_FILES, write_atomic
+from storage.files import model_files, write_atomic
 
 FORMAT = 1
 MANIFEST = "diff.json"
@@ -209,8 +209,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _small_files(folder: Path) -> list[Path]:
     """What belongs to a model beside its weights: configs, tokenizer, template, the list of shards."""
-    patterns = [pattern for pattern in MODEL_FILES if "safetensors" not in pattern] + ["*.safetensors.index.json"]
-    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    return [file for file in model_files(folder) if file.suffix != ".safetensors"]
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

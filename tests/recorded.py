@@ -105,6 +105,11 @@ def record_run(run_id: str = "recorded-1", model: Path | None = None, *settings:
         ],
         "generate", pool, verdicts,
     )  # fmt: skip
+    taught = [
+        {"instruction_id": key, "messages": [{"role": "user", "content": asked}], "response": said, "whole": True}
+        for key, asked, said in zip(IDS[:2], SEEDS, ("Rayleigh scattering.", "2, 3 and 5."))
+    ]
+    examples = snapshot("examples", taught, "finetune", pool, teacher)
     before, after = evaluation(("hm", 30.0, 1.0), ("hm", 30.0, 2.0)), evaluation(("Lava.", 20.0, 6.0), ("5", 10.0, 3.0))
     start, trained = checkpoint(f"{run_id}-start", model), checkpoint(f"{run_id}-trained", model)
     said = snapshot("responses", responses(["A mountain.", "5"], "teacher", heldout_ids), "teacher", heldout)
@@ -126,7 +131,7 @@ def record_run(run_id: str = "recorded-1", model: Path | None = None, *settings:
                 training={"loss_by_step": [[1, 3.0], [2, 2.0]]},
                 snapshots={
                     "train_pool": pool, "cache_pool": pool, "teacher_responses": teacher, "student_responses": student,
-                    "reviews": judged, "verdicts": verdicts, "candidates": candidates,
+                    "reviews": judged, "verdicts": verdicts, "candidates": candidates, "examples": examples,
                 },
             )
         ],

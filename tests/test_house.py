@@ -17,7 +17,7 @@ FORBIDDEN = {  # place -> top-level packages it may not import
     "tasks/jobs": {"flows", "prefect", "openai", "duckdb"},
     "storage": HEAVY | {"flows", "tasks", "prefect", "openai"},
 }
-# Not stages: what stages share.
+# Not stages: what stages share, and what commands do to what stages made.
 SHARED = {
     "policies",
     "novelty",

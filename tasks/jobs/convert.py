@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from storage.files import MODEL_FILES
+from storage.files import model_files
 from tasks.jobs.launch import finish
 
 EMBEDDED = "embedded"
@@ -56,10 +56,9 @@ def link(source: Path, directory: Path) -> dict[str, int]:
     """Link the files of a local model, which stays where it is."""
     from transformers import AutoConfig
 
-    for pattern in MODEL_FILES:
-        for file in source.glob(pattern):
-            (directory / file.name).unlink(missing_ok=True)
-            (directory / file.name).symlink_to(file.resolve())
+    for file in model_files(source):
+        (directory / file.name).unlink(missing_ok=True)
+        (directory / file.name).symlink_to(file.resolve())
     return {"layers": AutoConfig.from_pretrained(directory).num_hidden_layers}
 
 

@@ -31,9 +31,10 @@ class Example:
 
 
 def ensure_chat_template(tokenizer: Any) -> None:
-    """Give a tokenizer without a chat template the `### Instruction:` one."""
+    """Give a tokenizer without a chat template the `### Instruction:` one, which begins as the tokenizer has texts begin."""
     if not tokenizer.chat_template:
-        tokenizer.chat_template = BASE_TEMPLATE
+        begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + BASE_TEMPLATE
 
 
 def render_prompt(tokenizer: Any, messages: Messages) -> str:
@@ -62,9 +63,10 @@ def encode_example(tokenizer: Any, messages: Messages, answer: str, *, whole: bo
 
 def end_of_turn(tokenizer: Any) -> int:
     """The token that closes an answer in the chat template; eos where the template has none of its own."""
+    said = "The answer."  # no template and no special token has it
     closed = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}], tokenize=False
     )
-    tail = tokenizer(closed[closed.rindex("b") + 1 :], add_special_tokens=False)["input_ids"]
+    tail = tokenizer(closed.rpartition(said)[2], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids)
     return next((token for token in tail if token in special), tokenizer.eos_token_id)

@@ -131,6 +131,7 @@ class _Question:
     wish: Wish
     attempts: int = 0
     lost: int = 0  # attempts that may have been billed without an answer
+    claims: int = 1  # how many attempts money is set aside for
     sent_at: float = 0.0
 
 
@@ -395,10 +396,13 @@ class _Call:
 
     async def _attempt(self, question: _Question) -> Answer:
         """Send a request once."""
-        if question.lost:  # that attempt may have used up what was reserved: ask for as much again
+        if (
+            question.lost == question.claims
+        ):  # the last attempt may have used up what was reserved: ask for as much again
             claimed = await self._claim([question.wish])
             if claimed.over:
                 raise budget_reached(claimed.over, question.wish)
+            question.claims += 1
         await self.gate.passed()
         await self.requests_pace.take(1)
         await self.tokens_pace.take(question.wish.tokens)

@@ -127,8 +127,8 @@ def run() -> list[dict[str, Any]]:
     tokens = [rouge_tokens(text) for text in known[:SMALL]]
     few = [rouge_tokens(text) for text in candidates[:3]]
 
-    close = [near is not None for near in small.nearest_many(candidates)]
-    close_in_large = [near is not None for near in large.nearest_many(candidates)]
+    close = [near is not None for near in map(small.nearest, candidates)]
+    close_in_large = [near is not None for near in map(large.nearest, candidates)]
     checks = {
         "rapidfuzz cdist at 52,000": (too_close_by_cdist(batch, pool_small), close[:BATCH]),
         "rapidfuzz cdist at 1,000,000": (too_close_by_cdist(batch, pool), close_in_large[:BATCH]),
@@ -138,7 +138,7 @@ def run() -> list[dict[str, Any]]:
         if theirs != decisions:
             raise AssertionError(f"the index and {other} decide differently")
 
-    our_times = seconds(lambda: small.nearest_many(candidates), lambda: large.nearest_many(candidates))
+    our_times = seconds(lambda: [*map(small.nearest, candidates)], lambda: [*map(large.nearest, candidates)])
     ours = {size: taken / CANDIDATES for size, taken in zip((SMALL, LARGE), our_times, strict=True)}
     cdist_times = seconds(
         lambda: too_close_by_cdist(batch, pool_small), lambda: too_close_by_cdist(batch, pool), rounds=3

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from storage.pools import write_snapshot
+from storage.runs import Evaluation
 from tests.lion import arguments, lion
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SETTINGS = (
     # The tiny model hardly ever ends a line.
@@ -16,6 +16,8 @@ SETTINGS = (
 )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_an_arm_has_its_figures_and_about_as_many_teacher_tokens(tmp_path: Path, tiny_model: Path) -> None:
     command = [
         "ablate",
@@ -35,6 +37,23 @@ def test_an_arm_has_its_figures_and_about_as_many_teacher_tokens(tmp_path: Path,
     for row in rows[1:]:
         difference = row["loss"]["value"] - rows[0]["loss"]["value"]
         assert row["loss_over_adversarial"]["value"] == pytest.approx(difference)
+
+
+def test_a_mean_over_seeds_is_per_token_whatever_the_order_of_the_seeds(home: Path) -> None:
+    from flows.ablate import _mean
+
+    def evaluation(loss: float, tokens: int) -> Evaluation:
+        rows = [{"instruction_id": "a", "status": "ok", "loss_sum": loss * tokens, "tokens": tokens, "score": 5.0}]
+        details = write_snapshot("evaluations", rows, step="test", version=1)
+        return Evaluation(loss=loss, score=5.0, rows=1, scored=1, details=details)
+
+    short, long = evaluation(1.0, 10), evaluation(2.0, 30)  # the teacher samples: another answer with each seed
+    means = [_mean([arm], "loss_sum") for arm in ([short, long], [long, short])]
+    assert [mean and mean.value for mean in means] == [pytest.approx(70 / 40)] * 2
+    worse = _mean([[evaluation(2.0, 10), evaluation(3.0, 30)], [long, short]], "loss_sum")
+    assert worse and worse.value == pytest.approx(1.0)
+    score = _mean([[short, long]], "score")
+    assert score and score.value == pytest.approx(5.0)
 
 
 def test_an_unknown_arm_is_refused(tmp_path: Path) -> None:

@@ -135,6 +135,19 @@ def test_settings_that_lion_config_prints_are_the_settings(tmp_path: Path) -> No
     assert resolve(file=file) == resolve("offline")
 
 
+def test_lion_config_prints_several_teachers_and_caps_by_role_as_they_were_given(tmp_path: Path) -> None:
+    from flows.config import resolve
+
+    settings = [
+        "teacher.further=[{share: 0.2, model: {kind: openai, model: o4-mini}}]",
+        "budget.by_role={teacher: {max_requests: 5}}",
+    ]
+    file = tmp_path / "mine.yaml"
+    shown = lion(tmp_path, "config", "--preset", "lion-7b", *(f"--set={setting}" for setting in settings))
+    file.write_text(shown.stdout)
+    assert resolve(file=file) == resolve("lion-7b", settings)
+
+
 @pytest.mark.parametrize("preset", ["offline", "smoke", "lion-7b"])
 def test_every_preset_is_valid(preset: str) -> None:
     from flows.config import resolve

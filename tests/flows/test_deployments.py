@@ -13,7 +13,8 @@ from flows import deployed
 from flows.config import DistillConfig, presets, resolve
 from flows.deployed import _said, distill
 from storage.files import Snapshot
-from storage.runs import Baseline, IterationRecord, Manifest, chains
+from storage.pools import write_snapshot
+from storage.runs import Baseline, IterationRecord, Manifest, chains, load_manifest
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
@@ -108,8 +109,43 @@ def earlier(home: Path) -> Manifest:
     config = resolve("smoke").model_dump(mode="json")
     manifest = Manifest(run_id="smoke-1", state="failed", config=config)
     manifest.iterations = [record(1, True), record(2, True), record(3, False)]
+    manifest.baseline.snapshots["heldout"] = held_out("What is a volcano?")
     manifest.save()
     return manifest
+
+
+def held_out(*texts: str) -> Snapshot:
+    rows = [{"instruction_id": text, "instruction": text, "origin": "heldout"} for text in texts]
+    return write_snapshot("instructions", rows, step="test", version=1)
+
+
+def test_a_run_that_goes_on_holds_out_nothing_that_may_have_been_learned(earlier: Manifest) -> None:
+    from flows.chain import start_of
+    from flows.config import ConfigError
+
+    start = start_of(resolve("smoke", ["start_from=run:smoke-1"]))
+    assert start
+    start.check_holds_out(held_out("What is a volcano?"))
+    with pytest.raises(ConfigError, match="1 held-out instructions were not held out before"):
+        start.check_holds_out(held_out("What is a volcano?", "Add 2 and 3."))
+
+
+def test_a_run_that_fails_at_once_still_refers_to_all_that_it_had_made(earlier: Manifest) -> None:
+    from flows.steps import recorded
+
+    config = resolve("smoke", ["start_from=run:smoke-1"])
+    made = set(earlier.pointers())
+    earlier.model_copy(update={"run_id": config.run_id}).save()
+    for _ in range(2):
+        with pytest.raises(RuntimeError), recorded(config):
+            raise RuntimeError("no key")
+    failed = load_manifest(config.run_id)
+    assert failed and failed.state == "failed" and failed.iterations == []
+    assert set(failed.pointers()) >= made
+    with recorded(config):
+        pass
+    completed = load_manifest(config.run_id)
+    assert completed and completed.pointers() == []
 
 
 def test_a_run_goes_on_after_any_finished_iteration_of_another(earlier: Manifest) -> None:

@@ -79,3 +79,19 @@ def test_what_the_journal_has_is_free_and_tells_the_usual_length(home: Path) -> 
 def test_an_assumption_that_cannot_be_is_named(home: Path, given: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         estimate_run(resolve("lion-7b"), [given])
+
+
+def test_a_seed_near_a_heldout_instruction_is_not_reckoned_with(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "seeds.txt").write_text("Write a short poem about the last snow.\nWhy is the sky blue?\n")
+    (tmp_path / "heldout.txt").write_text("Write a short poem about the first snow.\n")
+    files = (f"seeds.path={tmp_path / 'seeds.txt'}", f"seeds.heldout={tmp_path / 'heldout.txt'}")
+    assert lines(overrides=PAID + files)["teacher", 1] == 1
+
+
+def test_answers_of_every_teacher_tell_the_usual_length(home: Path) -> None:
+    config = resolve("lion-7b", [*PAID, "teacher.further=[{share: 0.5, model: {kind: openai, model: o4-mini}}]"])
+    fields = {name: getattr(ANSWER, name) for name in ANSWER.__slots__} | {"created": now()}
+    with Journal() as journal:
+        for model, tokens in (("gpt-4.1-mini", 100), ("o4-mini", 300)):
+            journal.add([Answer(**fields | {"key": model, "model": model, "completion_tokens": tokens})])
+    assert estimate_run(config)[1]["teacher_tokens"] == (200, "mean of 2 answers in the journal")

@@ -110,3 +110,16 @@ def test_exports_train_with_trl_unchanged(run: Manifest, tmp_path: Path, tiny_mo
             processing_class=AutoTokenizer.from_pretrained(tiny_model),
         )  # fmt: skip
         assert trainer.train().global_step == 1
+
+
+def test_what_the_trainer_left_out_was_not_trained_on(run: Manifest, tmp_path: Path) -> None:
+    run.iterations[0].training["left_out"] = {"no_label": [IDS[0]], "empty": []}
+    assert export(run, "messages", tmp_path / "a.jsonl") == 1
+    assert by_id(lines(tmp_path / "a.jsonl")).keys() == {IDS[1]}
+
+
+def test_an_iteration_that_was_rolled_back_is_exported_only_by_its_number(run: Manifest, tmp_path: Path) -> None:
+    run.iterations[0].rolled_back = True  # the student before any training stands
+    with pytest.raises(NothingToExport):
+        export(run, "messages", tmp_path / "a.jsonl")
+    assert export(run, "messages", tmp_path / "a.jsonl", iteration=1) == 2

@@ -150,3 +150,40 @@ def test_random_parents_are_drawn_by_lot_in_the_same_numbers(generated: Any) -> 
     assert len(by_lot) == len(parents()) == 3
     assert by_lot != parents()
     assert by_lot == parents(parents="random"), "the lot is seeded"
+
+
+def test_a_candidate_that_is_a_heldout_instruction_with_another_input_is_rejected(generated: Any) -> None:
+    said = {"instruction": "Name the tallest mountain in the whole solar system.", "input": "Mars, Venus, Earth " * 9}
+    result = generated(lambda _: json.dumps(said), pool_of(SEEDS), hard=4)
+    assert set(result.generated.rejected) == {"near_duplicate"}
+
+
+@pytest.mark.parametrize(
+    "around",
+    ["{}", "Sure:\n```json\n{}\n```\nHope this helps!", "{} Hope this helps", '{{"result": {}}}'],
+)
+def test_the_object_is_found_whatever_stands_around_it(generated: Any, around: str) -> None:
+    said = '{"instruction": "Compare the taste of raw\nand of cooked onions.", "input": ""}'  # a raw line break
+    result = generated(lambda _: around.format(said), pool_of(SEEDS), hard=4)
+    (row,) = [row for row in read_rows(result.candidates) if row["rejection"] is None]
+    assert (row["instruction"], row["input"]) == ("Compare the taste of raw\nand of cooked onions.", None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"task": "Compare onions."}', '{"instruction": "Compare the taste of', '```json\n["Compare onions."]\n```'],
+)
+def test_json_that_holds_no_instruction_is_none(generated: Any, text: str) -> None:
+    assert set(generated(lambda _: text, pool_of(SEEDS), hard=4).generated.rejected) == {"malformed"}
+
+
+def test_what_a_base_model_writes_on_is_never_read_as_json(generated: Any) -> None:
+    said = lambda request: f'Read {{"instruction": 1}} and {fresh(request)}'  # noqa: E731
+    rows = read_rows(generated(said, pool_of(SEEDS), hard=4, method="continuation").candidates)
+    assert any(row["rejection"] is None and row["instruction"].startswith("Read {") for row in rows)
+
+
+def test_without_any_parent_nothing_is_asked_for_and_the_notes_say_so(generated: Any) -> None:
+    result = generated(fresh, write_snapshot("instructions", [], step="test", version=1), hard=0)
+    assert result.generated.notes == ["no parents: none of the 8 rows is asked for"]
+    assert result.generated.wanted == 0

@@ -118,3 +118,10 @@ def test_votes_are_asked_for_as_draws_of_their_own(judge: Any) -> None:
     rows = review(LLMReferee(model=LocalModel(), votes=3), response("student", "Magic."))
     assert len(rows) == 6
     assert sorted(request.draw for request in asked) == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_reference_score_reads_every_script() -> None:
+    assert reference_score("Потому что свет рассеивается", "Потому что свет рассеивается") == 10
+    assert reference_score("因为光的散射", "因为光的散射") == 10
+    assert 1 < reference_score("Python это плохо, очень", "Python это хорошо") < 10
+    assert reference_score("It is blue.", "Потому что свет рассеивается") == 1

@@ -93,3 +93,11 @@ def test_the_loop_ends_after_patience_iterations_without_a_sure_gain(lows: tuple
 def test_without_patience_it_turns_to_the_end_and_a_least_gain_is_asked_for() -> None:
     assert not is_stalled(StopConfig(), gains(-1, -1, -1))
     assert is_stalled(StopConfig(patience=1, min_gain=0.2), gains(0.1))
+
+
+def test_losses_of_other_answers_are_no_gain(home: Path) -> None:
+    before, after = (evaluation({"a": loss}, {"a": 1.0}, loss=2.0) for loss in (20.0, 40.0))
+    rows = [{"instruction_id": "a", "status": "ok", "loss_sum": 40.0, "tokens": 20, "score": 1.0}]
+    longer = after.model_copy(update={"details": write_snapshot("evaluations", rows, step="test", version=1)})
+    assert compare(longer, before, against=0, seed=0).loss_gain is None
+    assert compare(after, before, against=0, seed=0).loss_gain is not None

@@ -43,3 +43,16 @@ def test_a_base_model_without_a_template_gets_the_instruction_format(tokenizer: 
     text = tokenizer.decode(encode_prompt(tokenizer, ASK))
     assert "### Instruction:" in text
     assert text.rstrip().endswith("### Response:")
+
+
+def test_a_base_model_whose_texts_begin_with_bos_gets_it_once(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.chat_template = None
+    tokenizer.bos_token = "<|im_start|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    ids = encode_prompt(tokenizer, ASK)
+    assert ids[0] == bos and bos not in ids[1:]

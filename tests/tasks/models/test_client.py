@@ -318,6 +318,13 @@ def test_the_cap_holds_though_replies_are_lost_on_their_way() -> None:
         assert server.bill()["requests"] + server.bill()["lost"] <= 40
 
 
+def test_money_is_set_aside_again_for_a_lost_reply_and_not_for_a_refused_request() -> None:
+    with FakeOpenAI(script=["drop", "429", "429", "429"]) as server:
+        (reply,) = ask(server, questions(1), budget=Budget(max_requests=2))
+        assert reply.status is Status.OK
+        assert (server.bill()["requests"], server.bill()["lost"]) == (1, 1)
+
+
 def test_two_calls_at_once_pay_once_and_keep_the_cap_together() -> None:
     results: list[Any] = []
 
