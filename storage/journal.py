@@ -4,7 +4,7 @@ All runs of a home share one journal: a request that was answered is found by th
 is never paid for again. A request that is being asked is *claimed*, with the most it may cost, in the same
 transaction that looks at the budget. So two processes never pay for the same thing, and together they never
 pass a cap. A claim belongs to an open `Journal`, which holds a file lock: the kernel lets go of it when the
-process dies, however it dies, and then its claims are worth nothing.
+process dies, however it dies. Its claims are then worth nothing, and count as money that may be gone.
 
 Knows nothing of endpoints, prompts or prices: the caller makes the digests and the dollars. That this is
 SQLite is nobody's business outside this file.
@@ -72,6 +72,7 @@ class Loss:
     tokens: int
     usd: float
     created: str
+    requests: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,8 @@ class Journal:
         try:
             self._db.execute("PRAGMA journal_mode=WAL")  # readers and a writer do not wait for each other
             self._migrate()
+            with self._writing() as db:
+                self._drop_claims_of_the_dead(db)
         finally:
             os.close(opening)
 
@@ -191,11 +194,15 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def let_go(self) -> None:
+        """Let go of all claims: none of these requests is under way any more."""
+        with self._writing() as db:
+            db.execute("DELETE FROM claims WHERE owner = ?", (self._owner,))
+
     def close(self) -> None:
         """Let go of all claims and close."""
         with self._thread:
-            with self._writing() as db:
-                db.execute("DELETE FROM claims WHERE owner = ?", (self._owner,))
+            self.let_go()
             self._db.close()
             self._lock_of(self._owner).unlink(missing_ok=True)
             os.close(self._alive)
@@ -226,18 +233,31 @@ class Journal:
                     _add_to(spent[day], (1, *tokens, answer.cost_usd or 0.0, 0, 0, 0))
             for loss in losses:
                 day = (loss.run_id, loss.role, loss.iteration, loss.model, loss.created[:10])
-                _add_to(spent[day], (0, 0, 0, 0, 0, 1, loss.tokens, loss.usd))
+                _add_to(spent[day], (0, 0, 0, 0, 0, loss.requests, loss.tokens, loss.usd))
             db.executemany(_UPSERT_SPEND, [(*day, *figures) for day, figures in spent.items()])
             db.executemany("DELETE FROM claims WHERE key = ?", [(answer.key,) for answer in answers])
             db.executemany("DELETE FROM claims WHERE key = ? AND owner = ?", [(key, self._owner) for key in release])
 
     # --- claims: who is asking, and what it may cost ----------------------------------------------------------------
 
-    def claim(self, run_id: str, role: str, wishes: Sequence[Wish], caps: Sequence[Cap]) -> Claimed:
+    def claim(
+        self,
+        run_id: str,
+        role: str,
+        wishes: Sequence[Wish],
+        caps: Sequence[Cap],
+        *,
+        iteration: int = 0,
+        model: str | None = None,
+    ) -> Claimed:
         """Claim the right to send requests, as many of `wishes` in their order as the caps leave room for.
 
         A key that this journal has claimed already is claimed once more and the amounts add up: that is how a
         request whose first attempt may have been billed asks for room for a second.
+
+        Args:
+            model: which they are sent to from now on: if this process dies, nobody knows which were, and all count as
+                lost. Null where nothing is sent yet, as before a batch is handed in.
         """
         result = Claimed()
         with self._writing() as db:
@@ -256,7 +276,8 @@ class Journal:
                 if result.over:
                     break
                 result.granted.add(wish.key)
-            rows = [(w.key, self._owner, run_id, role, w.tokens, w.usd) for w in wishes if w.key in result.granted]
+            granted = [wish for wish in wishes if wish.key in result.granted]
+            rows = [(w.key, self._owner, run_id, role, iteration, model, w.tokens, w.usd) for w in granted]
             db.executemany(_UPSERT_CLAIM, rows)
         return result
 
@@ -264,6 +285,7 @@ class Journal:
         owners = db.execute("SELECT DISTINCT owner FROM claims WHERE owner != ?", (self._owner,)).fetchall()
         for (owner,) in owners:
             if not owner.startswith(_BATCH) and not _is_held(self._lock_of(owner)):
+                db.execute(_LOSE_CLAIMS, (now()[:10], owner))
                 db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
                 self._lock_of(owner).unlink(missing_ok=True)
 
@@ -358,7 +380,7 @@ class Journal:
 
     @staticmethod
     def _reserved(db: sqlite3.Connection, run_id: str, role: str | None) -> Totals:
-        sums = "total(usd), count(*), coalesce(sum(tokens), 0)"
+        sums = "total(usd), coalesce(sum(requests), 0), coalesce(sum(tokens), 0)"
         where = "run_id = ? AND role = coalesce(?, role)"
         return Totals(*db.execute(f"SELECT {sums} FROM claims WHERE {where}", (run_id, role)).fetchone())
 
@@ -435,8 +457,7 @@ def _marks(row: type[Any]) -> str:
 _AMONG = "key IN (SELECT value FROM json_each(?))"  # any number of keys in one parameter
 _as_row = attrgetter(*(column.name for column in fields(Answer)))  # astuple would copy each value
 _INSERT = f"INSERT INTO answers ({_columns(Answer)}) VALUES ({_marks(Answer)}) ON CONFLICT (key) DO NOTHING"
-_UPSERT_SPEND = f"""
-    INSERT INTO spend ({_columns(Spent)}) VALUES ({_marks(Spent)})
+_ADD_TO_SPEND = """
     ON CONFLICT (run_id, role, iteration, model, day) DO UPDATE SET
         requests = requests + excluded.requests,
         prompt_tokens = prompt_tokens + excluded.prompt_tokens,
@@ -447,9 +468,16 @@ _UPSERT_SPEND = f"""
         lost_tokens = lost_tokens + excluded.lost_tokens,
         lost_usd = lost_usd + excluded.lost_usd
 """
+_UPSERT_SPEND = f"INSERT INTO spend ({_columns(Spent)}) VALUES ({_marks(Spent)}) {_ADD_TO_SPEND}"
+_LOSE_CLAIMS = f"""
+    INSERT INTO spend ({_columns(Spent)})
+    SELECT run_id, role, iteration, model, ?, 0, 0, 0, 0, 0, sum(requests), sum(tokens), sum(usd)
+    FROM claims WHERE owner = ? AND model IS NOT NULL GROUP BY run_id, role, iteration, model {_ADD_TO_SPEND}
+"""
 _UPSERT_CLAIM = """
-    INSERT INTO claims (key, owner, run_id, role, tokens, usd) VALUES (?, ?, ?, ?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET tokens = tokens + excluded.tokens, usd = usd + excluded.usd
+    INSERT INTO claims (key, owner, run_id, role, iteration, model, tokens, usd) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (key) DO UPDATE SET
+        requests = requests + 1, tokens = tokens + excluded.tokens, usd = usd + excluded.usd
 """
 
 
@@ -484,4 +512,14 @@ def _create(db: sqlite3.Connection) -> None:
     db.execute("CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
 
 
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create]  # in order, never edited once released
+def _say_what_claims_are_for(db: sqlite3.Connection) -> None:
+    """Version 2. What a process had under way when it died counts as lost, by model and iteration."""
+    db.execute("ALTER TABLE claims ADD COLUMN requests INTEGER NOT NULL DEFAULT 1")
+    db.execute("ALTER TABLE claims ADD COLUMN iteration INTEGER NOT NULL DEFAULT 0")
+    db.execute("ALTER TABLE claims ADD COLUMN model TEXT")
+
+
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [
+    _create,
+    _say_what_claims_are_for,
+]  # in order, never edited once released

@@ -20,7 +20,7 @@ from storage.pools import by_id, instruction_id, write_snapshot
 from storage.runs import Generated
 from tasks.contamination import Evaluated, whole_text
 from tasks.models.budget import Account
-from tasks.models.chat import Reply, Request, Sampling, Status
+from tasks.models.chat import Reply, Request, Sampling, Status, storable
 from tasks.models.local import LocalModel
 from tasks.models.prompts import load
 from tasks.models.ready import ModelSettings, ReadyModel, answer
@@ -30,6 +30,7 @@ from tasks.progress import progress
 
 VERSION = 2
 SIDES = ("hard", "easy")
+DRAWS = 100_000  # of a parent in one iteration, at most
 PROMPTS = {
     ("prompt", "hard"): load("generate_hard.md"),
     ("prompt", "easy"): load("generate_easy.md"),
@@ -108,7 +109,8 @@ def generate_instructions(
     parents = {side: [key for key in pool if difficulty.get(key) == side] for side in SIDES}
     wanted, notes = _shares(config, parents)
     judge = _Judge(config, pool, by_id(heldout), wanted)
-    queue = {side: _coverage(parents[side], random.Random(f"{seed}/{side}")) for side in SIDES}
+    first_draw = DRAWS * max(account.iteration - 1, 0)  # what an earlier iteration was answered would be no news
+    queue = {side: _coverage(parents[side], first_draw, random.Random(f"{seed}/{side}")) for side in SIDES}
     left = {side: math.ceil(wanted[side] * config.max_attempts) for side in SIDES}
     while any(judge.missing(side) and left[side] for side in SIDES):
         asked: dict[str, tuple[str, str, int]] = {}
@@ -162,9 +164,8 @@ def _by_lot(difficulty: dict[str, str], rng: random.Random) -> dict[str, str]:
     return dict(zip(difficulty, rng.sample(list(difficulty.values()), len(difficulty)), strict=True))
 
 
-def _coverage(parents: list[str], rng: random.Random) -> Iterator[tuple[str, int]]:
+def _coverage(parents: list[str], draw: int, rng: random.Random) -> Iterator[tuple[str, int]]:
     """Parents in a random order without end, each once before any comes twice; with the number of the round."""
-    draw = 0
     while parents:
         for parent in rng.sample(parents, len(parents)):
             yield parent, draw
@@ -251,6 +252,7 @@ def _candidate_in_json(text: str) -> dict[str, Any]:
             if isinstance(said.get("instruction"), str):
                 given = said.get("input")
                 input = given.strip() or None if isinstance(given, str) else None
-                return {"instruction": said["instruction"].strip(), "input": input, "rejection": None}
+                instruction = said["instruction"].strip()
+                return {"instruction": storable(instruction), "input": input and storable(input), "rejection": None}
     tried = text.lstrip().startswith(("{", "```")) or '"instruction"' in text
     return _candidate(text) | {"rejection": Rejection.MALFORMED if tried else None}

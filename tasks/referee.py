@@ -143,7 +143,7 @@ def _review_with_model(
         for reply in replies:
             pair, order, vote = asked[reply.id]
             rows[reply.id] = _parsed(pair, order, vote, reply.status, reply.text)
-            if rows[reply.id]["outcome"] == Outcome.OK:
+            if rows[reply.id]["outcome"] in {Outcome.OK, Outcome.FAILED}:  # a failure was tried again by itself
                 del asked[reply.id]
         if not asked:
             break

@@ -4,6 +4,7 @@ lion run --seeds my_tasks.jsonl
 """
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.files import OPERATIONAL, Snapshot, StorageError, digest_of, digest_of_file
 from storage.pools import instruction_id, read_parquet, write_snapshot
 from tasks.contamination import find_near
+from tasks.models.chat import storable
 from tasks.policies import stage
 
 VERSION = 2
@@ -226,7 +228,7 @@ def _jsonl(path: Path) -> Records:
 
 
 def _csv(path: Path) -> Records:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     try:
         for record in reader:
             yield f"line {reader.line_num}", record
@@ -284,6 +286,10 @@ def read_row(record: Any, where: str) -> dict[str, Any]:
     for key in ("instruction", "input", "output", "category"):
         if key in record and not isinstance(record[key], str):
             raise SeedError(f"{where}: `{key}` must be a text, found {_kind(record[key])}.")
+        if key in record and storable(record[key]) != record[key]:
+            raise SeedError(
+                f"{where}: `{key}` holds half of a character (a lone surrogate). Write it whole, or remove it."
+            )
     if not record["instruction"].strip():
         raise SeedError(f"{where}: `instruction` is empty. Fill it in, or remove the row.")
     return {

@@ -270,6 +270,7 @@ class FakeOpenAI:
         """The reply to a request that got no answer, and is not billed."""
         hints = {
             "429": {},
+            "429-now": {"Retry-After": "0"},
             "429-seconds": {"Retry-After": str(WAIT)},
             "429-ms": {"retry-after-ms": str(WAIT * 1000)},
             "429-date": {"Retry-After": formatdate(time.time() + 1, usegmt=True)},
@@ -277,7 +278,7 @@ class FakeOpenAI:
         }
         if fate in hints:
             return _error(429, "Rate limit reached", "rate_limit_exceeded", hints[fate])
-        if fate in {"500", "503", "408", "409"}:
+        if fate in {"500", "503", "408", "409", "504"}:
             return _error(int(fate), "The server had an error", "server_error")
         if fate == "hang":
             await asyncio.sleep(3600)
@@ -291,6 +292,14 @@ class FakeOpenAI:
             return _error(int(fate), "No", "no")
         if fate == "too-long":
             return _error(400, "This model's maximum context length is 8192 tokens", "context_length_exceeded")
+        if fate == "too-long-without-a-code":  # as vLLM says it
+            message = "This model's maximum context length is 512 tokens. However, your request has 600 input tokens."
+            return web.json_response(
+                {"error": {"message": message, "type": "BadRequestError", "code": 400}}, status=400
+            )
+        if fate == "no-temperature" and "temperature" in body:
+            message = "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is supported."
+            return _error(400, message, "unsupported_value")
         if fate == "prompt-filter":
             return _error(400, "The prompt was filtered", "content_filter")
         if fate == "no-max-tokens" and "max_tokens" in body:
@@ -337,6 +346,8 @@ class FakeOpenAI:
         return web.json_response({"object": "list", "data": data, "has_more": False})
 
     async def _batch(self, request: web.Request) -> web.Response:
+        if request.match_info["id"] not in self.batches:
+            return _error(404, "No batch found", "not_found")
         batch = self.batches[request.match_info["id"]]
         if batch["status"] == "in_progress" and batch["fate"] != "stuck":
             self._work_off(batch)
@@ -357,7 +368,11 @@ class FakeOpenAI:
         done = lines[: len(lines) // 2] if fate in {"expire", "partly"} else lines
         output, errors = [], []
         for line in lines:
-            if line in done:
+            if fate == "no-max-tokens" and "max_tokens" in line["body"]:
+                error = {"message": "Unsupported parameter: use 'max_completion_tokens' instead."}
+                response = {"status_code": 400, "request_id": "r", "body": {"error": error}}
+                errors.append({"id": "b", "custom_id": line["custom_id"], "response": response, "error": None})
+            elif line in done:
                 payload = completion(line["body"], self.answer(line["body"]), "ok")
                 self._bill(line["custom_id"], payload["usage"])
                 response = {"status_code": 200, "request_id": "r", "body": payload}

@@ -19,14 +19,27 @@ import openai
 import tenacity
 
 from storage.files import locked
-from storage.journal import Answer, Batch, Journal, Wish, now
+from storage.journal import Answer, Batch, Journal, Loss, Wish, now
 from tasks.models.budget import Account, budget_reached
 from tasks.models.chat import OnProgress, Request, Sampling, Status
 from tasks.models.endpoint import OpenAIModel, headers_of, key_of
-from tasks.models.errors import FatalEndpointError, ModelError, TransientError, scrubbed
+from tasks.models.errors import FatalEndpointError, ModelError, TransientError, Unreachable, scrubbed
 from tasks.models.pacing import asked_wait
 from tasks.models.prices import Price
-from tasks.models.wire import FILTER_CODES, Said, Usage, answer_of, body_of, dialect_from_text, failure, said, wish_of
+from tasks.models.wire import (
+    FILTER_CODES,
+    Dialect,
+    Said,
+    Usage,
+    answer_of,
+    body_of,
+    dialect_as_text,
+    dialect_from_text,
+    failure,
+    narrower,
+    said,
+    wish_of,
+)
 
 MAX_ROWS, MAX_BYTES = 50_000, 200_000_000  # of one batch, as OpenAI publishes them
 MAX_ROUNDS = 3  # how often a row goes into a batch
@@ -89,11 +102,15 @@ class _Batches:
         self.answered: set[str] = set()
 
     def run(self) -> None:
-        """Wait for the batches that are out, hand in the rest, until nothing is left or time is up."""
+        """Wait for the batches that are out, hand in the rest, until nothing is left or time is up.
+
+        Where the settings ask for batches no longer, those that are out are waited for all the same: they are paid for.
+        """
         with self.client:
             out = self._resumed()
             while time.monotonic() < self.deadline:
-                out += self._submitted({key for batch in out for key in batch.keys})
+                if self.model.mode == "batch":
+                    out += self._submitted({key for batch in out for key in batch.keys})
                 if not out:
                     break
                 out = [batch for batch in out if not self._collected(batch)]
@@ -101,6 +118,8 @@ class _Batches:
                 if out:
                     time.sleep(min(self.model.batch_poll, max(0.0, self.deadline - time.monotonic())))
             self._cancel(out)
+            if left := len(self.requests) - len(self.answered):
+                self.on_progress(len(self.answered), len(self.requests), {"go by ordinary requests": left})
 
     # --- handing in -------------------------------------------------------------------------------------------------
 
@@ -142,7 +161,7 @@ class _Batches:
 
     def _files(self, keys: list[str]) -> Iterator[tuple[tuple[str, ...], bytes]]:
         """The rows of batches, split at the limits of one."""
-        dialect = dialect_from_text(self.journal.recall(f"dialect {self.model.base_url} {self.model.model}"))
+        dialect = self._dialect()
         taken: list[str] = []
         data = io.BytesIO()
         for key in keys:
@@ -168,6 +187,8 @@ class _Batches:
         try:
             file = self._patiently(lambda: self.client.files.create(file=(f"{token}.jsonl", data), purpose="batch"))
             batch_id = self._patiently(lambda: self._at_endpoint(token) or self._create(file.id, token))
+        except Unreachable:  # it may be there: the next run looks for it by its token
+            raise
         except FatalEndpointError:
             self.journal.keep_batch(replace(batch, state="collected"))
             raise
@@ -193,7 +214,10 @@ class _Batches:
 
     def _collected(self, batch: Batch) -> bool:
         """Whether the batch has ended; its answers are then in the journal and its claims are gone."""
-        there = self._patiently(self.client.batches.retrieve, batch.batch_id)
+        there = self._patiently(self._retrieve, batch.batch_id)
+        if there is None:
+            self._give_up(batch)
+            return True
         if there.status not in ENDED:
             return False
         for file_id in (there.output_file_id, there.error_file_id):
@@ -207,14 +231,64 @@ class _Batches:
             raise self._fatal(f"the batch {there.id} was refused ({scrubbed(reason, self.secret)})", "Use mode: online")
         return True
 
+    def _retrieve(self, batch_id: str) -> Any:
+        try:
+            return self.client.batches.retrieve(batch_id)
+        except openai.NotFoundError:
+            return None
+
+    def _give_up(self, batch: Batch) -> None:
+        """Let go of a batch that the endpoint does not know, if the settings say so; it counts as lost."""
+        if not self.model.give_up_batches:
+            raise self._fatal(
+                f"the batch {batch.batch_id} of {len(batch.keys)} requests is not there any more",
+                "Use the key that it was handed in with; or set give_up_batches: true to ask them again, which may be "
+                "billed a second time",
+            )
+        wishes = [self.wishes[key] for key in batch.keys if key in self.wishes]
+        tokens, usd = sum(wish.tokens for wish in wishes), sum(wish.usd for wish in wishes)
+        lost = Loss(
+            batch.run_id, batch.role, self.account.iteration, batch.model, tokens, usd, now(), requests=len(batch.keys)
+        )
+        self.journal.add([], [lost])
+        self.journal.keep_batch(replace(batch, state="collected"))
+
     def _keep(self, batch: Batch, content: bytes) -> None:
         answers: list[Answer] = []
+        refused: list[tuple[str, int, dict[str, Any]]] = []
         for line in content.splitlines():
-            if line.strip() and (answer := self._answer(batch, json.loads(line))):
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            status = (row.get("response") or {}).get("status_code")
+            if answer := self._answer(batch, row):
                 answers.append(answer)
+            elif status in {400, 422}:
+                error = (row["response"].get("body") or {}).get("error") or {}
+                refused.append((row["custom_id"], status, error))
         for start in range(0, len(answers), ANSWERS_AT_ONCE):
             self.journal.add(answers[start : start + ANSWERS_AT_ONCE])
         self.answered |= {answer.key for answer in answers}
+        self._understand([each for each in refused if each[0] in self.requests])
+
+    def _understand(self, refused: list[tuple[str, int, dict[str, Any]]]) -> None:
+        """Rows that the endpoint will never take: ask them in another dialect where that helps; else no batch does."""
+        dialect = self._dialect()
+        for key, status, error in refused:
+            body = body_of(self.model, self.sampling, self.requests[key], dialect)
+            message = scrubbed(str(error.get("message") or ""), self.secret)
+            if found := narrower(dialect, status, message, body):
+                self.journal.remember(self._dialect_name, dialect_as_text(found))
+                self.rounds[key] -= 1
+            else:
+                self.rounds[key] = MAX_ROUNDS  # an ordinary request will say why
+
+    @property
+    def _dialect_name(self) -> str:
+        return f"dialect {self.model.base_url} {self.model.model}"
+
+    def _dialect(self) -> Dialect:
+        return dialect_from_text(self.journal.recall(self._dialect_name))
 
     def _answer(self, batch: Batch, row: dict[str, Any]) -> Answer | None:
         """A row of a batch's files as an answer, if it is one."""
@@ -266,7 +340,8 @@ class _Batches:
         try:
             return retrying(self._once, ask, *args)
         except TransientError as error:
-            trouble = self._fatal(str(error), "Run the same command later: batches under way are found again")
+            way_out = "Run the same command later: batches under way are found again"
+            trouble = Unreachable(self.model.base_url, self.model.model, str(error), way_out)
         raise trouble
 
     def _once(self, ask: Callable[..., T], *args: Any) -> T:

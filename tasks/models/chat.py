@@ -74,6 +74,11 @@ def status_of(text: str | None, finish_reason: str | None) -> Status:
     return Status.TRUNCATED if finish_reason == "length" else Status.OK
 
 
+def storable(text: str) -> str:
+    """A model's words as every file can hold them: half of a character (a lone surrogate, which JSON can say) becomes "?"."""
+    return text.encode(errors="replace").decode()
+
+
 def conversation(instruction: str, input: str | None, system_prompt: str | None = None) -> list[dict[str, str]]:
     """The messages that put an instruction to a model: teacher and student, in training and in inference."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []

@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -57,6 +58,7 @@ PROGRESS_SECONDS = 0.5
 CONNECT_SECONDS = 10
 DRAIN_SECONDS = 60  # after Ctrl-C: how long requests under way, which are paid for, may still take
 TERMINATED_SECONDS = 5  # the same after SIGTERM: whoever sends it kills soon after
+MOST_LOST = 5  # answers to one request that may have been billed and did not arrive
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
 KEYS_AT_ONCE = 1000
 
@@ -65,6 +67,13 @@ NO_TELEMETRY: Any = {
     f"X-Stainless-{name}": openai.Omit()
     for name in ("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async")
 }
+
+NOT_CONNECTED = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    httpx2.ConnectError,
+    httpx2.ConnectTimeout,
+)
 
 T = TypeVar("T")
 
@@ -86,12 +95,16 @@ def answer_all(
     with Journal() as journal:
         call = _Call(model, requests, sampling, account, price, journal, on_progress)
         call.look_up()
-        if call.missing and model.mode == "batch":
+        batches = journal.open_batches(model.base_url, model.model) if call.missing else []
+        if model.mode == "batch" or any(call.missing.keys() & set(batch.keys) for batch in batches):
             missing = {key: requests[index] for key, index in call.missing.items()}
             answer_by_batch(model, missing, sampling, account, price and price.batched(), journal, on_progress)
             call.look_up()  # what the batches left unanswered goes the ordinary way
         if call.missing:
-            asyncio.run(call.ask())
+            try:
+                asyncio.run(call.ask())
+            finally:
+                call.keep_the_rest()
         return call.finished()
 
 
@@ -166,8 +179,9 @@ class _Call:
         self.error: BaseException | None = None
         self.feeder: asyncio.Task[None] | None = None
         self.workers: list[asyncio.Task[None]] = []
+        self.outcomes: list[_Outcome] = []  # not yet durable
         self.usd = 0.0
-        self.done = self.found = 0
+        self.done = self.found = self.elsewhere = 0
         self.reported_at = 0.0
 
     # --- before and after -------------------------------------------------------------------------------------------
@@ -210,7 +224,14 @@ class _Call:
             shown["from journal"] = self.found
         if self.failures:
             shown["failed"] = self.failures.total()
+        if self.elsewhere:
+            shown["asked by another run"] = self.elsewhere
         return shown
+
+    def keep_the_rest(self) -> None:
+        """Make durable what there was no time for before the loop of events ended."""
+        self.journal.add(*self._to_be_kept(self.outcomes))
+        self.outcomes = []
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
@@ -223,6 +244,10 @@ class _Call:
             except asyncio.CancelledError:
                 self.stop(asyncio.CancelledError())
                 await asyncio.wait([work], timeout=TERMINATED_SECONDS if terminated else DRAIN_SECONDS)
+                work.cancel()
+                await asyncio.wait([work])
+                self.keep_the_rest()
+                self.journal.let_go()  # the signal may end this process before the journal is closed
                 raise
 
     async def _ask(self) -> None:
@@ -232,7 +257,6 @@ class _Call:
         self.throttle, self.gate = Throttle(self.model.max_concurrency), Gate()
         self.requests_pace, self.tokens_pace = Pace(self.model.requests_per_minute), Pace(self.model.tokens_per_minute)
         self.queue: asyncio.Queue[_Question | None] = asyncio.Queue()
-        self.outcomes: list[_Outcome] = []
         self.unsettled = 0  # claimed, and not yet durable
         self.settled, self.arrived = asyncio.Event(), asyncio.Event()
         self.flying: set[asyncio.Task[None]] = set()  # workers whose request is with the endpoint: not to be disturbed
@@ -281,7 +305,8 @@ class _Call:
                     task.cancel()
 
     async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
+        """What the function gives. Once asked for it is done, though nobody may wait for it any more."""
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.thread, function, *args))
 
     # --- the feeder -------------------------------------------------------------------------------------------------
 
@@ -295,8 +320,10 @@ class _Call:
         while self.error is None:
             while len(ready) < ahead and (question := self._next(fresh)):
                 ready.append(question)
+            self.elsewhere = len(elsewhere)
             if elsewhere and (not ready or time.monotonic() - looked_at > POLL_SECONDS):
                 if not ready:
+                    self._report()
                     await asyncio.sleep(POLL_SECONDS)
                 looked_at = time.monotonic()
                 ready.extendleft(reversed(elsewhere))
@@ -338,7 +365,8 @@ class _Call:
 
     async def _claim(self, wishes: list[Wish]) -> Claimed:
         account = self.account
-        return await self._in_thread(self.journal.claim, account.run_id, account.role, wishes, account.caps())
+        sent = partial(self.journal.claim, iteration=account.iteration, model=self.model.model)
+        return await self._in_thread(sent, account.run_id, account.role, wishes, account.caps())
 
     async def _until_settled(self, seconds: float | None = None) -> None:
         self.settled.clear()
@@ -388,9 +416,10 @@ class _Call:
     def _wait(self, state: tenacity.RetryCallState) -> float:
         """Back-off with jitter, and never less than the endpoint asks for."""
         error = state.outcome.exception() if state.outcome else None
-        asked = error.wait if isinstance(error, TransientError) else None
-        if asked == 0:
+        assert isinstance(error, TransientError)
+        if error.reworded:
             return 0
+        asked = error.wait
         backoff = tenacity.wait_random_exponential(multiplier=FIRST_BACKOFF, max=LONGEST_BACKOFF)(state)
         return backoff if asked is None else asked + min(backoff, 1 + asked / 4)
 
@@ -417,9 +446,14 @@ class _Call:
             return self._answer(question, heard)
         except TransientError as error:
             question.lost += error.maybe_billed
+            if question.lost == MOST_LOST:
+                raise RequestFailed(f"{error}, {MOST_LOST} times, and each may be billed") from None
             if error.hurried:
                 self.throttle.slow_down(question.sent_at)
                 self.gate.close_for(min(error.wait or 0, self.model.deadline))
+            raise
+        except asyncio.CancelledError:  # while it was with the endpoint
+            question.lost += 1
             raise
         finally:
             self.throttle.release()
@@ -469,7 +503,7 @@ class _Call:
             return Said("", None, Status.FILTERED, "content_filter", Usage(0, 0, 0))
         if found := narrower(dialect, status, message, body):
             await self._speak(dialect, found)
-            raise TransientError(message, wait=0)
+            raise TransientError(message, reworded=True)
         raise failure(self.model, status, code, message, wait)
 
     async def _speak(self, used: Any, found: Any) -> None:
@@ -501,21 +535,27 @@ class _Call:
                 await asyncio.sleep(COMMIT_SECONDS)
                 self.arrived.clear()
             group, self.outcomes = self.outcomes, []
-            answers = [outcome.answer for outcome in group if outcome.answer]
-            losses = [self._loss(outcome.question) for outcome in group if outcome.question.lost]
-            release = [outcome.question.wish.key for outcome in group if not outcome.answer]
-            await self._in_thread(self.journal.add, answers, losses, release)
+            await self._in_thread(self.journal.add, *self._to_be_kept(group))
             self.unsettled -= len(group)
             for outcome in group:
                 self._show(outcome)
             self.settled.set()
-            if time.monotonic() - self.reported_at > PROGRESS_SECONDS:
-                self.reported_at = time.monotonic()
-                self.on_progress(self.done, len(self.requests), self.figures())
+            self._report()
             allowed = self.model.max_failed_share
             if self.failures.total() > allowed * len(self.requests):
                 reasons = dict(self.failures)
                 self.stop(TooManyFailures(self.failures.total(), len(self.requests), allowed, reasons))
+
+    def _to_be_kept(self, group: list[_Outcome]) -> tuple[list[Answer], list[Loss], list[str]]:
+        """Answers, losses and the claims to let go of."""
+        answers = [outcome.answer for outcome in group if outcome.answer]
+        losses = [self._loss(outcome.question) for outcome in group if outcome.question.lost]
+        return answers, losses, [outcome.question.wish.key for outcome in group if not outcome.answer]
+
+    def _report(self) -> None:
+        if time.monotonic() - self.reported_at > PROGRESS_SECONDS:
+            self.reported_at = time.monotonic()
+            self.on_progress(self.done, len(self.requests), self.figures())
 
     def _loss(self, question: _Question) -> Loss:
         account, wish = self.account, question.wish
@@ -527,6 +567,7 @@ class _Call:
             wish.tokens * question.lost,
             wish.usd * question.lost,
             now(),
+            question.lost,
         )
 
     def _show(self, outcome: _Outcome) -> None:
@@ -570,10 +611,9 @@ def _terminated_by_signal(work: asyncio.Task[None] | None) -> Iterator[list[int]
 
 def _broken(error: BaseException) -> TransientError:
     """A connection that broke. Before the request could be sent nothing was billed; after it, who knows."""
-    sent = True
+    sent = not isinstance(error, NOT_CONNECTED)
     while error.__cause__ is not None:
-        sent = sent and not isinstance(error, aiohttp.ClientConnectorError)
         error = error.__cause__
-    sent = sent and not isinstance(error, aiohttp.ClientConnectorError)
+        sent = sent and not isinstance(error, NOT_CONNECTED)
     reason = f"{'the connection broke' if sent else 'no connection'} ({type(error).__name__})"
     return TransientError(reason, maybe_billed=sent)

@@ -70,6 +70,10 @@ class OpenAIModel(BaseModel):
     batch_poll: float = Field(
         30, gt=0, le=3600, description="Seconds between two looks at a batch.", json_schema_extra=OPERATIONAL
     )
+    give_up_batches: bool = Field(
+        False, description="Ask again what was in a batch that the endpoint does not know any more. It counts as lost.",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
     max_concurrency: int = Field(
         32, ge=1, le=2048, description="Requests under way at most. Halves when the endpoint says it is too much.",
         json_schema_extra=OPERATIONAL,

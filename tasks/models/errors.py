@@ -2,6 +2,7 @@
 
     ModelError
     ├── FatalEndpointError    no retry can mend it: key, model name, quota, a request the endpoint does not take
+    │   └── Unreachable       or every retry was made
     ├── TransientError        worth another try; seen outside only as the text of a failed reply
     ├── RequestFailed         the endpoint does not take this one request; likewise
     ├── TooManyFailures       more requests than allowed stayed without an answer
@@ -39,15 +40,28 @@ class FatalEndpointError(ModelError):
         return f"{self.model} at {self.endpoint}: {self.reason}. {self.way_out}"
 
 
+class Unreachable(FatalEndpointError):
+    """The endpoint was asked again and again and did not answer: what became of the last request is not known."""
+
+
 class TransientError(ModelError):
     """One attempt failed, and another may not.
 
     `wait` is what the endpoint asks for, in seconds; `maybe_billed` says that an answer may have been made and
-    got lost on its way; `hurried` that we are asking too fast.
+    got lost on its way; `hurried` that we are asking too fast; `reworded` that the next attempt is another request.
     """
 
-    def __init__(self, reason: str, *, wait: float | None = None, maybe_billed: bool = False, hurried: bool = False):
+    def __init__(
+        self,
+        reason: str,
+        *,
+        wait: float | None = None,
+        maybe_billed: bool = False,
+        hurried: bool = False,
+        reworded: bool = False,
+    ):
         self.reason, self.wait, self.maybe_billed, self.hurried = reason, wait, maybe_billed, hurried
+        self.reworded = reworded
         super().__init__(reason)
 
     def __str__(self) -> str:

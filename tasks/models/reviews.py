@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from tasks.models.chat import storable
+
 BEST, WORST = 10, 1
 
 
@@ -63,7 +65,7 @@ def _judged(pairs: set[Pair], evidence: str | None) -> Parsed:
         return Parsed(Outcome.UNPARSABLE)
     if not (WORST <= first <= BEST and WORST <= second <= BEST):
         return Parsed(Outcome.OUT_OF_RANGE)
-    return Parsed(Outcome.OK, first, second, evidence)
+    return Parsed(Outcome.OK, first, second, evidence and storable(evidence))
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------

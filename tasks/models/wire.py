@@ -10,16 +10,19 @@ from typing import Any
 
 from storage.files import digest_of
 from storage.journal import Answer, Wish, now
-from tasks.models.chat import Reply, Request, Sampling, Status, status_of
+from tasks.models.chat import Reply, Request, Sampling, Status, status_of, storable
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.errors import FatalEndpointError, RequestFailed, TransientError
 from tasks.models.prices import Price
 
 TRANSIENT_CODES = {408, 409, 425, 429}  # and all from 500 on
+GATEWAY_GAVE_UP = {408, 504, 524}  # on a model that may have gone on answering
 QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
 FILTER_CODES = {"content_filter", "content_policy_violation", "invalid_prompt"}
 TOO_LONG_CODES = {"context_length_exceeded", "string_above_max_length"}
 FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output")
+TOO_LONG_WORDS = ("maximum context length", "context size", "context window")  # of servers that have no code for it
+TEMPERATURE_WORDS = ("unsupported", "not support", "only the default")
 TOKENS_AROUND_A_MESSAGE = 16  # role and separators; real templates take 3 to 8
 
 
@@ -29,6 +32,7 @@ class Dialect:
 
     response_format: str = "json_schema"  # then json_object, then text
     max_tokens: str = "max_tokens"  # or max_completion_tokens
+    temperature: bool = True  # false: the model has one of its own, and takes no other
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +79,12 @@ def body_of(model: OpenAIModel, sampling: Sampling, request: Request, dialect: D
     body: dict[str, Any] = {
         "model": model.model,
         "messages": request.messages,
-        "temperature": sampling.temperature,
         dialect.max_tokens: sampling.max_tokens,
     }
-    if sampling.top_p != 1:
-        body["top_p"] = sampling.top_p
+    if dialect.temperature:
+        body["temperature"] = sampling.temperature
+        if sampling.top_p != 1:
+            body["top_p"] = sampling.top_p
     if sampling.stop:
         body["stop"] = list(sampling.stop)
     if request.response_schema is not None:
@@ -122,16 +127,32 @@ def said(payload: Any, wish: Wish, sampling: Sampling) -> Said:
         usage = _usage(payload.get("usage"), text or "", wish, sampling)
     except (KeyError, IndexError, TypeError, AttributeError):
         raise TransientError("a reply without an answer in it", maybe_billed=True) from None
-    status = Status.REFUSED if message.get("refusal") else status_of(text, finish_reason)
-    return Said(str(payload.get("model") or ""), text or message.get("refusal"), status, finish_reason, usage)
+    refusal = message.get("refusal")
+    status = Status.REFUSED if refusal else status_of(text, finish_reason)
+    words = text or (refusal if isinstance(refusal, str) else None)
+    model = storable(str(payload.get("model") or ""))
+    reason = None if finish_reason is None else storable(str(finish_reason))
+    return Said(model, words if words is None else storable(words), status, reason, usage)
 
 
-def _usage(usage: dict[str, Any] | None, text: str, wish: Wish, sampling: Sampling) -> Usage:
-    """Tokens as the endpoint counts them. One that does not count gets the upper bounds."""
-    if not usage:
-        return Usage(wish.tokens - sampling.max_tokens, 0, min(len(text.encode()), sampling.max_tokens))
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return Usage(int(usage.get("prompt_tokens") or 0), int(cached), int(usage.get("completion_tokens") or 0))
+def _usage(usage: Any, text: str, wish: Wish, sampling: Sampling) -> Usage:
+    """Tokens as the endpoint counts them; what it does not count, or cannot have counted, gets its upper bound.
+
+    Some count what a model thought in `total_tokens` alone, and bill it.
+    """
+    counted = usage if isinstance(usage, dict) else {}
+    details = counted.get("prompt_tokens_details")
+    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else 0
+    prompt = _count(counted.get("prompt_tokens")) or wish.tokens - sampling.max_tokens
+    completion = _count(counted.get("completion_tokens"))
+    if not completion and text:
+        completion = min(len(text.encode(errors="replace")), sampling.max_tokens)
+    return Usage(prompt, min(cached, prompt), max(completion, _count(counted.get("total_tokens")) - prompt))
+
+
+def _count(value: Any) -> int:
+    """A number of tokens; 0 where it is none."""
+    return int(value) if isinstance(value, int | float) and 0 <= value < 2**53 else 0
 
 
 def answer_of(
@@ -190,6 +211,9 @@ def narrower(dialect: Dialect, status: int, message: str, body: Mapping[str, Any
         return None
     if "max_completion_tokens" in message and "max_tokens" in body:
         return replace(dialect, max_tokens="max_completion_tokens")
+    names_temperature = any(f"'{name}'" in message for name in ("temperature", "top_p"))
+    if "temperature" in body and names_temperature and any(words in message for words in TEMPERATURE_WORDS):
+        return replace(dialect, temperature=False)
     if "response_format" in body and any(word in message for word in FORMAT_WORDS) and "invalid schema" not in message:
         steps = {"json_schema": "json_object", "json_object": "text"}
         sent = body["response_format"]["type"]
@@ -204,13 +228,14 @@ def failure(
     if status == 402 or code in QUOTA_CODES or "exceeded your current quota" in message:
         return _fatal(model, f"no quota left ({message})", "Top up or raise the limit of the account")
     if status in TRANSIENT_CODES or status >= 500:
-        return TransientError(_named(status, message), wait=wait, hurried=status == 429)
+        gave_up = status in GATEWAY_GAVE_UP
+        return TransientError(_named(status, message), wait=wait, hurried=status == 429, maybe_billed=gave_up)
     if status in {401, 403}:
         where = model.api_key_file or f"${model.api_key_env}"
         return _fatal(model, f"the key was rejected ({status} {message})", f"Check the key in {where}, and its rights")
     if status == 404:
         return _fatal(model, f"not found ({message})", "Check the model's name and base_url")
-    if code in TOO_LONG_CODES or status == 413:
+    if code in TOO_LONG_CODES or status == 413 or any(words in message.lower() for words in TOO_LONG_WORDS):
         return RequestFailed(_named(status, "the prompt is too long for the model"))
     return _fatal(model, f"the request was rejected ({status} {message})", "Change the setting that it names")
 

@@ -211,3 +211,33 @@ def test_many_processes_share_one_journal(home: Path) -> None:
     assert sum(counts) == 200  # each was granted to exactly one
     with Journal() as journal:
         assert journal.spent("run").requests == 200
+
+
+def test_what_a_dead_process_had_sent_counts_as_lost_and_what_it_had_only_claimed_does_not(home: Path) -> None:
+    code = (
+        "import os; from storage.journal import *\n"
+        "j = Journal(); w = [Wish(k, 10, 0.5) for k in 'abc']\n"
+        "j.claim('run', 'teacher', w[:2], [], iteration=3, model='m')\n"
+        "j.claim('run', 'teacher', w[:1], [], iteration=3, model='m')\n"
+        "j.claim('run', 'teacher', w[2:], [])\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code])
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.iteration, spent.model, spent.requests) == (3, "m", 0)
+        assert (spent.lost_requests, spent.lost_tokens, spent.lost_usd) == (3, 30, 1.5)
+        cap = Cap(max_requests=3)
+        assert journal.claim("run", "teacher", [Wish("d", 1, 0.0)], [cap]).over
+    with Journal() as journal:
+        assert journal.spend() == [spent], "it is counted once"
+
+
+def test_a_journal_of_the_first_version_is_brought_up_to_date(home: Path) -> None:
+    home.mkdir()
+    with sqlite3.connect(home / "journal.sqlite") as db:
+        MIGRATIONS[0](db)
+        db.execute("PRAGMA user_version = 1")
+        db.execute("INSERT INTO claims VALUES ('k', 'dead', 'run', 'teacher', 5, 0.5)")
+    with Journal() as journal:
+        assert journal.claim("run", "teacher", [Wish("k", 5, 0.5)], [], model="m").granted == {"k"}

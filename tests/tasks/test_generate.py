@@ -187,3 +187,20 @@ def test_without_any_parent_nothing_is_asked_for_and_the_notes_say_so(generated:
     result = generated(fresh, write_snapshot("instructions", [], step="test", version=1), hard=0)
     assert result.generated.notes == ["no parents: none of the 8 rows is asked for"]
     assert result.generated.wanted == 0
+
+
+def test_half_a_character_in_a_candidate_can_be_kept(generated: Any) -> None:
+    result = generated(
+        lambda _: '{"instruction": "Compare raw \\ud83d and cooked onions.", "input": ""}', pool_of(SEEDS), hard=4
+    )
+    assert "Compare raw ? and cooked onions." in {row["instruction"] for row in read_rows(result.candidates)}
+
+
+def test_an_iteration_asks_a_parent_for_what_no_earlier_one_was_answered(generated: Any, monkeypatch: Any) -> None:
+    draws: dict[int, set[int]] = {}
+    for iteration in (1, 2):
+        monkeypatch.setattr("tests.tasks.test_generate.ACCOUNT", Account(run_id="r", role="g", iteration=iteration))
+        seen: list[int] = []
+        generated(lambda request: seen.append(request.draw) or fresh(request), pool_of(SEEDS), hard=4)  # noqa: B023
+        draws[iteration] = set(seen)
+    assert 0 in draws[1] and not draws[1] & draws[2]

@@ -118,3 +118,14 @@ def test_a_seed_near_a_heldout_instruction_enters_no_pool_and_is_counted(home: P
     assert pools.near_heldout == 1
     with pytest.raises(SeedError, match="every seed is near a held-out instruction"):
         load_seeds.fn(SeedConfig(path=heldout, heldout=heldout), "", "")
+
+
+def test_a_line_separator_in_a_csv_field_ends_no_row(tmp_path: Path) -> None:
+    path = written(tmp_path, "s.csv", 'instruction,input\nOne\u2028line,x\n"Two\nlines",y\n')
+    assert [row["instruction"] for row in read_seeds(path).rows] == ["One\u2028line", "Two\nlines"]
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, "s.jsonl", '{"instruction": "Why \\ud83d?"}\n')
+    with pytest.raises(SeedError, match="line 1: `instruction` holds half of a character"):
+        read_seeds(path)

@@ -12,7 +12,7 @@ from tasks.models.budget import Account, Budget
 from tasks.models.chat import Reply, Request, Sampling, Status
 from tasks.models.client import answer_all
 from tasks.models.endpoint import OpenAIModel
-from tasks.models.errors import BudgetReached, FatalEndpointError
+from tasks.models.errors import BudgetReached, FatalEndpointError, Unreachable
 from tasks.models.prices import Price
 from tasks.models.wire import keyer
 from tests.fake_openai import FakeOpenAI
@@ -158,3 +158,54 @@ def test_requests_of_a_batch_under_way_are_not_asked_elsewhere() -> None:
             assert journal.claim("run", "teacher", [Wish(key, 1, 0.0)], []).elsewhere == {key}
             (batch,) = journal.open_batches(model.base_url, "fake")
             journal.keep_batch(replace(batch, state="collected"))
+
+
+def test_a_batch_that_was_made_just_before_an_outage_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = batch_module._Batches._create
+
+    def create_and_break(*args: Any) -> Any:
+        create(*args)
+        raise OSError("the reply was lost")
+
+    with FakeOpenAI() as server:
+        with monkeypatch.context() as patch, pytest.raises(Unreachable, match="found again"):
+            patch.setattr(batch_module._Batches, "_create", create_and_break)
+            ask(server, questions(6), deadline=0)
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+        assert len(server.batches) == 1 and server.bill()["twice"] == {}
+
+
+def test_a_batch_is_waited_for_though_the_settings_ask_for_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: Any) -> Any:
+        raise Crash
+
+    with FakeOpenAI() as server:
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(batch_module._Batches, "_collected", crash)
+            ask(server, questions(6))
+        assert {reply.status for reply in ask(server, questions(8), mode="online")} == {Status.OK}
+        assert server.received == 2 and server.bill()["twice"] == {}
+
+
+def test_a_batch_that_is_gone_is_named_and_given_up_only_where_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: Any) -> Any:
+        raise Crash
+
+    with FakeOpenAI() as server:
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(batch_module._Batches, "_collected", crash)
+            ask(server, questions(6))
+        server.batches.clear()
+        with pytest.raises(FatalEndpointError, match="batch_0 of 6 requests is not there any more"):
+            ask(server, questions(6), mode="online")
+        assert {reply.status for reply in ask(server, questions(6), give_up_batches=True)} == {Status.OK}
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.requests, spent.lost_requests) == (6, 6)
+
+
+def test_a_batch_learns_how_an_endpoint_wants_to_be_asked() -> None:
+    with FakeOpenAI() as server:
+        server.batch_script.extend(["no-max-tokens"] * 5)
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+        assert len(server.batches) == 2 and server.received == 0

@@ -325,6 +325,61 @@ def test_money_is_set_aside_again_for_a_lost_reply_and_not_for_a_refused_request
         assert (server.bill()["requests"], server.bill()["lost"]) == (1, 1)
 
 
+def test_half_a_character_in_an_answer_costs_no_neighbour_its_answer() -> None:
+    with FakeOpenAI(
+        answer=lambda body: "half \ud83d" if body["messages"][0]["content"].endswith(" 3") else "whole"
+    ) as server:
+        replies = ask(server, questions(20))
+        assert [reply.text for reply in replies] == ["half ?" if n == 3 else "whole" for n in range(20)]
+        assert ask(server, questions(20)) == replies and server.bill()["requests"] == 20
+
+
+def test_an_answer_that_never_arrives_is_not_paid_for_without_end() -> None:
+    with FakeOpenAI(always="no-choices") as server:
+        (reply,) = ask(server, questions(1), max_failed_share=1)
+        assert reply.status is Status.FAILED and "5 times" in (reply.error or "")
+        assert server.bill()["lost"] == 5
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.requests, spent.lost_requests) == (0, 5)
+
+
+def test_a_gateway_that_gave_up_may_have_billed() -> None:
+    with FakeOpenAI(script=["504", "500"]) as server:
+        ask(server, questions(1))
+    with Journal() as journal:
+        assert [spent.lost_requests for spent in journal.spend()] == [1]
+
+
+def test_nothing_is_lost_where_no_connection_was_made() -> None:
+    replies = answer_all(
+        OpenAIModel(model="m", base_url="http://127.0.0.1:9", price="free", deadline=0, max_failed_share=1),
+        questions(1), Sampling(), Account(run_id="run", role="teacher"), lambda done, total, figures: None,
+    )  # fmt: skip
+    assert "no connection" in (replies[0].error or "")
+    with Journal() as journal:
+        assert journal.spend() == []
+
+
+def test_an_endpoint_that_asks_for_no_wait_is_still_given_time() -> None:
+    with FakeOpenAI(always="429-now") as server:
+        ask(server, questions(4), deadline=2, max_failed_share=1)
+        assert server.received < 60
+
+
+def test_a_server_that_has_no_code_for_it_is_understood_when_a_prompt_is_too_long() -> None:
+    with FakeOpenAI(script=["too-long-without-a-code"]) as server:
+        replies = ask(server, questions(8), max_failed_share=1, max_concurrency=1)
+        assert [reply.status for reply in replies].count(Status.OK) == 7
+        assert "too long" in next(reply.error or "" for reply in replies if reply.status is Status.FAILED)
+
+
+def test_a_model_that_takes_no_temperature_is_asked_without() -> None:
+    with FakeOpenAI(always="no-temperature") as server:
+        assert {reply.status for reply in ask(server, questions(4))} == {Status.OK}
+        assert "temperature" not in server.requests[-1]
+
+
 def test_two_calls_at_once_pay_once_and_keep_the_cap_together() -> None:
     results: list[Any] = []
 
@@ -492,6 +547,20 @@ def test_what_is_under_way_is_kept_when_the_process_is_told_to_stop(stop: signal
         with Journal() as journal:
             assert journal.spent("run").requests == server.bill()["requests"] >= 16
         assert server.received < 64
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "sigterm"])
+def test_what_was_with_the_endpoint_when_the_process_ended_counts_as_lost(stop: signal.Signals) -> None:
+    with FakeOpenAI(latency=30) as server:
+        caller = start_caller(server, 40)
+        wait_until(lambda: server.received >= 16)
+        caller.send_signal(stop)
+        caller.communicate()
+        sent = server.received
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert spent.requests == 0 and spent.lost_requests >= sent == 16
+        assert spent.model == "fake" and spent.lost_tokens > 0
 
 
 @pytest.mark.slow
