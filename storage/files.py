@@ -86,13 +86,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON, a line each, whole or not at all."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write rows as JSON, a line each, whole or not at all. What JSON has no form for, such as a date, becomes text."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
 def write_json_list(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as one JSON list, whole or not at all."""
-    write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    """Write rows as one JSON list, whole or not at all; see `write_json_lines`."""
+    write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 @contextmanager

@@ -77,7 +77,7 @@ EVALUATIONS = pa.schema(
         pa.field("instruction_id", text, nullable=False),
         pa.field("response", text),  # the student's
         pa.field("status", text, nullable=False),
-        pa.field("loss_sum", pa.float64(), nullable=False),  # nats, over the teacher's answer
+        pa.field("loss_sum", pa.float64()),  # nats, over the teacher's answer; null where it could not be scored
         pa.field("tokens", pa.int32(), nullable=False),  # of the teacher's answer
         pa.field("score", pa.float64()),  # 1..10 against the teacher's answer, null without an answer
     ]

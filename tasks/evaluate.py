@@ -86,7 +86,7 @@ def evaluate_student(
         )
     scores = [row["score"] for row in rows if row["score"] is not None]
     tokens = sum(row["tokens"] for row in rows)
-    loss = sum(row["loss_sum"] for row in rows) / tokens if tokens else math.nan
+    loss = sum(row["loss_sum"] for row in rows if row["tokens"]) / tokens if tokens else math.nan
     return Evaluation(
         loss=loss if math.isfinite(loss) else None,
         score=sum(scores) / len(scores) if scores else None,

@@ -286,10 +286,9 @@ def read_row(record: Any, where: str) -> dict[str, Any]:
     for key in ("instruction", "input", "output", "category"):
         if key in record and not isinstance(record[key], str):
             raise SeedError(f"{where}: `{key}` must be a text, found {_kind(record[key])}.")
-        if key in record and storable(record[key]) != record[key]:
-            raise SeedError(
-                f"{where}: `{key}` holds half of a character (a lone surrogate). Write it whole, or remove it."
-            )
+    said = json.dumps(record, ensure_ascii=False, default=str)
+    if storable(said) != said:
+        raise SeedError(f"{where}: half of a character is in it (a lone surrogate). Write it whole, or remove it.")
     if not record["instruction"].strip():
         raise SeedError(f"{where}: `instruction` is empty. Fill it in, or remove the row.")
     return {

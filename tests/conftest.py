@@ -1,11 +1,13 @@
 """What all tests share: a home of their own, a quiet Prefect, and a tiny model."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ |= {
+    "LION_HOME": tempfile.mkdtemp(prefix="lion-tests-"),  # of a test that names no home; nobody's own is touched
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_API_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///:memory:",

@@ -155,16 +155,16 @@ def attend_in_model(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer; `step` reaches it through the arguments of the model's forward."""
-    if softcap or s_aux is not None:
-        raise NotImplementedError(f"{type(module).__name__}: attention with a soft cap or with sinks is not supported")
+    if s_aux is not None:
+        raise NotImplementedError(f"{type(module).__name__}: attention with sinks is not supported")
     (heads, tokens, size), kv_heads = query.shape[1:], key.shape[1]
     keys, values = step.cache.of_layer(module.layer_idx, kv_heads, size, key)
-    if query.device.type == "cpu" and kernels.can_attend(query.dtype, size):
+    if query.device.type == "cpu" and kernels.can_attend(query.dtype, size) and not softcap:
         qkv = torch.cat([query[0], key[0], value[0]]).transpose(0, 1).reshape(tokens, -1)
         output = attend_on_cpu(qkv, keys, values, step, scaling, sliding_window or 0)
     else:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        output = attend_in_torch(q * scaling, k, v, keys, values, step, sliding_window or 0)
+        output = attend_in_torch(q * scaling, k, v, keys, values, step, sliding_window or 0, softcap)
     return output.view(1, tokens, heads, size), None
 
 
@@ -211,11 +211,19 @@ def _seen(positions: Tensor, keys: int, window: int) -> Tensor:
 
 
 def attend_in_torch(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, step: Step, window: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: Step,
+    window: int,
+    softcap: float | None = None,
 ) -> Tensor:
-    """As `attend_on_cpu`, for any device and type: (tokens, heads, size). Runs of one length are computed together.
+    """As `attend_on_cpu`, for any device and type: (tokens, heads, size). On a GPU runs of one length are computed together.
 
-    query (tokens, heads, size), already scaled; key and value (tokens, kv heads, size).
+    query (tokens, heads, size), already scaled; key and value (tokens, kv heads, size); softcap bounds the scores
+    (Gemma 2, arXiv 2408.00118).
     """
     device = query.device
     pages = torch.from_numpy(step.pages).to(device, torch.long)
@@ -223,18 +231,20 @@ def attend_in_torch(
     page, place = pages.gather(1, positions[:, None] // PAGE)[:, 0], positions % PAGE
     keys[page, :, :, place], values[page, :, place] = key, value
     output = torch.zeros_like(query)
-    alike = defaultdict(list)
-    for begin, end in step.runs:
-        alike[end - begin].append(begin)
-    for length, begins in alike.items():
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, (begin, end) in enumerate(step.runs):
+        alike[end - begin, number if device.type == "cpu" else 0].append(begin)
+    for (length, _), begins in alike.items():
         tokens = torch.tensor(begins, device=device)[:, None] + torch.arange(length, device=device)  # (rows, length)
         end = int(step.positions[[begin + length - 1 for begin in begins]].max()) + 1
         table = pages[tokens[:, 0], : pages_for(end)]
-        output[tokens] = _attend_alike(query[tokens], keys[table], values[table], positions[tokens], window)
+        output[tokens] = _attend_alike(query[tokens], keys[table], values[table], positions[tokens], window, softcap)
     return output
 
 
-def _attend_alike(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int) -> Tensor:
+def _attend_alike(
+    query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int, softcap: float | None
+) -> Tensor:
     """query (rows, length, heads, size); keys and values (rows, pages, kv heads, ...); positions (rows, length)."""
     rows, length, heads, size = query.shape
     kv_heads = keys.shape[2]
@@ -244,6 +254,8 @@ def _attend_alike(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor
     # (rows, kv heads, group x length, size): what shares its keys is multiplied at once
     grouped = query.view(rows, length, kv_heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, size)
     scores = (grouped @ keys).view(rows, kv_heads, -1, length, keys.shape[3])
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
     weights = torch.softmax(scores.masked_fill(~seen[:, None, None], -torch.inf), -1, dtype=torch.float32)
     found = weights.to(values.dtype).flatten(2, 3) @ values
     return found.view(rows, kv_heads, -1, length, size).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, size)

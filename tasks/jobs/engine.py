@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn import functional
 
 from tasks.jobs import kernels
-from tasks.jobs.network import best_precision, load
+from tasks.jobs.network import best_precision, context_of, load
 from tasks.jobs.sampling import Sampling, draw_tokens
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
 from tasks.jobs.tiles import Lane, Queue, Row, Settle, Statistics, Wanted
@@ -72,7 +73,7 @@ class Engine:
         self.statistics = Statistics()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.network = load(path, self.precision, device, quantization)
-        self.context = self.network.config.get_text_config().max_position_embeddings
+        self.context = context_of(self.network.config)
         self.stop_tokens = stop_tokens_of(self.network, self.tokenizer)
         self.prefix = self._template_prefix()
 
@@ -90,11 +91,18 @@ class Engine:
         room = self.context - sampling.max_tokens
         fitting, refused = [], []
         for request in requests:
-            row = self._row(request, sampling)
-            fits = 0 < len(row.given) <= room
-            (fitting if fits else refused).append(row)
+            try:
+                row = self._row(request, sampling)
+            except TemplateError as error:
+                refused.append(_refusal(request["id"], 0, f"the chat template refuses it: {error}"))
+                continue
+            if 0 < len(row.given) <= room:
+                fitting.append(row)
+            else:
+                why = f"the prompt has {len(row.given)} tokens; 1 to {room} fit into the context beside the answer"
+                refused.append(_refusal(row.id, len(row.given), why))
         if refused:
-            yield [_refusal(row, room) for row in refused]
+            yield refused
         yield from self._share(fitting, partial(self._draw, sampling), self.max_batch_rows)
 
     def _row(self, request: dict[str, Any], sampling: Sampling) -> Row:
@@ -146,16 +154,23 @@ class Engine:
             items: `{"id", "messages", "answer", "whole"}`; a whole answer is scored with its end of turn.
 
         Yields:
-            `{"id", "loss_sum", "tokens"}`: nats, summed over the answer's tokens.
+            `{"id", "loss_sum", "tokens"}`: nats, summed over the answer's tokens, as far as it fits into the context; null
+            where none does, or there is none.
         """
-        rows, empty = [], []
+        rows, unscored = [], []
         for item in items:
-            example = self._example(item)
+            try:
+                example = self._example(item)
+            except TemplateError:
+                unscored.append(item["id"])
+                continue
             answer = example.input_ids[example.prompt_length :]
-            row = Row(item["id"], example.input_ids[:-1], targets=answer)
-            (rows if answer else empty).append(row)
-        if empty:
-            yield [_score(row) for row in empty]
+            if answer and len(example.input_ids) <= self.context:
+                rows.append(Row(item["id"], example.input_ids[:-1], targets=answer))
+            else:
+                unscored.append(item["id"])
+        if unscored:
+            yield [{"id": id, "loss_sum": None, "tokens": 0} for id in unscored]
         yield from self._share(rows, self._add_losses, min(self.max_batch_rows, SCORED_ROWS))
 
     def _example(self, item: dict[str, Any]) -> Example:
@@ -274,12 +289,12 @@ def _reply(row: Row, text: str, finish_reason: str) -> dict[str, Any]:
     }
 
 
-def _refusal(row: Row, room: int) -> dict[str, Any]:
+def _refusal(id: str, prompt_tokens: int, why: str) -> dict[str, Any]:
     return {
-        "id": row.id,
+        "id": id,
         "text": None,
         "finish_reason": None,
-        "prompt_tokens": len(row.given),
+        "prompt_tokens": prompt_tokens,
         "completion_tokens": 0,
-        "error": f"the prompt has {len(row.given)} tokens; 1 to {room} fit into the context beside the answer",
+        "error": why,
     }

@@ -20,6 +20,7 @@ from typing import Any
 
 from tasks.jobs.engine import Engine
 from tasks.jobs.launch import finish, report_progress
+from tasks.jobs.network import UnsupportedModel
 from tasks.jobs.process import free_port
 from tasks.jobs.quantization import NotInstalled
 from tasks.jobs.sampling import Sampling
@@ -133,7 +134,7 @@ def main(job_file: Path) -> None:
     """Run one job: see the module's docstring."""
     try:
         result = run(json.loads(job_file.read_text()), job_file.parent)
-    except (NotInstalled, ServerError) as error:
+    except (NotInstalled, UnsupportedModel, ServerError) as error:
         sys.exit(f"error: {error}")
     finish(job_file.parent, result)
 

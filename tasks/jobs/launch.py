@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
+from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any, Protocol
@@ -93,21 +94,29 @@ def run_job(
     """
     result = directory / "result.json"
     if not result.exists():
-        write_atomic(directory / "job.json", json.dumps(job, indent=2, ensure_ascii=False))
-        program, variables = str(directory / "job.json"), {**os.environ, **ENVIRONMENT, **(environment or {})}
-        child: subprocess.Popen[str] | Fork
-        ours = module.startswith(__package__)  # only what a warm process can import, wherever this one found it
-        if launcher or not ours or not can_fork():
-            child = start([*(launcher or [sys.executable]), "-m", module, program], variables)
-        else:
-            child = start_fork(module, program, variables)
-        on_start(child)
-        returncode, tail = _run(child, directory / "log.txt", on_progress, on_notable_line)
-        if not result.exists():
-            raise JobError(module, str(directory), returncode, tail)
-        if returncode != 0:  # a library's threads can bring a rank down as it leaves
-            on_notable_line(f"{module} ended with exit code {returncode}, after its result was written")
+        # Two who want the same: one makes it, one waits for it.
+        waiting = partial(on_notable_line, "another process is at this job; waiting for it")
+        with locked(f"job-{directory.name}", on_wait=waiting):
+            if not result.exists():
+                write_atomic(directory / "job.json", json.dumps(job, indent=2, ensure_ascii=False))
+                child = _started(module, directory / "job.json", launcher, environment)
+                on_start(child)
+                returncode, tail = _run(child, directory / "log.txt", on_progress, on_notable_line)
+                if not result.exists():
+                    raise JobError(module, str(directory), returncode, tail)
+                if returncode != 0:  # a library's threads can bring a rank down as it leaves
+                    on_notable_line(f"{module} ended with exit code {returncode}, after its result was written")
     return json.loads(result.read_text())
+
+
+def _started(
+    module: str, job_file: Path, launcher: Sequence[str], environment: Mapping[str, str] | None
+) -> "subprocess.Popen[str] | Fork":
+    variables = {**os.environ, **ENVIRONMENT, **(environment or {})}
+    ours = module.startswith(__package__)  # only what a warm process can import, wherever this one found it
+    if launcher or not ours or not can_fork():
+        return start([*(launcher or [sys.executable]), "-m", module, str(job_file)], variables)
+    return start_fork(module, str(job_file), variables)
 
 
 def run_shard(module: str, job: dict[str, Any], directory: str, environment: Mapping[str, str]) -> None:

@@ -27,6 +27,15 @@ LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork comp
 FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # that do not change with the length of a text
 
 
+ATTENDED_LAYERS = {"full_attention", "sliding_attention"}
+WITH_SINKS = {"gpt_oss"}
+MISCOMPUTED = {"diffllama"}  # model types that come out wrong, though nothing says why
+
+
+class UnsupportedModel(Exception):
+    """The engine would compute another model than this one."""
+
+
 class Network(Protocol):
     """What an engine needs of a model."""
 
@@ -44,7 +53,9 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
 
     Raises:
         NotInstalled: the weights are to be quantized, and there is no bitsandbytes.
+        UnsupportedModel: it is of a kind that this engine does not compute.
     """
+    check_can_run(transformers.AutoConfig.from_pretrained(path))
     dtype = DTYPES[precision]
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path,
@@ -61,6 +72,42 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
             return LlamaNetwork(model)
         return TransformersNetwork(model, alike_tiles([*widened, *pack_linear_layers(model)]))
     return TransformersNetwork(model, [TILE if device.type == "cpu" else GPU_TILE])
+
+
+def check_can_run(config: Any) -> None:
+    """See that a model of this kind looks across the tokens of a step by our attention alone, as a step holds many rows.
+
+    Raises:
+        UnsupportedModel: it does not, or its attention has something that ours has not.
+    """
+    text = config.get_text_config()
+    model = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    other_layers = set(getattr(text, "layer_types", None) or []) - ATTENDED_LAYERS
+    if model is None or not model._supports_attention_backend or text.model_type in MISCOMPUTED:
+        why = "its attention cannot be replaced"
+    elif other_layers:
+        why = f"it has layers of the kind {', '.join(sorted(other_layers))}"
+    elif getattr(text, "kv_lora_rank", None):
+        why = "its values have another size than its keys"
+    elif text.model_type in WITH_SINKS:
+        why = "its attention has sinks"
+    elif not getattr(text, "max_position_embeddings", None):
+        why = "its settings do not say how long a text may be"
+    else:
+        return
+    raise UnsupportedModel(
+        f"a model of the type {text.model_type} is nothing for `engine: transformers`: {why}. Have it served: "
+        "`engine: vllm`, or `engine: openai` with a command in `serve`"
+    )
+
+
+def context_of(config: Any) -> int:
+    """How many tokens a text may have. Longrope turns all rows of a step otherwise where one is beyond its first range."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    context: int = text.max_position_embeddings
+    first_range = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return min(context, first_range or context)
 
 
 class TransformersNetwork:

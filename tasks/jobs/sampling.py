@@ -38,11 +38,19 @@ def draw_tokens(logits: Tensor, chances: Sequence[float], sampling: Sampling) ->
     if plain:
         return _invert(probabilities, uniform).tolist()
     top, tokens = probabilities.topk(min(TOP_P_CANDIDATES, probabilities.shape[1]))
-    if (top.sum(-1) < sampling.top_p).any():  # a flat distribution: its nucleus is larger
-        top, tokens = probabilities.sort(descending=True, stable=True)
+    drawn = _from_nucleus(top, tokens, uniform, sampling.top_p)
+    flat = top.sum(-1) < sampling.top_p  # a row whose nucleus is larger
+    if flat.any():
+        top, tokens = probabilities[flat].sort(descending=True, stable=True)
+        drawn[flat] = _from_nucleus(top, tokens, uniform[flat], sampling.top_p)
+    return drawn.tolist()
+
+
+def _from_nucleus(top: Tensor, tokens: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """The token drawn for each row, given its probabilities from the highest on and whose they are."""
     before = top.cumsum(-1) - top
-    nucleus = top.where(before < sampling.top_p, 0)
-    return tokens.gather(1, _invert(nucleus, uniform)[:, None])[:, 0].tolist()
+    nucleus = top.where(before < top_p, 0)
+    return tokens.gather(1, _invert(nucleus, uniform)[:, None])[:, 0]
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:

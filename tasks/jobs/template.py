@@ -5,10 +5,15 @@ Alpaca and Lion. Training text is the prompt and the answer in one string, token
 that the prompt that inference sends is by construction a prefix of what training showed.
 """
 
+import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 Messages = list[dict[str, str]]
+
+DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+A_DAY = datetime(2025, 1, 1)
 
 # Alpaca's roles for a base model without a chat template. Ours to word; the headings are the published ones.
 BASE_TEMPLATE = (
@@ -31,10 +36,15 @@ class Example:
 
 
 def ensure_chat_template(tokenizer: Any) -> None:
-    """Give a tokenizer without a chat template the `### Instruction:` one, which begins as the tokenizer has texts begin."""
+    """Give a tokenizer without a chat template the `### Instruction:` one, which begins as the tokenizer has texts begin.
+
+    A template that tells the date tells one that stays: a prompt is the same tomorrow, and as it was in training.
+    """
     if not tokenizer.chat_template:
         begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + BASE_TEMPLATE
+    elif "strftime_now(" in tokenizer.chat_template:
+        tokenizer.chat_template = DATE.sub(lambda told: repr(A_DAY.strftime(told[2])), tokenizer.chat_template)
 
 
 def render_prompt(tokenizer: Any, messages: Messages) -> str:
@@ -56,17 +66,20 @@ def encode_example(tokenizer: Any, messages: Messages, answer: str, *, whole: bo
     """
     prompt = encode_prompt(tokenizer, messages)
     tokens = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]  # a long one is no mistake
-    end = [end_of_turn(tokenizer)] if whole else []
+    end = [token for token in [end_of_turn(tokenizer)] if whole and token is not None]
     room = max(max_length - len(prompt) - len(end), 0)
     return Example([*prompt, *tokens[:room], *end], len(prompt), cut=len(tokens) > room)
 
 
-def end_of_turn(tokenizer: Any) -> int:
-    """The token that closes an answer in the chat template; eos where the template has none of its own."""
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token that closes an answer in the chat template; eos, if there is one, where the template has none of its own."""
+    ensure_chat_template(tokenizer)
     said = "The answer."  # no template and no special token has it
     closed = tokenizer.apply_chat_template(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}], tokenize=False
     )
     tail = tokenizer(closed.rpartition(said)[2], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | {
+        *tokenizer.all_special_ids
+    }
     return next((token for token in tail if token in special), tokenizer.eos_token_id)

@@ -111,7 +111,7 @@ def infer(
     *,
     seed: int,
     on_progress: OnProgress,
-) -> tuple[list[Reply], dict[str, tuple[float, int]]]:
+) -> tuple[list[Reply], dict[str, tuple[float | None, int]]]:
     """Answer requests and score given answers; each process loads the model once, and there is one for each GPU.
 
     Args:
@@ -119,7 +119,7 @@ def infer(
 
     Returns:
         The replies in the order of the requests, and for each given answer its loss in nats, summed over its
-        tokens, with the number of tokens.
+        tokens, with the number of tokens; null and 0 where it could not be scored.
     """
     engine = settings.resolved_engine()
     gpus_each = settings.tensor_parallel if engine == "vllm" else 1

@@ -127,5 +127,5 @@ def test_a_line_separator_in_a_csv_field_ends_no_row(tmp_path: Path) -> None:
 
 def test_half_a_character_is_named(tmp_path: Path) -> None:
     path = written(tmp_path, "s.jsonl", '{"instruction": "Why \\ud83d?"}\n')
-    with pytest.raises(SeedError, match="line 1: `instruction` holds half of a character"):
+    with pytest.raises(SeedError, match="line 1: half of a character"):
         read_seeds(path)

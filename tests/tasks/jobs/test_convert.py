@@ -1,9 +1,12 @@
 """Where a model comes from: the embedded GGUF file, a folder, the Hub."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tasks.jobs import convert
 from tasks.jobs.launch import JobError, run_job
@@ -38,6 +41,7 @@ def test_without_the_package_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch, t
     asked: list[str] = []
     monkeypatch.setattr(convert, "PACKAGE", "llm_not_installed")
     monkeypatch.setattr(convert, "download", lambda hub_id, directory: asked.append(hub_id) or {})
+    monkeypatch.setattr(convert, "end_with_turns", lambda directory: None)
     convert.convert("embedded", tmp_path)
     assert asked == [convert.HUB_ID]
 
@@ -45,7 +49,6 @@ def test_without_the_package_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.slow
 def test_the_embedded_model_is_what_transformers_reads_from_the_same_file(tmp_path: Path) -> None:
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     result = run_job("tasks.jobs.convert", {"source": "embedded"}, tmp_path)
     assert (result["parameters"], result["layers"]) == (134_515_008, 30)
@@ -59,3 +62,26 @@ def test_the_embedded_model_is_what_transformers_reads_from_the_same_file(tmp_pa
         assert ours(text)["input_ids"] == its(text)["input_ids"]
         assert ours.decode(ours(text)["input_ids"]) == text
     assert ours.eos_token == "<|im_end|>" and ours.chat_template == its.chat_template
+
+
+def test_a_model_in_several_shards_is_linked_whole(tmp_path: Path, tiny_model: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(source, max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(source)
+    assert len(list(source.glob("*.safetensors"))) > 1
+    target.mkdir()
+    convert.convert(str(source), target)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (target, source))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_a_server_stops_at_is_the_end_of_turn_of_the_template(tmp_path: Path, tiny_model: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(tiny_model, source)
+    config = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    target.mkdir()
+    convert.convert(str(source), target)
+    end = AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<|im_end|>")
+    assert GenerationConfig.from_pretrained(target).eos_token_id == [0, end]
+    assert GenerationConfig.from_pretrained(source).eos_token_id == 0, "the folder itself stays as it was"

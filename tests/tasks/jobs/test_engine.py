@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.jobs.engine import Engine
-from tasks.jobs.network import LlamaNetwork, best_precision
-from tasks.jobs.sampling import Sampling
+from tasks.jobs.network import LlamaNetwork, UnsupportedModel, best_precision, check_can_run, context_of
+from tasks.jobs.sampling import Sampling, draw_tokens
 from tasks.jobs.template import encode_example, encode_prompt
 from tasks.jobs.tiles import Row
 from tests.tiny import CHATML, TEXTS
@@ -230,10 +231,10 @@ def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None
         assert best_precision(torch.device("cpu")) == precision
 
 
-@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["Qwen2ForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM", "Gemma2ForCausalLM"]
+)
 def test_other_architectures_answer_as_in_transformers(architecture: str, tiny_model: Path, tmp_path: Path) -> None:
-    import transformers
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     common = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 2, "bos_token_id": None}
     layers = {
@@ -248,6 +249,10 @@ def test_other_architectures_answer_as_in_transformers(architecture: str, tiny_m
         "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(**common, **layers),
         # A window shorter than the prompts, so that it matters.
         "MistralForCausalLM": lambda: transformers.MistralConfig(**common, **layers, sliding_window=8),
+        # Caps so low that they matter.
+        "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(
+            **common, **layers, head_dim=16, sliding_window=8, attn_logit_softcapping=0.5, final_logit_softcapping=5.0
+        ),
         "GPT2LMHeadModel": lambda: transformers.GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=512),
     }[architecture]()
     torch.manual_seed(0)
@@ -260,6 +265,87 @@ def test_other_architectures_answer_as_in_transformers(architecture: str, tiny_m
         prompt = encode_prompt(tokenizer, request["messages"])
         output = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :]
         assert ours[request["id"]]["text"] == tokenizer.decode(output, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (
+            lambda: transformers.Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+            "layers of the kind conv",
+        ),
+        (lambda: transformers.Llama4TextConfig(), "layers of the kind chunked_attention"),
+        (lambda: transformers.CodeGenConfig(), "its attention cannot be replaced"),
+        (lambda: transformers.DiffLlamaConfig(), "its attention cannot be replaced"),
+        (lambda: transformers.DeepseekV3Config(), "its values have another size"),
+        (lambda: transformers.GptOssConfig(), "its attention has sinks"),
+        (lambda: transformers.MambaConfig(), "its attention cannot be replaced"),
+    ],
+    ids=["lfm2", "llama4", "codegen", "diffllama", "deepseek", "gpt-oss", "mamba"],
+)
+def test_a_model_that_would_be_computed_wrong_is_refused(config: Any, why: str) -> None:
+    with pytest.raises(UnsupportedModel, match=why):
+        check_can_run(config())
+
+
+@pytest.mark.parametrize(
+    "kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Phi3", "GPT2"]
+)
+def test_usual_models_are_not_refused(kind: str) -> None:
+    check_can_run(getattr(transformers, f"{kind}Config")())
+
+
+def test_a_context_ends_where_longrope_would_turn_all_rows_of_a_step_otherwise() -> None:
+    factors = {"long_factor": [1.0] * 48, "short_factor": [1.0] * 48}
+    config = transformers.Phi3Config(
+        max_position_embeddings=400,
+        original_max_position_embeddings=100,
+        rope_parameters={"rope_type": "longrope", **factors},
+    )
+    assert context_of(config) == 100
+    assert context_of(transformers.LlamaConfig(max_position_embeddings=400)) == 400
+
+
+def test_a_peaked_row_draws_the_same_beside_a_flat_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    peaked = (4 * torch.randn(1, 5000, generator=generator)).bfloat16()  # with ties, as bf16 has
+    flat = torch.zeros(1, 5000, dtype=torch.bfloat16)
+    sampling = Sampling(temperature=1.0, top_p=0.95)
+    for chance in torch.rand(200, generator=generator).tolist():
+        (alone,) = draw_tokens(peaked, [chance], sampling)
+        assert draw_tokens(torch.cat([peaked, flat]), [chance, 0.5], sampling)[0] == alone
+
+
+def test_what_cannot_be_scored_has_no_loss_and_costs_the_others_nothing(engine: Engine) -> None:
+    ask = [{"role": "user", "content": "Why?"}]
+    items = [
+        {"id": "long", "messages": [{"role": "user", "content": "bridges " * 700}], "answer": "Yes."},
+        {"id": "empty", "messages": ask, "answer": "", "whole": False},
+        {"id": "good", "messages": ask, "answer": "Because."},
+    ]
+    scores = {score["id"]: score for batch in engine.score(items) for score in batch}
+    assert [(scores[id]["loss_sum"], scores[id]["tokens"]) for id in ("long", "empty")] == [(None, 0)] * 2
+    assert scores["good"]["loss_sum"] > 0
+
+
+def test_a_row_that_the_template_refuses_is_refused_by_id_and_the_others_are_answered(tiny_model: Path) -> None:
+    engine = Engine(tiny_model, "fp32")
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    engine.tokenizer.chat_template = no_system + CHATML
+    refused = {"id": "system", "messages": [{"role": "system", "content": "Be brief."}, *REQUESTS[0]["messages"]]}
+    replies = answers(engine, [refused, *REQUESTS[:2]], GREEDY)
+    assert "the chat template refuses it: no system" in replies["system"]["error"]
+    assert all(replies[request["id"]]["error"] is None for request in REQUESTS[:2])
+    assert next(iter(engine.score([{**refused, "answer": "x"}]))) == [{"id": "system", "loss_sum": None, "tokens": 0}]
+
+
+def test_a_base_model_without_a_chat_template_answers(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    assert not (tmp_path / "chat_template.jinja").exists()
+    assert all(reply["error"] is None for reply in answers(Engine(tmp_path, "fp32"), REQUESTS[:3], GREEDY).values())
 
 
 class TestWeightsInFewBits:

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tasks.jobs.engine import Engine
 from tasks.jobs.infer import Lines, main, run
@@ -134,6 +136,29 @@ def test_weights_in_few_bits_without_bitsandbytes_are_refused_in_one_line(
         SystemExit, match=r"^error: weights in 4bit need bitsandbytes: pip install 'lion-distill\[gpu\]'$"
     ):
         main(tmp_path / "job.json")
+
+
+def test_a_model_that_the_engine_does_not_compute_is_refused_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.layer_types = ["linear_attention"] * config.num_hidden_layers
+    config.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    (tmp_path / "job.json").write_text(json.dumps(job_in(tmp_path, tmp_path)))
+    with pytest.raises(SystemExit, match=r"^error: a model of the type llama .* linear_attention. Have it served"):
+        main(tmp_path / "job.json")
+
+
+def test_two_processes_at_one_job_do_it_once(home: Path, tmp_path: Path, tiny_model: Path) -> None:
+    directory = home / "jobs" / "shared"
+    job = job_in(directory, tiny_model, rows=30, max_tokens=60)
+    started: list[Any] = []
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(run_job, "tasks.jobs.infer", job, directory, on_start=started.append) for _ in range(2)]
+        results = [each.result() for each in both]
+    assert len(started) == 1 and results[0] == results[1]
+    assert len(lines_of(directory / "replies.jsonl")) == 30
 
 
 @pytest.fixture(scope="module")

@@ -56,3 +56,16 @@ def test_a_base_model_whose_texts_begin_with_bos_gets_it_once(tokenizer: Any) ->
     )
     ids = encode_prompt(tokenizer, ASK)
     assert ids[0] == bos and bos not in ids[1:]
+
+
+def test_a_special_token_that_has_no_name_ends_a_turn_all_the_same(tokenizer: Any) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>\n<|im_end|>{% endfor %}"
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+def test_a_template_that_tells_the_date_says_the_same_tomorrow(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    assert tokenizer.decode(encode_prompt(tokenizer, ASK)).startswith("01 Jan 2025")
