@@ -1,5 +1,6 @@
 """The trainer: what it learns from, what it leaves out, and that the same job gives the same weights."""
 
+import copy
 import json
 import shutil
 import signal
@@ -108,10 +109,28 @@ class TestRows:
             version=1,
         ).path
         examples, report = encode(tokenizer, data, home, max_length=64)
-        assert report["left_out"] == {"no_label": ["long"], "empty": ["blank"]}
+        assert report["left_out"] == {"no_label": ["long"], "empty": ["blank"], "refused_by_template": []}
         assert report["cut"] == ["huge"]
         assert sorted(row["instruction_id"] for row in (examples[0], examples[1])) == ["good", "huge"]
         assert examples.lengths.max() == 64
+
+    def test_a_row_that_the_template_refuses_is_left_out_and_a_tokenizer_without_an_end_is_refused(
+        self, home: Path, tokenizer: Any
+    ) -> None:
+        tokenizer = copy.deepcopy(tokenizer)
+        template = tokenizer.chat_template
+        tokenizer.chat_template = (
+            "{% if 'No' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + template
+        )
+        rows = [
+            {"instruction_id": ask, "messages": [{"role": "user", "content": ask}], "response": "A.", "whole": True}
+            for ask in ("Yes?", "No?")
+        ]
+        _, report = encode(tokenizer, write_snapshot("examples", rows, step="test", version=1).path, home)
+        assert (report["rows"], report["left_out"]["refused_by_template"]) == (1, ["No?"])
+        tokenizer.chat_template, tokenizer.eos_token = "{{ messages[0]['content'] }}{{ messages[1]['content'] }}", None
+        with pytest.raises(DataError, match="no answer could end"):
+            encode(tokenizer, write_rows("Yes."), home / "other")
 
     def test_nothing_to_learn_from_is_an_error_that_says_why(self, home: Path, tokenizer: Any) -> None:
         with pytest.raises(DataError, match="none of 2 rows has a label: the prompt alone fills max_length 64 in 2"):
