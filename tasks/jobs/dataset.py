@@ -100,7 +100,7 @@ def encode_rows(data: Path, tokenizer: Any, max_length: int, target: Path) -> di
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Encoded rows of a mapped file, or some of them."""
+    """Encoded rows of a mapped file, or some of them. The one beyond the last has a token and no label: see `Order`."""
 
     def __init__(self, path: Path, places: np.ndarray | None = None):
         self.path = path
@@ -113,6 +113,8 @@ class Examples(Dataset[dict[str, Any]]):
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == len(self):
+            return {"instruction_id": "", "input_ids": np.zeros(1, np.int32), "prompt_length": 1}  # nothing is learned
         place = int(self.places[index])
         return {
             "instruction_id": self._table["instruction_id"][place].as_py(),
@@ -163,7 +165,7 @@ def _batch(rows: list[dict[str, Any]], input_ids: np.ndarray, predicting: np.nda
         "shift_labels": labels,
         "logits_to_keep": torch.from_numpy(predicting),
         "instruction_ids": [row["instruction_id"] for row in rows],
-        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "tokens": sum(len(row["input_ids"]) for row in rows if row["prompt_length"] < len(row["input_ids"])),
         **more,
     }
 
@@ -176,19 +178,26 @@ COLLATE: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
 
 
 class Order(Sampler[int]):
-    """In which order an epoch shows its rows: by seed and epoch alone, so that a resumed training goes on in it."""
+    """In which order an epoch shows its rows: by seed and epoch alone, so that a resumed training goes on in it.
+
+    Where several processes train, an epoch is filled up with rows without a label until all have as many batches: what
+    accelerate would fill it up with are rows that were trained on already.
+    """
 
     def __init__(self, examples: Examples, settings: SftSettings, seed: int):
         self.lengths, self.settings, self.seed, self.epoch = examples.lengths, settings, seed, 0
+        at_once = settings.per_device_train_batch_size * settings.world_size
+        self.fill = -len(examples) % at_once if settings.world_size > 1 else 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.fill
 
     def __iter__(self) -> Iterator[int]:
-        return iter(order_of_rows(self.lengths, self.settings, self.seed, self.epoch).tolist())
+        order = order_of_rows(self.lengths, self.settings, self.seed, self.epoch).tolist()
+        return iter(order + [len(self.lengths)] * self.fill)
 
 
 def order_of_rows(lengths: np.ndarray, settings: SftSettings, seed: int, epoch: int) -> np.ndarray:
@@ -209,6 +218,9 @@ def order_of_rows(lengths: np.ndarray, settings: SftSettings, seed: int, epoch: 
         order = np.concatenate([_regroup(rows, lengths, settings, at_once, rng) for rows in windows])
     whole = len(order) // at_once * at_once
     if epoch == 0 and whole:
+        longest = int(lengths[order].argmax())
+        if longest >= whole:  # it is left over
+            order[[0, longest]] = order[[longest, 0]]
         batches = order[:whole].reshape(-1, at_once)
         size = lengths[batches].sum(1) if settings.packing == "packed" else lengths[batches].max(1)
         largest = int(size.argmax())

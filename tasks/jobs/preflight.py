@@ -24,11 +24,12 @@ def estimate(
     settings: SftSettings, precision: str, device: torch.device, model: Any, examples: Examples
 ) -> dict[str, Any]:
     """Memory of one process under each strategy, what its device has, and the time that all epochs will take."""
-    config = model.config
+    config = model.config.get_text_config()
     # ZeRO-3 leaves nothing of a weight here but its number of elements.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     parameters = sum(size for size, _ in sizes)
     counts = {"parameters": parameters, "trained": sum(size for size, trained in sizes if trained)}
+    counts["held_bytes"] = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     needs = {
         strategy: _bytes_needed(settings, strategy, precision, config, examples, **counts) / GB
         for strategy in get_args(SftSettings.model_fields["strategy"].annotation)
@@ -70,13 +71,14 @@ def _bytes_needed(
     examples: Examples,
     parameters: int,
     trained: int,
+    held_bytes: int,
 ) -> float:
     """Weights, gradients, optimizer and the activations of the largest batch, on one device."""
     world = settings.world_size if strategy != "single" else 1
     width = 4 if precision == "fp32" else 2  # bytes of a computed number
     weights, gradients, optimizer = width * parameters, 4 * trained, (ADAM if width == 2 else ADAM - 4) * trained
     if settings.peft == "qlora":
-        weights = parameters // 2
+        weights = held_bytes  # some of it in 4 bit, some widened
     if strategy in ("fsdp", "deepspeed-zero2", "deepspeed-zero3"):
         gradients, optimizer = gradients / world, optimizer / world
     if strategy in ("fsdp", "deepspeed-zero3"):  # and one layer whole, while it computes

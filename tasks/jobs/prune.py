@@ -81,6 +81,24 @@ def keep_in_config(config: Any, keep: Sequence[int], total: int) -> None:
             setattr(config, name, [value[layer] for layer in keep])
 
 
+def raise_unless_whole(directory: Path) -> None:
+    """See that the saved model is read back with all weights that it was saved with.
+
+    Raises:
+        SystemExit: its config says by their numbers which layers are of another kind, as of some models with experts.
+    """
+    found: dict[str, Any]
+    _, found = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    wrong = sorted(
+        name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in map(str, found[kind])
+    )
+    if wrong:
+        raise SystemExit(
+            f"A model with layers of several kinds cannot be pruned here: without some of them it is read back otherwise "
+            f"({', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}). Take student.start.init: base."
+        )
+
+
 def main(job_file: Path) -> None:
     """Run one job: see the module's docstring."""
     job, directory = json.loads(job_file.read_text()), job_file.parent
@@ -92,6 +110,7 @@ def main(job_file: Path) -> None:
     result = prune(model, tokenizer, job["layers"], job["prompts"])
     model.to(kept_as).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    raise_unless_whole(directory)
     finish(directory, result)
 
 

@@ -56,7 +56,10 @@ def save_model(weights: dict[str, torch.Tensor], like: Any, dtype: torch.dtype, 
     """Save weights as a plain checkpoint in `dtype`, with the config and the generation config of the model `like`."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(like.config, dtype=dtype)
-    given = {name: rounded(weight.cpu(), dtype) for name, weight in weights.items()}
+    buffers = dict(skeleton.named_buffers())  # not trained, and of types of their own
+    given = {
+        name: weight.cpu() if name in buffers else rounded(weight.cpu(), dtype) for name, weight in weights.items()
+    }
     skeleton.load_state_dict(given, strict=False, assign=True)
     skeleton.tie_weights()  # a tied weight may have been given by one of its names
     if lost := [name for name, weight in skeleton.named_parameters() if weight.is_meta]:

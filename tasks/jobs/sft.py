@@ -43,7 +43,7 @@ from tasks.jobs.process import die_with_parent
 from tasks.jobs.quantization import NotInstalled, keep_layout, quantized
 from tasks.jobs.reload import loss_in_fresh_process, loss_of_saved, merge_adapter, save_model, stored_dtype
 from tasks.jobs.settings import SftSettings
-from tasks.jobs.template import ensure_chat_template
+from tasks.jobs.template import end_with_turns, ensure_chat_template
 from tasks.jobs.trainer import (
     FirstCheck,
     SftTrainer,
@@ -81,7 +81,12 @@ def load_model(job: dict[str, Any], settings: SftSettings, precision: str, devic
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_target,
     )
-    return get_peft_model(model, lora)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        if "lora_dropout" not in str(error):
+            raise
+        raise SettingsError("this model's experts take no dropout in their adapters: set lora_dropout: 0") from None
 
 
 def train(job: dict[str, Any], directory: Path) -> None:
@@ -201,10 +206,13 @@ def save(
         save_model(weights, trained, dtype, directory)
     rows = [fixed[place] for place in range(len(fixed))]
     if trainer.settings.strategy not in ("single", "ddp"):
-        return loss_in_fresh_process(directory, rows, dtype, held)
-    if adapter:
-        merge_adapter(directory, dtype, held)
-    return loss_of_saved(directory, rows)
+        loss = loss_in_fresh_process(directory, rows, dtype, held)
+    else:
+        if adapter:
+            merge_adapter(directory, dtype, held)
+        loss = loss_of_saved(directory, rows)
+    end_with_turns(directory)
+    return loss
 
 
 @contextmanager

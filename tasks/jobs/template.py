@@ -8,6 +8,7 @@ that the prompt that inference sends is by construction a prefix of what trainin
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 Messages = list[dict[str, str]]
@@ -83,3 +84,20 @@ def end_of_turn(tokenizer: Any) -> int | None:
         *tokenizer.all_special_ids
     }
     return next((token for token in tail if token in special), tokenizer.eos_token_id)
+
+
+def end_with_turns(directory: Path) -> None:
+    """Have the model's generation config name the chat template's end of turn, which is all that a server looks at."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    file = directory / "generation_config.json"
+    if file.is_file():
+        config = GenerationConfig.from_pretrained(directory)
+    else:
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(directory))
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    end = end_of_turn(AutoTokenizer.from_pretrained(directory))
+    if end is not None and end not in named:
+        config.eos_token_id = [token for token in (*named, end) if token is not None]
+        file.unlink(missing_ok=True)  # it may be a link to the file of somebody else's model
+        config.save_pretrained(directory)

@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,15 @@ class SftTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         shard_on_cpu(self)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's schedule from its second step on: in its first the rate is 0, and nothing is learned."""
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        scheduler.lr_lambdas = [partial(_a_step_on, rate) for rate in scheduler.lr_lambdas]
+        for group, peak, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+            group["lr"] = peak * rate(0)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        return scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self.order
@@ -102,6 +113,10 @@ class SftTrainer(Trainer):
         self.model_wrapped.train()
         summed, labels = self.accelerator.reduce(total).tolist()
         return summed / labels
+
+
+def _a_step_on(rate: Callable[[int], float], step: int) -> float:
+    return rate(step + 1)
 
 
 class FirstCheck(TrainerCallback):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tasks.jobs.launch import JobError, run_job
 from tasks.jobs.prune import prune
@@ -69,3 +69,20 @@ def test_a_model_in_bf16_stays_in_bf16(tmp_path: Path, tiny_model: Path) -> None
 def test_more_layers_than_there_are_is_an_error_that_says_so(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(JobError, match="has 4 layers, so it cannot keep 9"):
         run_job("tasks.jobs.prune", {"model": str(tiny_model), "layers": 9, "prompts": PROMPTS}, tmp_path / "p")
+
+
+def test_a_model_whose_config_counts_its_kinds_of_layers_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4,
+        num_experts_per_tok=2, mlp_only_layers=[0],
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():  # the dense layer does nothing, so that it goes
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(JobError, match="layers of several kinds cannot be pruned"):
+        run_job("tasks.jobs.prune", {"model": str(tmp_path / "model"), "layers": 2, "prompts": PROMPTS}, tmp_path / "p")

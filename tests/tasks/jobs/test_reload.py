@@ -1,10 +1,14 @@
 """What is saved of a weight."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from tasks.jobs import reload
-from tasks.jobs.reload import rounded
+from tasks.jobs.reload import rounded, save_model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -35,3 +39,19 @@ def test_a_large_weight_is_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_same_weight_is_rounded_the_same() -> None:
     weight = torch.randn(1000)
     assert torch.equal(rounded(weight, torch.bfloat16), rounded(weight.clone(), torch.bfloat16))
+
+
+def test_what_was_not_trained_is_saved_as_it_is(tmp_path: Path) -> None:
+    config = DeepseekV3Config(
+        vocab_size=40, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config)
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    bias += torch.linspace(5.0001, 5.0002, 4)
+    save_model(model.state_dict(), model, torch.bfloat16, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    (found,) = [tensor for name, tensor in saved.items() if name.endswith("e_score_correction_bias")]
+    assert torch.equal(found, bias)
+    assert saved["model.embed_tokens.weight"].dtype == torch.bfloat16

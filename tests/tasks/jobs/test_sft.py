@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from storage.pools import write_snapshot
-from tasks.jobs.dataset import DataError, Examples, encode_rows, order_of_rows, packed, padded
+from tasks.jobs.dataset import DataError, Examples, Order, encode_rows, order_of_rows, packed, padded
 from tasks.jobs.distributed import SettingsError
 from tasks.jobs.launch import JobError, run_job
 from tasks.jobs.preflight import estimate
@@ -198,6 +198,39 @@ class TestOrder:
     def test_the_largest_batch_comes_first(self, packing: Any) -> None:
         assert self.LENGTHS[self.order(0, packing=packing)[:8]].max() == self.LENGTHS.max()
 
+    def test_the_longest_row_comes_first_even_where_it_fills_no_batch(self) -> None:
+        settings = SftSettings(per_device_train_batch_size=8, global_batch_size=16, packing="none")
+        for seed in range(40):
+            lengths = np.random.default_rng(seed).permutation(60) + 5
+            assert lengths[order_of_rows(lengths, settings, seed=seed, epoch=0)[:8]].max() == 64
+
+    @pytest.mark.parametrize("collate", [padded, packed])
+    def test_several_processes_get_as_many_batches_and_no_row_twice(
+        self, home: Path, tokenizer: Any, tiny_model: Path, collate: Any
+    ) -> None:
+        examples, _ = encode(tokenizer, write_rows(*NUMBERS[:13]), home)
+        together = {
+            "strategy": "ddp",
+            "processes_per_node": 2,
+            "per_device_train_batch_size": 4,
+            "global_batch_size": 8,
+        }
+        order = Order(examples, SftSettings(**together), seed=0)
+        shown = list(order)
+        assert len(shown) == len(order) == 16
+        assert sorted(shown) == [*range(13), 13, 13, 13]
+        alone = {"per_device_train_batch_size": 4, "global_batch_size": 8}
+        assert sorted(Order(examples, SftSettings(**alone), seed=0)) == list(range(13))
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, use_cache=False).eval()
+        rows = [examples[place] for place in shown[-4:]]  # a row to learn from, and three that fill up
+        batch, single = collate(rows), collate(rows[:1])
+        torch.testing.assert_close(model(**model_inputs(batch)).loss, model(**model_inputs(single)).loss)
+        assert batch["tokens"] == single["tokens"]
+        nothing = model(**model_inputs(collate(rows[1:])), num_items_in_batch=torch.tensor(5)).loss
+        nothing.backward()
+        assert nothing.item() == 0
+
 
 class TestSettings:
     @pytest.mark.parametrize(
@@ -266,6 +299,34 @@ class TestTraining:
         assert AutoTokenizer.from_pretrained(home / "job").chat_template
         assert list((home / "job" / "tensorboard").iterdir())
         assert not (home / "job" / "trainer").exists()
+
+    def test_a_training_of_one_step_learns_something(self, home: Path, tiny_model: Path) -> None:
+        job = make_job(tiny_model, write_rows(*NUMBERS[:4]), global_batch_size=128, num_train_epochs=1)
+        result = train_here(job, home / "job")
+        before, after = (load_file(folder / "model.safetensors") for folder in (tiny_model, home / "job"))
+        assert result["steps"] == 1
+        assert not all(torch.equal(before[name], after[name]) for name in after)
+
+    def test_the_rate_rises_from_the_first_step_and_falls_until_the_last(self, home: Path, tiny_model: Path) -> None:
+        settings = {"global_batch_size": 4, "num_train_epochs": 2, "warmup_ratio": 0.3, "learning_rate": 1e-3}
+        train_here(make_job(tiny_model, write_rows(*NUMBERS), **settings), home / "job")
+        rates = [
+            json.loads(line)["learning_rate"] for line in (home / "job" / "history.jsonl").read_text().splitlines()
+        ]
+        peak = int(np.argmax(rates))
+        assert rates[0] > 0 and rates[-1] > 0 and max(rates) == pytest.approx(1e-3)
+        assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True) and 2 <= peak <= 4
+
+    def test_a_student_of_a_base_that_ends_otherwise_ends_its_turns_for_everybody(
+        self, home: Path, tiny_model: Path, tmp_path: Path
+    ) -> None:
+        base = tmp_path / "base"
+        shutil.copytree(tiny_model, base)
+        config = json.loads((base / "generation_config.json").read_text())
+        (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+        train_here(make_job(base, write_rows(*NUMBERS[:4])), home / "job")
+        end = end_of_turn(AutoTokenizer.from_pretrained(base))
+        assert GenerationConfig.from_pretrained(home / "job").eos_token_id == [0, end]
 
     def test_accumulated_batches_give_the_step_of_one_large_batch(self, home: Path, tiny_model: Path) -> None:
         data = write_rows(*NUMBERS)
