@@ -53,28 +53,38 @@ class Approval:
         self.asks, self.within = config.approve, config.approve_within
         self.is_over = False
 
-    def before(self, config: DistillConfig, manifest: Manifest, iteration: int, pools: Pools) -> DistillConfig:
+    def before(
+        self, config: DistillConfig, manifest: Manifest, iteration: int, pools: Pools, unanswered: int
+    ) -> DistillConfig:
         """Ask, where this is to be asked; the settings to go on with. `is_over` says that the run shall end here.
+
+        Args:
+            config: as it was given, whatever was said before another iteration.
+            unanswered: rows that the teacher has not answered.
 
         Raises:
             NotApproved: nobody answered within `approve_within` seconds.
         """
-        if self.asks == "none" or (self.asks == "iteration" and not manifest.iterations):
-            return config
-        if iteration not in manifest.approvals:
-            text = forecast(config, manifest, pools) if self.asks == "spend" else summary(manifest)
-            manifest.approvals[iteration] = self._ask(text).model_dump()
+        known = manifest.approvals.get(iteration)
+        asks = self.asks == "spend" or (self.asks == "iteration" and bool(manifest.iterations))
+        # Whoever starts a run again that was to stop here may have changed their mind.
+        if asks and (known is None or known["decision"] == "stop here"):
+            text = forecast(config, manifest, pools, unanswered) if self.asks == "spend" else summary(manifest)
+            known = manifest.approvals[iteration] = self._ask(text, f"{manifest.run_id}-{iteration}").model_dump()
             manifest.save()
-        answer = Answer(**manifest.approvals[iteration])
-        self.is_over = answer.decision == "stop here"
+        if known is None:
+            return config
+        answer = Answer(**known)
+        self.is_over = asks and answer.decision == "stop here"
         return config if answer.max_new_rows is None else lowered(config, answer.max_new_rows)
 
-    def _ask(self, text: str) -> Answer:
+    def _ask(self, text: str, key: str) -> Answer:
         try:
             return pause_flow_run(
                 wait_for_input=Answer.with_initial_data(description=text),
                 timeout=self.within,
                 poll_interval=SECONDS_BETWEEN_LOOKS,
+                key=f"{key}-{flow_run.run_count}",  # Prefect's own begin anew with each retry, and it knows them already
             )
         except FlowPauseTimeout as error:
             with get_client(sync_client=True) as client:  # the server may have failed the run already: it ends well
@@ -92,12 +102,12 @@ def lowered(config: DistillConfig, rows: int) -> DistillConfig:
     return config.model_copy(update={"generate": generate})
 
 
-def forecast(config: DistillConfig, manifest: Manifest, pools: Pools) -> str:
+def forecast(config: DistillConfig, manifest: Manifest, pools: Pools, unanswered: int) -> str:
     """What the next iteration will ask of models, as Markdown: requests, and dollars paid so far."""
     spent = spend_of(manifest.run_id)
     wanted = config.generate.hard_rows + config.generate.easy_rows
     requests = {
-        "teacher": pools.train.rows,
+        "teacher": unanswered,
         "generator": f"{wanted} to {round(wanted * config.generate.max_attempts)}",
     }
     if isinstance(config.referee, LLMReferee):

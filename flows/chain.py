@@ -5,12 +5,17 @@ iterations are counted on. What `latest` means is settled before a run gets its 
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
 
 from flows.config import ConfigError, DistillConfig
 from storage.files import Snapshot
 from storage.pools import by_id
 from storage.runs import IterationRecord, list_manifests, load_manifest
+from tasks.policies import identity
 from tasks.refresh import Pools
+from tasks.teacher import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ def settled(config: DistillConfig) -> DistillConfig:
         start = f"run:{last.run_id}:{len(last.iterations)}"
     else:
         start = last.config["start_from"]
+    while start.endswith(":0"):  # somebody stopped that run before its first iteration: it ended where it began
+        stopped = load_manifest(start.removeprefix("run:").removesuffix(":0"))
+        start = stopped.config["start_from"] if stopped else "base"
     return config.model_copy(update={"start_from": start})
 
 
@@ -82,5 +90,14 @@ def start_of(config: DistillConfig) -> Start | None:
         records=records,
         pools=Pools(train=following["train_pool"], cache=following["cache_pool"]),
         heldout=earlier.baseline.snapshots["heldout"],
-        same_teacher=all(earlier.config[part] == config.model_dump(mode="json")[part] for part in ("teacher", "seed")),
+        same_teacher=_same_teacher(earlier.config, config),
     )
+
+
+def _same_teacher(earlier: dict[str, Any], config: DistillConfig) -> bool:
+    """Whether an earlier run's teacher would be asked the same, whatever else was said of it."""
+    try:
+        teacher = TeacherConfig.model_validate(earlier["teacher"])
+    except ValidationError:  # of an earlier version
+        return False
+    return identity(teacher) == identity(config.teacher) and earlier["seed"] == config.seed

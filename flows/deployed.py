@@ -37,7 +37,8 @@ from tasks.student import StudentConfig
 from tasks.teacher import TeacherConfig
 
 
-@flow(name="distill", flow_run_name="{preset} · iterations {iterations} · from {start_from}")
+# What a form or a command says is part of a preset's settings, and is checked once it is laid upon them (`resolve`).
+@flow(name="distill", flow_run_name="{preset} · iterations {iterations} · from {start_from}", validate_parameters=False)
 def distill(
     iterations: Iterations = 3,
     start_from: StartFrom = "base",
@@ -100,7 +101,7 @@ def distill(
     return Completed(message=f"Runs: {', '.join(runs)}")
 
 
-@flow(name="evaluate", flow_run_name="evaluate {student} on {questions}")
+@flow(name="evaluate", flow_run_name="evaluate {student} on {questions}", validate_parameters=False)
 def evaluate(
     student: str | None = None,
     questions: str = "bundled",
@@ -124,7 +125,7 @@ def evaluate(
     return Completed(message=f"Study: {study.fn(config)}")
 
 
-@flow(name="finetune", flow_run_name="finetune on {data}")
+@flow(name="finetune", flow_run_name="finetune on {data}", validate_parameters=False)
 def finetune(
     data: str, preset: str = "lion-7b", student: StudentConfig | None = None, finetune: FinetuneConfig | None = None
 ) -> State[Any]:

@@ -51,7 +51,7 @@ def distill(config: DistillConfig) -> str:
         for iteration in range(first, first + config.iterations):
             if not pools.train.rows:
                 break  # nothing new was found to learn from; the manifest's notes say why
-            run.config = approval.before(run.config, manifest, iteration, pools)
+            run.config = approval.before(config, manifest, iteration, pools, run.unanswered_in(pools))
             if approval.is_over:
                 break
             pools, student = run.iterate(iteration, pools, student)
@@ -136,6 +136,10 @@ class Run:
             record.evaluation = self._evaluate(Steps(self.manifest, record), record.student, record.iteration)
         assert self.standing.student
         return start.pools, self.standing.student
+
+    def unanswered_in(self, pools: Pools) -> int:
+        """How many rows the teacher is still to be asked. What earlier iterations asked is all but the train pool."""
+        return (pools.train if self.answers else pools.cache).rows
 
     def iterate(self, iteration: int, pools: Pools, student: Checkpoint) -> tuple[Pools, Checkpoint]:
         """One iteration; the next one's pools and student."""

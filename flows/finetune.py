@@ -3,6 +3,7 @@
 from flows.config import DistillConfig
 from storage.pools import write_snapshot
 from tasks.finetune import VERSION, TrainedStudent, examples_of, train_student
+from tasks.policies import within_limits
 from tasks.prepare import SAMPLE_PROMPTS, base_model, prune_by_prompts
 from tasks.seed import read_records
 
@@ -24,4 +25,4 @@ def finetune_on_file(settings: DistillConfig, data: str) -> TrainedStudent:
     base = base_model(student.model)
     if student.start.init == "pruned":
         base = prune_by_prompts(student.start, base, [row["messages"] for row in rows[:SAMPLE_PROMPTS]])
-    return train_student(settings.finetune.training, base, examples, settings.seed)
+    return within_limits(train_student)(settings.finetune.training, base, examples, settings.seed)

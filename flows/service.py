@@ -15,12 +15,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import yaml
 from prefect.automations import Automation
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from storage.files import home, write_atomic
@@ -42,6 +43,7 @@ def environment() -> dict[str, str]:
         "LION_HOME": str(home()),
         "LION_ROOT": str(Path.cwd()),
         "LION_WORK_POOL": "lion",
+        "PREFECT_SERVER_UI_API_URL": "/api",  # of the page's own host, whoever looks at it from wherever
         "PREFECT_LOCAL_STORAGE_PATH": str(home() / "prefect" / "storage"),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home() / 'prefect' / 'server.db'}",
     }
@@ -55,13 +57,20 @@ def start_server(host: str | None = None) -> bool:
         host: the address to listen at, where others shall reach it too.
 
     Raises:
-        ServiceError: it does not come up, or would be open to the network without a password.
+        ServiceError: it does not come up, would be open to the network without a password, or one that answers there
+            is another home's.
     """
     url = urlsplit(PREFECT_API_URL.value())
     listen = host or url.hostname or "127.0.0.1"
     if listen not in LOOPBACK and SERVER_AUTH not in os.environ:
         raise ServiceError(f"Open to the network only with a password: export {SERVER_AUTH}=NAME:PASSWORD")
     if _answers():
+        if _pid("server") is None and "PREFECT_API_URL" not in os.environ:
+            raise ServiceError(
+                f"{ui_url()} is answered by a server that was not started for {home()}. Its own `lion down` ends it. To use "
+                f"it for this home, too: export PREFECT_API_URL={PREFECT_API_URL.value()}, and LION_WORK_POOL=ANOTHER, as "
+                "workers of one pool take each other's runs. Or name another port in PREFECT_API_URL."
+            )
         return False
     _start("server", ["server", "start", "--host", listen, "--port", str(url.port)])
     deadline = time.monotonic() + START_SECONDS
@@ -90,7 +99,14 @@ def stop(name: str) -> bool:
     pid = _pid(name)
     if pid is None:
         return False
-    os.kill(pid, signal.SIGTERM)
+    # Flow runs first: they write down what they have and keep the answers under way, for which a worker leaves no time.
+    runs = psutil.Process(pid).children()
+    for run in runs:
+        with suppress(psutil.NoSuchProcess):
+            run.terminate()
+    psutil.wait_procs(runs, timeout=STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
     while _pid(name) is not None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -111,13 +127,39 @@ def register() -> list[str]:
     seen = environment()
     with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=seen["LION_WORK_POOL"], type="process"))
+    entries = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    names = [f"{entry['entrypoint'].partition(':')[2]}/{entry['name']}" for entry in entries]
+    schedules = {name: _schedules(name) for name in names}
     command = [*_prefect(), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
     done = subprocess.run(command, env=seen, capture_output=True, text=True)
     if done.returncode:
         raise ServiceError(f"Prefect refuses {DEPLOYMENTS}:\n{done.stdout}{done.stderr}")
-    entries = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
-    names = [f"{entry['entrypoint'].partition(':')[2]}/{entry['name']}" for entry in entries]
+    for name, before in schedules.items():
+        _restore_schedules(name, before)
     return [*names, *(_keep_automation(wanted) for wanted in yaml.safe_load(AUTOMATIONS.read_text()))]
+
+
+def _schedules(deployment: str) -> list[Any] | None:
+    """The schedules that a deployment has; null where there is none of this name."""
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_deployment_by_name(deployment).schedules
+        except ObjectNotFound:
+            return None
+
+
+def _restore_schedules(deployment: str, before: list[Any] | None) -> None:
+    """Give a deployment back the schedules that it had, switched on or off as they were: Prefect replaces them all."""
+    if before is None:
+        return
+    with get_client(sync_client=True) as client:
+        id = client.read_deployment_by_name(deployment).id
+        for made in client.read_deployment_schedules(id):
+            client.delete_deployment_schedule(id, made.id)
+        names = DeploymentScheduleCreate.model_fields.keys()
+        wanted = [DeploymentScheduleCreate(**each.model_dump(include=set(names))) for each in before]
+        if wanted:
+            client.create_deployment_schedules(id, wanted)
 
 
 def _keep_automation(wanted: dict[str, Any]) -> str:
@@ -186,10 +228,11 @@ def _pid(name: str) -> int | None:
     except (OSError, ValueError):
         return None
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        command, variables = (Path(f"/proc/{pid}/{what}").read_bytes() for what in ("cmdline", "environ"))
     except OSError:
         return None
-    return pid if b"prefect" in command and name.encode() in command else None
+    ours = f"LION_HOME={home()}".encode() in variables.split(b"\0")
+    return pid if ours and b"prefect" in command and name.encode() in command else None
 
 
 def _file(name: str, ending: str) -> Path:

@@ -63,14 +63,13 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
         before = load_manifest(run_id)
         manifest = Manifest(
             run_id=run_id,
-            started=before.started if before else now(),
+            started=now(),
             config=config.model_dump(mode="json"),
             versions={name: version(name) for name in ("lion-distill", "prefect", "duckdb", "pyarrow")},
-            stage_keys=before.stage_keys if before else [],
-            approvals=before.approvals if before else {},
-            earlier=list(dict.fromkeys(before.pointers())) if before else [],
             warnings=config.warnings(),
         )
+        if before:
+            manifest.begin_again(before)
         for warning in manifest.warnings:
             console.print(f"[yellow]note:[/yellow] {warning}")
         manifest.save()

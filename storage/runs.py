@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from storage.files import Checkpoint, Pointer, Snapshot, StorageError, home, is_locked, write_atomic
 
@@ -127,13 +127,31 @@ class Manifest(BaseModel):
     stage_keys: list[str] = Field(default_factory=list)  # cache keys of the stages, for --fresh and gc
     earlier: list[Snapshot | Checkpoint] = Field(default_factory=list)  # made by earlier attempts; none once completed
 
+    _before: "Manifest | None" = PrivateAttr(None)
+
     @property
     def folder(self) -> Path:
         return folder_of(self.run_id)
 
+    def begin_again(self, before: "Manifest") -> None:
+        """Take over from an earlier attempt at this run: it shows what that one had made until it has made as much."""
+        self._before = before
+        self.started, self.approvals = before.started, before.approvals
+        self.stage_keys, self.earlier = before.stage_keys, list(dict.fromkeys(_kept(before)))
+
     def save(self) -> None:
+        """Write the manifest, whole or not at all."""
         self.updated = now()
-        write_atomic(self.folder / "manifest.json", self.model_dump_json(indent=2))
+        shown = self
+        if self._before and self.state != "completed" and self._measured() < self._before._measured():
+            own = ("state", "error", "updated", "stage_keys", "approvals", "earlier")
+            shown = self._before.model_copy(update={name: getattr(self, name) for name in own})
+        write_atomic(self.folder / "manifest.json", shown.model_dump_json(indent=2))
+
+    def _measured(self) -> int:
+        """How many of its students were evaluated."""
+        evaluations = [self.baseline.evaluation, *(record.evaluation for record in self.iterations)]
+        return sum(evaluation is not None for evaluation in evaluations)
 
     def students(self) -> list[tuple[int, Checkpoint]]:
         """Every student with its iteration, the one before training as 0."""
@@ -169,6 +187,10 @@ class Manifest(BaseModel):
         except StorageError:
             return False
         return (self.folder / "report.html").is_file()
+
+
+def _kept(manifest: Manifest) -> list[Snapshot | Checkpoint]:
+    return [pointer for pointer in manifest.pointers() if isinstance(pointer, Snapshot | Checkpoint)]
 
 
 def folder_of(run_id: str) -> Path:

@@ -151,16 +151,17 @@ def stage_key_of(stage: Task[..., Any], inputs: tuple[Any, ...]) -> str:
 GPU_LIMIT, API_LIMIT = "lion-gpu", "lion-teacher-api"
 
 
-def limit_of(inputs: Iterable[Any]) -> str | None:
-    """The global concurrency limit that a stage with these inputs keeps: it runs a model here, or asks an endpoint."""
+def limits_of(inputs: Iterable[Any]) -> set[str]:
+    """The global concurrency limits that a stage with these inputs keeps: it runs a model here, or asks an endpoint."""
+    found: set[str] = set()
     for value in inputs:
-        if isinstance(value, list | tuple) and (limit := limit_of(value)):
-            return limit
-        if isinstance(value, ReadyModel):
-            return GPU_LIMIT if value.checkpoint else API_LIMIT
-        if isinstance(value, Checkpoint):
-            return GPU_LIMIT
-    return None
+        if isinstance(value, list | tuple):
+            found |= limits_of(value)
+        elif isinstance(value, ReadyModel):
+            found.add(GPU_LIMIT if value.checkpoint else API_LIMIT)
+        elif isinstance(value, Checkpoint):
+            found.add(GPU_LIMIT)
+    return found
 
 
 def on_a_server() -> bool:
@@ -176,13 +177,14 @@ def _is_defined(limit: str) -> bool:
             return False
 
 
-def _within_limits(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, run only while the limit of its inputs has a free slot. A stage that is cached takes none."""
+def within_limits(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run only while the limits of its inputs have free slots. A stage that is cached takes none."""
 
     @functools.wraps(function)
     def limited(*inputs: Any, **named: Any) -> Any:
-        limit = limit_of([*inputs, *named.values()]) if on_a_server() else None
-        with concurrency(limit) if limit and _is_defined(limit) else nullcontext():
+        limits = limits_of([*inputs, *named.values()]) if on_a_server() else set()
+        kept = sorted(limit for limit in limits if _is_defined(limit))
+        with concurrency(kept) if kept else nullcontext():
             return function(*inputs, **named)
 
     return limited
@@ -222,6 +224,6 @@ def stage(
             retries=1,
             retry_delay_seconds=5,
             retry_condition_fn=may_pass,
-        )(_within_limits(function))
+        )(within_limits(function))
 
     return decorate

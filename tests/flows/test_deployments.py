@@ -1,5 +1,9 @@
 """What is registered on a Prefect server is valid: every parameter set, every automation, the schedule."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import pytest
 import yaml
 from prefect.automations import Automation
 from prefect.schedules import Cron
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 
 from flows import deployed
@@ -22,7 +27,7 @@ AUTOMATIONS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments" / "auto
 
 
 def config_of(parameters: dict[str, Any]) -> DistillConfig:
-    return resolve(parameters["preset"], **_said(distill.validate_parameters(parameters)))
+    return resolve(parameters["preset"], **_said(parameters))
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda entry: entry["tags"][-1])
@@ -64,7 +69,7 @@ def test_every_setting_is_in_the_form_with_help_and_bounds() -> None:
 def test_a_group_changes_only_what_it_says() -> None:
     changed = config_of({"preset": "offline", "discriminate": {"threshold": 0.4}})
     assert changed.discriminate.threshold_kind == "quantile"
-    assert changed == resolve("offline", ["discriminate.threshold=0.4", "iterations=3"])
+    assert changed == resolve("offline", ["discriminate.threshold=0.4"])
 
 
 @pytest.mark.parametrize("automation", AUTOMATIONS, ids=lambda entry: entry["name"])
@@ -140,7 +145,7 @@ def test_a_run_that_fails_at_once_still_refers_to_all_that_it_had_made(earlier: 
         with pytest.raises(RuntimeError), recorded(config):
             raise RuntimeError("no key")
     failed = load_manifest(config.run_id)
-    assert failed and failed.state == "failed" and failed.iterations == []
+    assert failed and failed.state == "failed" and len(failed.iterations) == 3
     assert set(failed.pointers()) >= made
     with recorded(config):
         pass
@@ -208,10 +213,136 @@ def test_a_stage_keeps_the_limit_of_what_it_uses() -> None:
     from tasks.models.endpoint import OpenAIModel
     from tasks.models.local import LocalModel
     from tasks.models.ready import ReadyModel
-    from tasks.policies import limit_of
+    from tasks.policies import limits_of
 
     checkpoint = Checkpoint(digest="a", content="b")
-    assert limit_of(["x", ReadyModel(settings=LocalModel(), checkpoint=checkpoint)]) == "lion-gpu"
-    assert limit_of(["x", checkpoint]) == "lion-gpu"
-    assert limit_of(["x", ReadyModel(settings=OpenAIModel(model="m"))]) == "lion-teacher-api"
-    assert limit_of(["x", 1, None]) is None
+    here = ReadyModel(settings=LocalModel(), checkpoint=checkpoint)
+    there = ReadyModel(settings=OpenAIModel(model="m"))
+    assert limits_of(["x", here]) == limits_of(["x", checkpoint]) == {"lion-gpu"}
+    assert limits_of(["x", there]) == {"lion-teacher-api"}
+    assert limits_of(["x", [there, here]]) == {"lion-gpu", "lion-teacher-api"}
+    assert limits_of(["x", 1, None]) == set()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "override"),
+    [
+        ({"preset": "offline", "student": {"start": {"layers": 20}}}, "student.start.layers=20"),
+        (
+            {"preset": "lion-7b", "finetune": {"training": {"processes_per_node": 4}}},
+            "finetune.training.processes_per_node=4",
+        ),
+        ({"preset": "lion-7b", "referee": {"sampling": {"max_tokens": 100}}}, "referee.sampling.max_tokens=100"),
+    ],
+)
+def test_part_of_a_group_is_checked_once_it_is_laid_upon_the_preset(parameters: dict[str, Any], override: str) -> None:
+    assert not distill.should_validate_parameters
+    assert config_of(parameters) == resolve(parameters["preset"], [override])
+
+
+def test_a_run_that_is_begun_again_shows_what_it_had_until_it_has_as_much(earlier: Manifest) -> None:
+    again = Manifest(run_id=earlier.run_id, config=earlier.config)
+    again.begin_again(earlier)
+    again.save()
+    shown = load_manifest(earlier.run_id)
+    assert shown and (shown.state, len(shown.iterations), shown.started) == ("running", 3, earlier.started)
+    again.state, again.error = "failed", "no key"
+    again.save()
+    shown = load_manifest(earlier.run_id)
+    assert shown and (shown.state, shown.error, len(shown.iterations)) == ("failed", "no key", 3)
+    again.iterations = earlier.iterations[:2]
+    again.save()
+    shown = load_manifest(earlier.run_id)
+    assert shown and len(shown.iterations) == 2, "as many students are measured"
+
+
+def test_latest_passes_over_a_run_that_was_stopped_before_its_first_iteration(earlier: Manifest) -> None:
+    from flows.chain import settled
+
+    earlier.state, earlier.iterations = "completed", []
+    earlier.config = earlier.config | {"start_from": "run:another:2"}
+    earlier.save()
+    assert settled(resolve("smoke", ["start_from=latest"])).start_from == "run:another:2"
+
+
+def test_what_changes_no_answer_makes_no_other_teacher(earlier: Manifest) -> None:
+    from flows.chain import start_of
+
+    same = start_of(
+        resolve("smoke", ["start_from=run:smoke-1", "teacher.license=mine", "teacher.model.max_batch_rows=7"])
+    )
+    other = start_of(resolve("smoke", ["start_from=run:smoke-1", "teacher.sampling.max_tokens=7"]))
+    assert same and other and (same.same_teacher, other.same_teacher) == (True, False)
+
+
+class TestApproval:
+    @pytest.fixture
+    def said(self, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+        """What a person will say, one after the other; what they were asked goes to `asked`."""
+        from flows import approval
+
+        answers: list[dict[str, Any]] = []
+        self.asked: list[tuple[str, str]] = []
+
+        def ask(_: Any, text: str, key: str) -> approval.Answer:
+            self.asked.append((text, key))
+            return approval.Answer(**answers.pop(0))
+
+        monkeypatch.setattr(approval.Approval, "_ask", ask)
+        monkeypatch.setattr(approval, "on_a_server", lambda: True)
+        return answers
+
+    def before(self, manifest: Manifest, iteration: int, **changes: Any) -> tuple[int, bool]:
+        """Rows that are wanted after the question, and whether the run ends."""
+        from flows.approval import Approval
+        from tasks.refresh import Pools
+
+        config = resolve("smoke", ["approve=spend"]).model_copy(update=changes)
+        approval = Approval(config)
+        pools = Pools(train=held_out("a"), cache=held_out("a", "b", "c"))
+        wanted = approval.before(config, manifest, iteration, pools, unanswered=3).generate
+        return wanted.hard_rows + wanted.easy_rows, approval.is_over
+
+    def test_fewer_rows_are_for_one_iteration_alone(self, earlier: Manifest, said: list[dict[str, Any]]) -> None:
+        said += [{"max_new_rows": 2}, {}]
+        assert [self.before(earlier, 1)[0], self.before(earlier, 2)[0]] == [2, 6]
+        assert self.before(earlier, 1, approve="none") == (2, False), "what was said holds, whoever asks now"
+        assert "| teacher | 3 |" in self.asked[0][0] and len(self.asked) == 2
+
+    def test_whoever_stopped_a_run_is_asked_again_when_it_is_started_again(
+        self, earlier: Manifest, said: list[dict[str, Any]]
+    ) -> None:
+        said += [{"decision": "stop here"}, {"decision": "go on"}]
+        assert [self.before(earlier, 1)[1] for _ in range(3)] == [True, False, False]
+        assert len(self.asked) == 2
+
+
+def test_a_server_of_another_home_is_not_taken_for_ones_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import service
+
+    monkeypatch.setattr(service, "_answers", lambda: True)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
+        with pytest.raises(service.ServiceError, match="not started for"):
+            service.start_server()
+        monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+        assert service.start_server() is False
+
+
+def test_a_process_of_another_home_is_not_taken_for_ones_own(home: Path) -> None:
+    from flows import service
+
+    code = "import time; time.sleep(60)"
+    command = [sys.executable, "-c", code, "prefect", "server"]
+    for value, ours in ((str(home), True), ("/another", False)):
+        child = subprocess.Popen(command, env=os.environ | {"LION_HOME": value})
+        try:
+            (home / "prefect").mkdir(parents=True, exist_ok=True)
+            (home / "prefect" / "server.pid").write_text(str(child.pid))
+            deadline = time.monotonic() + 10
+            while b"prefect" not in Path(f"/proc/{child.pid}/cmdline").read_bytes() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert (service._pid("server") == child.pid) is ours
+        finally:
+            child.kill()
+            child.wait()

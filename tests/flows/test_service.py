@@ -46,7 +46,15 @@ def whole(service: Service) -> dict[str, Any]:
 
 
 def test_up_again_brings_back_what_is_missing_and_makes_nothing_twice(service: Service, dead: dict[str, Any]) -> None:
+    nightly = service.api.get("/deployments/name/distill/nightly").json()
+    (schedule,) = nightly["schedules"]
+    switched_on = {"active": True}
+    assert service.api.patch(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", json=switched_on).is_success
     said = service.lion("up")
+    (schedule,) = service.api.get("/deployments/name/distill/nightly").json()["schedules"]
+    assert schedule["active"] and schedule["schedule"]["cron"] == "0 1 * * *"
+    off = {"active": False}
+    assert service.api.patch(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", json=off).is_success
     assert "A server answers already." in said
     assert "Worker started." in said
     names = [automation["name"] for automation in service.post("/automations/filter")]
