@@ -37,8 +37,11 @@ from flows.terminal import (
     note,
     out,
     print_rows,
+    server_of_its_own_session,
     use_home,
 )
+
+INTERRUPTED = 128 + signal.SIGINT
 
 app = typer.Typer(
     help="Adversarial distillation: a compact student learns from a large teacher, and from where it still fails.",
@@ -90,15 +93,18 @@ def run(
     run_id = settings.run_id
     manifest = load_manifest(run_id)
     if fresh and manifest:
+        from storage.files import locked
         from storage.gc import forget
 
-        forget(manifest)
+        with locked(f"run-{run_id}", on_wait=lambda: note.print(f"Another process is at {run_id}; waiting for it ...")):
+            forget(manifest)
     elif manifest and manifest.state == "completed" and manifest.is_whole():
         note.print(f"{run_id} is complete: nothing to do. (--fresh makes it again.)")
         _print_run(manifest)
         return
     note.print(f"Run {run_id} in {os.environ['LION_HOME']}")
     end_orphans()
+    server_of_its_own_session()
     from tasks.jobs.process import warm_up
 
     warm_up()
@@ -210,7 +216,12 @@ def spend(
     use_home(home)
     from storage.journal import spend_of
 
-    lines = spend_of(run_id)
+    lines = spend_of()
+    if run_id:
+        payers = sorted({line.run_id for line in lines})
+        lines = [line for line in lines if line.run_id.startswith(run_id)]
+        if not lines:
+            raise Refusal(f"nothing was paid by a run {run_id!r}. Paid for: {', '.join(payers) or 'nothing'}.")
     if as_json:
         print_rows([asdict(line) for line in lines], as_json=True)
         return
@@ -341,9 +352,15 @@ def _main() -> None:
     except (ValueError, StorageError, FatalEndpointError, UnknownPrice) as error:
         note.print(f"[red]error:[/red] {escaped(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        note.print("Interrupted. The same command goes on from here.")
-        sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        note.print(f"[red]error:[/red] {escaped(f'{error.filename}: {error.strerror}')}", soft_wrap=True)
+        sys.exit(2)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:  # what Typer makes of Ctrl-C
+            note.print("Interrupted. The same command goes on from here.")
+        raise
     except BudgetReached as error:
         note.print(f"[yellow]paused:[/yellow] {escaped(str(error))}", soft_wrap=True)
         sys.exit(3)

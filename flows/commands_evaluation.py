@@ -187,7 +187,7 @@ def contamination(
     select run_id, instruction_id, instruction, input, origin, min(iteration) as iteration
     from cache_pool where $run is null or starts_with(run_id, $run) group by all order by all
     """
-    pool = ask(statement, {"run": run_id})
+    pool = ask(statement, {"run": run_id and find_run(run_id).run_id})
     rows = [
         {
             "run_id": row["run_id"],

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import CheckpointName, Home, Refusal, RunName, find_run, note, out, use_home
+from flows.terminal import CheckpointName, Home, Refusal, RunName, check_is_new, find_run, note, out, use_home
 
 commands = typer.Typer()
 
@@ -49,10 +49,7 @@ def export(
     use_home(home)
     from tasks.export import export as write
 
-    if to.is_dir() != (form is Form.hf) and to.exists():
-        raise Refusal(
-            f"{to} is a {'folder' if to.is_dir() else 'file'}; {form.value} writes the other. Name a new path."
-        )
+    check_is_new(to)
     manifest = find_run(run_id)
     rows = write(manifest, form.value, to, what.value, iteration)
     note.print(f"{rows} rows of {manifest.run_id} in {to}", soft_wrap=True)
@@ -75,6 +72,7 @@ def card(
     if to is None:
         print(text)
     else:
+        check_is_new(to)
         write_atomic(to, text)
         note.print(f"Card in {to}", soft_wrap=True)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.terminal import AsJson, Home, Refusal, note, out, print_rows, use_home
+from flows.terminal import AsJson, Home, Refusal, check_is_new, note, out, print_rows, use_home
 
 commands = typer.Typer()
 human = typer.Typer(help="Let people judge: blind, in random order, by aspect.", no_args_is_help=True)
@@ -85,6 +85,7 @@ def sheet(
     use_home(home)
     from tasks.human import find_study, write_sheet
 
+    check_is_new(to)
     write_sheet(find_study(study_id), voter, to)
     note.print(f"Fill in {to}, then: lion human-eval read {to} --voter {voter}", soft_wrap=True)
 

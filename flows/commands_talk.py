@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import CheckpointName, Home, Refusal, escaped, note, out, use_home
+from flows.terminal import CheckpointName, Home, Refusal, check_is_new, escaped, note, out, use_home
 from storage.files import write_json_lines, write_json_list
 
 commands = typer.Typer()
@@ -147,8 +147,7 @@ def answer(
     """Have a model answer every row of a file. Interrupted, the same command goes on."""
     if to.suffix not in WRITERS:
         raise Refusal(f"--out {to}: name a file that ends in {', '.join(WRITERS)}.")
-    if to.exists():
-        raise Refusal(f"{to} is there already. Name a new file as --out.")
+    check_is_new(to)
     use_home(home)
     from flows.answer import answer_file
     from flows.config import changed

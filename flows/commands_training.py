@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.terminal import ConfigFile, Home, Overrides, Preset, Refusal, escaped, note, out, print_rows, use_home
+from flows.terminal import ConfigFile, Home, Overrides, Preset, check_is_new, escaped, note, out, print_rows, use_home
 
 commands = typer.Typer()
 diff = typer.Typer(help="A tuned model as its exact difference to a base: make it, and recover the model from it.")
@@ -35,8 +35,8 @@ def finetune(
     from flows.config import resolve
     from flows.finetune import finetune_on_file
 
-    if copy_to and copy_to.exists():
-        raise Refusal(f"{copy_to} is there already. Name a new folder as --out.")
+    if copy_to:
+        check_is_new(copy_to)
     settings = resolve(preset, overrides or [], config)
     trained = finetune_on_file(settings, data)
 

@@ -178,7 +178,11 @@ def _overridden(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise ConfigError(f"--set {override}: write it as key.path=value, for example --set iterations=1")
-        settings = _merged(settings, _nested(path.strip().split("."), yaml.safe_load(text)))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: not YAML ({' '.join(str(error).split())}).") from None
+        settings = _merged(settings, _nested(path.strip().split("."), value))
     return settings
 
 
@@ -192,8 +196,8 @@ def _validated(kind: type[Settings], settings: dict[str, Any]) -> Settings:
 def _load(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(settings or {}, dict):

@@ -14,8 +14,7 @@ from flows.approval import Approval
 from flows.artifacts import publish_artifacts
 from flows.chain import Start, start_of
 from flows.config import DistillConfig
-from flows.steps import Steps, recorded
-from storage import catalog
+from flows.steps import Steps, publish_catalog, recorded
 from storage.files import Checkpoint, Snapshot
 from storage.runs import Baseline, Evaluation, IterationRecord, Manifest
 from tasks.discriminate import discriminate
@@ -56,13 +55,13 @@ def distill(config: DistillConfig) -> str:
                 break
             pools, student = run.iterate(iteration, pools, student)
             write_report(manifest)
-            catalog.publish()
+            publish_catalog()
             publish_artifacts(manifest)
             if run.is_stalled(last=iteration == first + config.iterations - 1):
                 break  # nothing is gained; the manifest's notes say so
         manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}
     write_report(manifest)
-    catalog.publish()
+    publish_catalog()
     return manifest.run_id
 
 
@@ -101,6 +100,9 @@ class Run:
         self.generator = self._ready(step, config.generate.model, "prepare generator")
         referee = config.referee
         self.referee = self._ready(step, referee.model, "prepare referee") if isinstance(referee, LLMReferee) else None
+
+        ready = [*self.teachers, self.generator, *filter(None, [self.referee])]
+        record.models = list(dict.fromkeys(model.checkpoint for model in ready if model.checkpoint))
 
         self.heldout_answers = step(
             answer_with_teacher,

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flows.chain import settled, start_of
 from flows.config import ConfigError, DistillConfig
 from storage.journal import answered_among, spend_of
-from storage.pools import instruction_id
+from storage.pools import instruction_id, read_rows
 from tasks.generate import EXPECTED_YIELD, PROMPTS
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.prices import price_of
@@ -114,7 +115,11 @@ class _Reckoning:
     def __init__(self, config: DistillConfig, assumed: dict[str, float]):
         self.config, self.assumed = config, assumed
         usable = usable_seeds(config.seeds)
-        self.seeds, self.heldout = _with_ids(usable.rows), _with_ids(usable.heldout)
+        start = start_of(settled(config))
+        rows = (
+            list(read_rows(start.pools.cache)) if start else usable.rows
+        )  # what the journal has of them costs nothing
+        self.seeds, self.heldout = _with_ids(rows), _with_ids(usable.heldout)
 
     def lines(self) -> Iterable[Line]:
         config = self.config

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from flows.approval import NotApproved
 from flows.config import DistillConfig
-from storage.files import home, locked
+from storage import catalog
+from storage.files import StorageError, home, locked
 from storage.runs import Baseline, IterationRecord, Manifest, load_manifest, now
 from tasks.models.errors import BudgetReached
 from tasks.policies import stage_key_of
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)
 
 
 class Steps:
@@ -55,6 +56,14 @@ class Steps:
         return result
 
 
+def publish_catalog() -> None:
+    """Bring the views up to date. What is damaged of another run is no fault of this one."""
+    try:
+        catalog.publish()
+    except StorageError as error:
+        console.print(f"[yellow]note:[/yellow] catalog.duckdb stays as it was: {error}")
+
+
 @contextmanager
 def recorded(config: DistillConfig) -> Iterator[Manifest]:
     """The manifest of a run while it runs: held by one process at a time, and marked with how it ended."""
@@ -75,10 +84,10 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
         manifest.save()
         try:
             yield manifest
-        except TerminationSignal:
+        except (TerminationSignal, KeyboardInterrupt, SystemExit):
             manifest.state, manifest.error = (
                 "interrupted",
-                "cancelled, or ended by SIGTERM; everything finished is kept",
+                "cancelled, or ended by Ctrl-C or SIGTERM; everything finished is kept",
             )
             manifest.save()
             raise

@@ -70,6 +70,8 @@ def find_student(name: str | None) -> Student:
             return best_student(found[0])
         if found and iteration.isdigit():
             return _of_iteration(found[0], int(iteration))
+        if found and iteration:
+            raise Refusal(f"{name}: an iteration is a number, as in {found[0].run_id}/1.")
     for manifest in manifests:
         for number, checkpoint in manifest.students():
             if checkpoint.path == Path(name).expanduser().resolve():

@@ -5,16 +5,19 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-out = Console(highlight=False)
-note = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+note = Console(stderr=True, highlight=False, emoji=False)
 
 Home = Annotated[Path | None, typer.Option("--home", help="Where everything is kept. [LION_HOME, default ./.lion]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -38,6 +41,7 @@ CheckpointName = Annotated[
 
 QUIET_PREFECT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",  # nothing is sent as it is; now it does not say that it might
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_ROOT_LEVEL": "CRITICAL",  # what jobs say is in their own logs
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
@@ -81,6 +85,15 @@ def end_orphans() -> None:
     os.environ["LION_RUN_PID"] = str(os.getpid())
 
 
+def server_of_its_own_session() -> None:
+    """Keep Ctrl-C, which a terminal sends to all processes of a command, from the temporary Prefect server: without it
+    the run, which writes down where it stopped, would wait for an answer for a minute."""
+    from prefect.server.api import server
+
+    started = partial(subprocess.Popen, start_new_session=True)
+    server.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": started})  # type: ignore[assignment]
+
+
 def find_run(run_id: str | None) -> Any:
     """The manifest of the run whose id begins so; without one, of the run touched last.
 
@@ -96,6 +109,19 @@ def find_run(run_id: str | None) -> Any:
     if not found:
         raise Refusal(f"no run {run_id!r}. There are: {', '.join(manifest.run_id for manifest in manifests)}.")
     return found[0]
+
+
+def check_is_new(to: Path) -> None:
+    """See, before any work is done for it, that something new can be written there.
+
+    Raises:
+        Refusal: it is there already, or its folder cannot be written.
+    """
+    if to.exists():
+        raise Refusal(f"{to} is there already. Name a new path.")
+    there = next(folder for folder in to.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise Refusal(f"{to}: {there} is no folder that can be written. Name another path.")
 
 
 def escaped(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from storage.files import Snapshot, StorageError, home
 from storage.runs import Manifest, list_manifests
@@ -57,7 +58,11 @@ def ask(sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str,
 
 
 def publish() -> Path:
-    """Write `catalog.duckdb` anew: beside the old one, then renamed, so that a client that has it open is not hurt."""
+    """Write `catalog.duckdb` anew: beside the old one, then renamed, so that a client that has it open is not hurt.
+
+    Raises:
+        StorageError: a table of some run is damaged.
+    """
     target = home() / "catalog.duckdb"
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".catalog.") as folder:
@@ -72,14 +77,33 @@ def _rows(
     connection: duckdb.DuckDBPyConnection, sql: str, parameters: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
     cursor = connection.execute(sql, parameters) if parameters else connection.execute(sql)
-    names = [column[0] for column in cursor.description or ()]
+    columns = [column[0] for column in cursor.description or ()]
+    seen = [columns[:place].count(column) for place, column in enumerate(columns)]
+    names = [f"{column}_{before}" if before else column for column, before in zip(columns, seen, strict=True)]
     return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
 def _define_views(connection: duckdb.DuckDBPyConnection, manifests: Sequence[Manifest]) -> None:
     for view, table in VIEWS.items():
         placed = [item for manifest in manifests for item in _placed(manifest, view) if item[2].path.is_file()]
-        connection.execute(f"create view {view} as {_select(SCHEMAS[table], placed)}")
+        try:
+            connection.execute(f"create view {view} as {_select(SCHEMAS[table], placed)}")
+        except duckdb.Error as error:
+            damaged = [(run_id, snapshot) for run_id, _, snapshot in placed if not _is_parquet(snapshot.path)]
+            if not damaged:
+                raise
+            run_id, snapshot = damaged[0]
+            raise StorageError(
+                f"{snapshot.path} is damaged. The command of {run_id} makes it again; moved away, the rest can be asked."
+            ) from error
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        pq.read_metadata(path)
+    except (pa.ArrowException, OSError):
+        return False
+    return True
 
 
 def _placed(manifest: Manifest, view: str) -> list[Placed]:

@@ -103,6 +103,7 @@ class Baseline(BaseModel):
     evaluation: Evaluation | None = None
     student: Checkpoint | None = None
     teacher: Checkpoint | None = None  # null where the teacher is an endpoint
+    models: list[Checkpoint] = Field(default_factory=list)  # all that were prepared, of whatever role
     snapshots: dict[str, Snapshot] = Field(default_factory=dict)  # seeds, heldout, heldout_answers
     seconds: dict[str, float] = Field(default_factory=dict)
     cached: dict[str, bool] = Field(default_factory=dict)

@@ -17,6 +17,7 @@ from tasks.progress import progress, tell
 
 VERSION = 5  # raise it, too, when the trainer makes other weights from the same rows
 TRAINER = "tasks.jobs.sft"
+ROLES = ("system", "user", "assistant")
 
 
 class FinetuneConfig(BaseModel):
@@ -144,11 +145,20 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
                     f"{where}: no answer to train on (found: {found}). Wanted: `instruction` and `output`, or "
                     "`messages` whose last is the assistant's."
                 )
+        if not isinstance(known.get("input"), str | None) or not all(map(_is_turn, asked)):
+            raise NothingToTrainOn(
+                f"{where}: `input` must be a text, and `messages` a list of a `role` ({', '.join(ROLES)}) and a text as "
+                "`content` each"
+            )
         named = next((str(known[key]) for key in ("instruction_id", "id") if known.get(key) is not None), where)
         rows.append({"instruction_id": named, "messages": asked, "response": answer, "whole": known.get("whole", True)})
     if not rows:
         raise NothingToTrainOn("the file holds no row")
     return rows
+
+
+def _is_turn(said: Any) -> bool:
+    return isinstance(said, dict) and said.get("role") in ROLES and isinstance(said.get("content"), str)
 
 
 class NothingToTrainOn(ValueError):

@@ -146,8 +146,12 @@ def cast(study: HumanStudy, votes: Iterable[Vote]) -> None:
         if vote.item not in known:
             raise HumanEvalError(f"{study.study_id} has no item {vote.item!r}")
         lines.append(vote.model_dump_json() + "\n")
-    with _writing, (study.folder / "votes.jsonl").open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+    path = study.folder / "votes.jsonl"
+    path.touch()
+    with _writing, path.open("r+b") as file:
+        file.seek(file.read().rfind(b"\n") + 1)  # a line torn by a power cut was never acknowledged
+        file.truncate()
+        file.write("".join(lines).encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -156,9 +160,14 @@ def votes_of(study: HumanStudy) -> dict[tuple[str, str, str], Vote]:
     """The votes that count, by item, voter and aspect."""
     path = study.folder / "votes.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a line torn by a power cut was never acknowledged
-    votes = (Vote.model_validate_json(line) for line in whole.split("\n") if line)
-    return {(vote.item, vote.voter, vote.aspect): vote for vote in votes}
+    votes: dict[tuple[str, str, str], Vote] = {}
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # what follows the last end of a line is a torn one
+        try:
+            vote = Vote.model_validate_json(line)
+        except ValueError as error:
+            raise HumanEvalError(f"{path}, line {number}: no vote ({error}). Mend or remove the line.") from None
+        votes[vote.item, vote.voter, vote.aspect] = vote
+    return votes
 
 
 def write_sheet(study: HumanStudy, voter: str, path: Path) -> None:

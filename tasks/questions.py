@@ -53,7 +53,12 @@ def read_questions(path: str, max_rows: int | None = None) -> Questions:
             )
             ids.append(key)
         conversations.append(ids)
-        source_ids.append(row["source_id"] if row["source_id"] is not None else number)
+        named = row["source_id"]
+        if not isinstance(named, str | int | None):
+            raise SeedError(f"{path}, question {number}: its id must be a text or a whole number, not {named!r}.")
+        if named is not None and named in source_ids:
+            raise SeedError(f"{path}, question {number}: the id {named!r} is there twice. Rename one.")
+        source_ids.append(named if named is not None else number)
     turns = write_snapshot("instructions", rows, step="questions", version=VERSION)
     return Questions(turns=turns, conversations=conversations, source_ids=source_ids)
 

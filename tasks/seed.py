@@ -228,9 +228,16 @@ def _jsonl(path: Path) -> Records:
 
 
 def _csv(path: Path) -> Records:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
+        names = reader.fieldnames or []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise SeedError(f"{path}, line 1: the column {', '.join(twice)} is there twice. Rename one.")
         for record in reader:
+            if None in record:
+                raise SeedError(
+                    f"{path}, line {reader.line_num}: more cells than columns. Put a text that holds commas in quotes."
+                )
             yield f"line {reader.line_num}", record
     except csv.Error as error:
         raise SeedError(f"{path}, line {reader.line_num}: not CSV ({error}).") from None
@@ -279,6 +286,8 @@ def read_row(record: Any, where: str) -> dict[str, Any]:
     if "turns" in record and "instruction" not in record:  # FastChat's question.jsonl
         record |= _from_turns(record["turns"], where)
     if isinstance(record.get("instances"), list) and record["instances"]:  # self-instruct
+        if not isinstance(record["instances"][0], dict):
+            raise SeedError(f"{where}: `instances` must be objects, found {_kind(record['instances'][0])}.")
         record |= {key: record["instances"][0].get(key, "") for key in ("input", "output")}
     if "instruction" not in record:
         found = ", ".join(map(str, record)) or "nothing"

@@ -15,7 +15,7 @@ from tasks.models.local import LocalModel, answer_locally
 
 def _kind(settings: Any) -> str:
     """What tells the kinds apart: a model is local unless it says otherwise."""
-    return settings.get("kind", "local") if isinstance(settings, dict) else settings.kind
+    return settings.get("kind", "local") if isinstance(settings, dict) else getattr(settings, "kind", "local")
 
 
 ModelSettings = Annotated[

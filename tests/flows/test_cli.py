@@ -1,7 +1,9 @@
 """The whole loop on a tiny model through the command line: run, look, go on, change, damage, refuse."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from tests.lion import arguments, digests, environment, lion, shown
+from tests.lion import COMMAND, arguments, digests, environment, lion, shown
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,9 @@ def test_a_lost_and_a_damaged_object_are_made_again_and_nothing_else(ran: Path, 
             "iterations: input should be greater than or equal to 1",
         ),
         (["run", "--preset", "smoke", "--set", "teacher.modle=1"], "teacher.modle: no such setting"),
+        (["run", "--preset", "smoke", "--set", "iterations=[1"], "--set iterations=[1: not YAML"),
+        (["run", "--preset", "smoke", "--set", "teacher.model=gpt-4.1-mini"], "teacher.model"),
+        (["run", "--config", "/"], "/: is a directory"),
         (["run", "--preset", "smoke", "--set", "iterations"], "write it as key.path=value"),
         (["run", "--preset", "smoke", "--seeds", "gone.jsonl"], "gone.jsonl: no such file"),
         (["run", "--preset", "smoke", "--set", "finetune.training.global_batch_size=3"], "no multiple of the 4 rows"),
@@ -146,6 +151,25 @@ def test_lion_config_prints_several_teachers_and_caps_by_role_as_they_were_given
     shown = lion(tmp_path, "config", "--preset", "lion-7b", *(f"--set={setting}" for setting in settings))
     file.write_text(shown.stdout)
     assert resolve(file=file) == resolve("lion-7b", settings)
+
+
+def test_ctrl_c_in_a_terminal_ends_a_run_at_once_and_it_goes_on(tmp_path: Path, tiny_model: Path) -> None:
+    command = [*COMMAND, *arguments(tiny_model, "--set", "iterations=1")]
+    child = subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert child.stderr is not None
+    said = ""
+    while "heldout" not in said and "teacher" not in said and (line := child.stderr.readline()):
+        said += line
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    _, rest = child.communicate(timeout=60)  # it would wait for a server that is gone for longer
+    assert child.returncode == 130, said + rest
+    assert "Interrupted. The same command goes on from here." in rest and "Traceback" not in rest
+    assert shown(tmp_path)["state"] == "interrupted"
+    lion(tmp_path, *arguments(tiny_model, "--set", "iterations=1"))
+    assert shown(tmp_path)["state"] == "completed"
 
 
 @pytest.mark.parametrize("preset", ["offline", "smoke", "lion-7b"])

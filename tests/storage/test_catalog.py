@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import duckdb
+import pytest
 
 from storage.catalog import ask, life_of, publish
-from storage.files import Snapshot
+from storage.files import Snapshot, StorageError
 from storage.pools import write_snapshot
 from storage.runs import IterationRecord, Manifest
+from tests.recorded import record_run
 
 
 def instructions(*names: str, parent: str | None = None) -> Snapshot:
@@ -65,3 +67,14 @@ def test_the_life_of_a_row_shows_parent_and_children(home: Path) -> None:
     a_run("one", pool, instructions("c", parent="a"))
     assert [row["instruction_id"] for row in life_of("a")["children"]] == ["c"]
     assert [row["instruction_id"] for row in life_of("c")["parent"]] == ["a"]
+
+
+def test_a_damaged_table_is_named_with_its_run(home: Path) -> None:
+    run = record_run()
+    run.iterations[0].snapshots["verdicts"].path.write_bytes(b"x")
+    with pytest.raises(StorageError, match=r"verdicts.*is damaged\. The command of recorded-1"):
+        ask("select 1 as one")
+
+
+def test_columns_of_one_name_are_all_there(home: Path) -> None:
+    assert ask("select 1 as a, 2 as a, 3 as a") == [{"a": 1, "a_1": 2, "a_2": 3}]

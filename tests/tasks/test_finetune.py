@@ -82,3 +82,16 @@ def test_only_whole_good_answers_are_trained_on_and_the_others_are_counted(
     longer = FinetuneConfig.model_validate({"training": {"max_length": 512}})
     finetune_student.fn(longer, student, *inputs, None, 0)
     assert jobs[0] == jobs[1] != jobs[2]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "Add.", "input": 5, "output": "3"},
+        {"messages": [{"role": "usr", "content": "?"}, {"role": "assistant", "content": "!"}]},
+        {"messages": [{"content": "?"}, {"role": "assistant", "content": "!"}]},
+    ],
+)
+def test_a_turn_that_is_none_is_named(record: dict[str, Any]) -> None:
+    with pytest.raises(NothingToTrainOn, match="line 1: `input` must be a text"):
+        examples_of([("line 1", record)], None)

@@ -141,3 +141,15 @@ def test_a_wrong_cell_and_a_wrong_voter_are_named_and_nothing_is_taken(study: Hu
 
 def test_the_aspects_are_the_papers() -> None:
     assert ASPECTS == ("helpful", "honest", "harmless")
+
+
+def test_a_torn_vote_is_cut_off_before_the_next_is_written(study: HumanStudy) -> None:
+    item = study.items[0].item
+    cast(study, [Vote(item=item, voter="ann", aspect="helpful", choice="first")])
+    file = study.folder / "votes.jsonl"
+    file.write_text(file.read_text() + '{"item": "to')
+    cast(study, [Vote(item=item, voter="ben", aspect="helpful", choice="tie")])
+    assert [vote.voter for vote in votes_of(study).values()] == ["ann", "ben"]
+    file.write_text("no vote\n" + file.read_text())
+    with pytest.raises(HumanEvalError, match=r"votes\.jsonl, line 1: no vote"):
+        votes_of(study)

@@ -162,3 +162,13 @@ def test_mt_bench_files_have_its_fields_and_an_error_where_no_review_is_valid(as
     assert [(pair["g1_winner"], pair["g2_winner"]) for pair in pairs] == [
         ("model_1", "model_2"), ("error", "error"), ("error", "error"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [((1, 1), "the id 1 is there twice"), ((1, 1.5), "must be a text or a whole")]
+)
+def test_an_id_that_names_two_questions_or_none_is_refused(tmp_path: Path, home: Path, ids: Any, message: str) -> None:
+    rows = [{"question_id": id, "turns": [f"Question {number}?"]} for number, id in enumerate(ids)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SeedError, match=message):
+        read_questions(str(tmp_path / "q.jsonl"))

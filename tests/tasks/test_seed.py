@@ -129,3 +129,21 @@ def test_half_a_character_is_named(tmp_path: Path) -> None:
     path = written(tmp_path, "s.jsonl", '{"instruction": "Why \\ud83d?"}\n')
     with pytest.raises(SeedError, match="line 1: half of a character"):
         read_seeds(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("instruction,input\nWrite, with two lines, of cats\n", "line 2: more cells than columns"),
+        ("instruction,instruction\na,b\n", "column instruction is there twice"),
+        ('instruction,input\n"Why,x\nHow,y\n', "not CSV"),
+    ],
+)
+def test_a_csv_that_would_lose_text_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(SeedError, match=message):
+        read_seeds(written(tmp_path, "s.csv", content))
+
+
+def test_instances_of_another_kind_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SeedError, match="line 1: `instances` must be objects"):
+        read_seeds(written(tmp_path, "s.jsonl", '{"instruction": "Why?", "instances": ["x"]}\n'))
