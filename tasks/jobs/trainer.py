@@ -51,6 +51,8 @@ class SftTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule from its second step on: in its first the rate is 0, and nothing is learned."""
+        if self.lr_scheduler is not None:  # DeepSpeed had it made
+            return self.lr_scheduler
         scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
         scheduler.lr_lambdas = [partial(_a_step_on, rate) for rate in scheduler.lr_lambdas]
         for group, peak, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
