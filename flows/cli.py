@@ -31,13 +31,12 @@ from flows.terminal import (
     Refusal,
     RunName,
     SeedFile,
-    end_orphans,
     escaped,
     find_run,
     note,
     out,
+    prepare_for_a_flow,
     print_rows,
-    server_of_its_own_session,
     use_home,
 )
 
@@ -103,8 +102,7 @@ def run(
         _print_run(manifest)
         return
     note.print(f"Run {run_id} in {os.environ['LION_HOME']}")
-    end_orphans()
-    server_of_its_own_session()
+    prepare_for_a_flow()
     from tasks.jobs.process import warm_up
 
     warm_up()

@@ -19,6 +19,7 @@ from flows.terminal import (
     find_run,
     note,
     out,
+    prepare_for_a_flow,
     print_rows,
     use_home,
 )
@@ -86,6 +87,7 @@ def evaluate(
     from flows.evaluate import EvaluateConfig
     from flows.evaluate import evaluate as evaluate_flow
 
+    prepare_for_a_flow()
     study_id = evaluate_flow(
         EvaluateConfig(
             student=student,
@@ -273,6 +275,7 @@ def ablate(
     if preset is None and config is None and not overrides:
         raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
     settings = resolve(preset, overrides or [], config)
+    prepare_for_a_flow()
     from flows.ablate import ablate as run_arms
 
     rows = run_arms(settings, [arm.strip() for arm in arms.split(",") if arm.strip()], seeds)

@@ -70,7 +70,13 @@ def use_home(home: Path | None) -> None:
         os.environ.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:///:memory:")
 
 
-def end_orphans() -> None:
+def prepare_for_a_flow() -> None:
+    """What comes before a flow that may get a temporary Prefect server: see the two."""
+    _end_orphans()
+    _give_the_server_a_session()
+
+
+def _end_orphans() -> None:
     """End the temporary Prefect servers of runs that were killed: `kill -9` leaves them behind, idle, for ever.
 
     A run marks itself and all that it starts in the environment. Linux only; elsewhere nothing is found.
@@ -85,7 +91,7 @@ def end_orphans() -> None:
     os.environ["LION_RUN_PID"] = str(os.getpid())
 
 
-def server_of_its_own_session() -> None:
+def _give_the_server_a_session() -> None:
     """Keep Ctrl-C, which a terminal sends to all processes of a command, from the temporary Prefect server: without it
     the run, which writes down where it stopped, would wait for an answer for a minute."""
     from prefect.server.api import server

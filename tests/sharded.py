@@ -7,7 +7,7 @@ import sys
 
 from prefect import flow
 
-from flows.terminal import end_orphans
+from flows.terminal import prepare_for_a_flow
 from storage.files import Checkpoint, home
 from tasks.models.chat import Request, Sampling
 from tasks.models.local import LocalModel, answer_locally
@@ -45,5 +45,5 @@ def student(task_runner: TaskRunner, shards: int, count: int) -> list[str | None
 
 
 if __name__ == "__main__":
-    end_orphans()  # and mark the temporary server as ours
+    prepare_for_a_flow()  # and mark the temporary server as ours
     student(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import TaskRun
 
 from flows.config import resolve
-from flows.terminal import end_orphans
+from flows.terminal import prepare_for_a_flow
 from tasks.jobs.launch import RUNNER, run_together
 from tasks.shards import check_is_there, shards_by
 from tests.lion import environment, processes_of
@@ -107,7 +107,7 @@ def test_killed_in_the_midst_of_its_shards_a_stage_goes_on_with_what_each_had_wr
     answers = student(task_runner, 2, ROWS)
     assert all(path.read_bytes().startswith(lines) for path, lines in before.items())
     assert answers == texts(1, ROWS)
-    end_orphans()
+    prepare_for_a_flow()
 
 
 @pytest.mark.slow
