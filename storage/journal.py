@@ -178,13 +178,17 @@ class Journal:
         self._alive = _hold(self._lock_of(self._owner), wait=False)  # held while this journal is open
         self._thread = threading.RLock()  # one connection, whichever thread asks
         self._db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA synchronous=FULL")  # a commit is on the disk when it returns
         opening = _hold(self._locks / "journal-opening.lock", wait=True)  # SQLite does not queue for what follows
         try:
+            self._db.execute("PRAGMA synchronous=FULL")  # a commit is on the disk when it returns
             self._db.execute("PRAGMA journal_mode=WAL")  # readers and a writer do not wait for each other
             self._migrate()
             with self._writing() as db:
                 self._drop_claims_of_the_dead(db)
+        except sqlite3.DatabaseError as error:
+            raise StorageError(
+                f"{self.path} cannot be used ({error}). If it is damaged, restore it: it is what was paid."
+            ) from error
         finally:
             os.close(opening)
 

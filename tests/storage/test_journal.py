@@ -241,3 +241,10 @@ def test_a_journal_of_the_first_version_is_brought_up_to_date(home: Path) -> Non
         db.execute("INSERT INTO claims VALUES ('k', 'dead', 'run', 'teacher', 5, 0.5)")
     with Journal() as journal:
         assert journal.claim("run", "teacher", [Wish("k", 5, 0.5)], [], model="m").granted == {"k"}
+
+
+def test_a_file_that_is_no_journal_is_named(home: Path) -> None:
+    home.mkdir()
+    (home / "journal.sqlite").write_text("no database" * 1000)
+    with pytest.raises(StorageError, match=r"journal\.sqlite cannot be used .* restore it"):
+        Journal()
