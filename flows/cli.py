@@ -92,10 +92,10 @@ def run(
     run_id = settings.run_id
     manifest = load_manifest(run_id)
     if fresh and manifest:
-        from storage.files import locked
+        from flows.steps import held
         from storage.gc import forget
 
-        with locked(f"run-{run_id}", on_wait=lambda: note.print(f"Another process is at {run_id}; waiting for it ...")):
+        with held(run_id):
             forget(manifest)
     elif manifest and manifest.state == "completed" and manifest.is_whole():
         note.print(f"{run_id} is complete: nothing to do. (--fresh makes it again.)")

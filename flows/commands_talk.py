@@ -26,20 +26,19 @@ def chat(
     """Talk to a student in the terminal; its words come as it finds them. /new starts over, /quit ends."""
     use_home(home)
     from flows.students import find_student
-    from tasks.models.chat import Sampling
+    from tasks.models.chat import Sampling, opening
     from tasks.models.session import Session
 
     found = find_student(student)
-    opening = _opening(system or found.system_prompt)
-    said = list(opening)
+    said = begun = opening(system or found.system_prompt)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     note.print(f"{escaped(found.name)}. /new starts over, /quit ends.", soft_wrap=True)
     with Session(found.model, found.checkpoint) as session:
         while (line := _asked()) not in {None, "/quit"}:
             if line == "/new":
-                said = list(opening)
+                said = begun
             elif line:
-                said.append({"role": "user", "content": line})
+                said = [*said, {"role": "user", "content": line}]
                 answer = ""
                 for piece in session.answer(said, sampling):
                     answer += piece
@@ -68,7 +67,7 @@ def demo(
     from flows.students import Student, find_student
     from flows.web import demo_app
     from flows.web import serve as serve_page
-    from tasks.models.chat import Sampling
+    from tasks.models.chat import Sampling, opening
     from tasks.models.local import LocalModel
     from tasks.models.session import Session
 
@@ -84,7 +83,7 @@ def demo(
 
         def answers_of(one: Student, settings: LocalModel, system_prompt: str | None) -> Any:
             session = open_sessions.enter_context(Session(settings, one.checkpoint))
-            return lambda said: session.answer([*_opening(system_prompt), *said], sampling)
+            return lambda said: session.answer([*opening(system_prompt), *said], sampling)
 
         answers = {"student": answers_of(found, found.model, found.system_prompt)}
         if config:  # the run's teacher, as it was asked
@@ -93,10 +92,6 @@ def demo(
             answers["teacher"] = answers_of(other, other.model, other.system_prompt)
         note.print(f"http://127.0.0.1:{port}  (Ctrl-C ends)")
         serve_page(demo_app(answers, {"student": found.name, "teacher": other.name}), port)
-
-
-def _opening(system_prompt: str | None) -> list[dict[str, str]]:
-    return [{"role": "system", "content": system_prompt}] if system_prompt else []
 
 
 def _asked() -> str | None:

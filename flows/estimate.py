@@ -116,9 +116,8 @@ class _Reckoning:
         self.config, self.assumed = config, assumed
         usable = usable_seeds(config.seeds)
         start = start_of(settled(config))
-        rows = (
-            list(read_rows(start.pools.cache)) if start else usable.rows
-        )  # what the journal has of them costs nothing
+        # Of a pool that is taken over the journal has most answers: they cost nothing.
+        rows = list(read_rows(start.pools.cache)) if start else usable.rows
         self.seeds, self.heldout = _with_ids(rows), _with_ids(usable.heldout)
 
     def lines(self) -> Iterable[Line]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -64,11 +64,16 @@ def publish_catalog() -> None:
         console.print(f"[yellow]note:[/yellow] catalog.duckdb stays as it was: {error}")
 
 
+def held(run_id: str) -> AbstractContextManager[None]:
+    """The lock of a run: one process is at it at a time, and another one waits and says so."""
+    return locked(f"run-{run_id}", on_wait=lambda: console.print(f"Another process is at {run_id}; waiting for it ..."))
+
+
 @contextmanager
 def recorded(config: DistillConfig) -> Iterator[Manifest]:
     """The manifest of a run while it runs: held by one process at a time, and marked with how it ended."""
     run_id = config.run_id
-    with locked(f"run-{run_id}", on_wait=lambda: console.print(f"Another process is at {run_id}; waiting for it ...")):
+    with held(run_id):
         before = load_manifest(run_id)
         manifest = Manifest(
             run_id=run_id,

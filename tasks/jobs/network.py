@@ -25,10 +25,8 @@ LARGEST_TILE = 512  # made of several such sizes: a layer's weights are read fro
 GPU_TILE = 256
 LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork computes
 FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # that do not change with the length of a text
-
-
 ATTENDED_LAYERS = {"full_attention", "sliding_attention"}
-WITH_SINKS = {"gpt_oss"}
+WITH_SINKS = {"gpt_oss"}  # model types
 MISCOMPUTED = {"diffllama"}  # model types that come out wrong, though nothing says why
 
 

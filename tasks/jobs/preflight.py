@@ -26,10 +26,13 @@ def estimate(
     """Memory of one process under each strategy, what its device has, and the time that all epochs will take."""
     config = model.config.get_text_config()
     # ZeRO-3 leaves nothing of a weight here but its number of elements.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in model.parameters()]
     parameters = sum(size for size, _ in sizes)
-    counts = {"parameters": parameters, "trained": sum(size for size, trained in sizes if trained)}
-    counts["held_bytes"] = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+    counts = {
+        "parameters": parameters,
+        "trained": sum(size for size, p in sizes if p.requires_grad),
+        "held_bytes": sum(size * p.element_size() for size, p in sizes),
+    }
     needs = {
         strategy: _bytes_needed(settings, strategy, precision, config, examples, **counts) / GB
         for strategy in get_args(SftSettings.model_fields["strategy"].annotation)

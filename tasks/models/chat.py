@@ -79,10 +79,14 @@ def storable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def opening(system_prompt: str | None) -> list[dict[str, str]]:
+    """What is said before the first question."""
+    return [{"role": "system", "content": system_prompt}] if system_prompt else []
+
+
 def conversation(instruction: str, input: str | None, system_prompt: str | None = None) -> list[dict[str, str]]:
     """The messages that put an instruction to a model: teacher and student, in training and in inference."""
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
+    return [*opening(system_prompt), {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
 
 
 def response_row(reply: Reply, role: str) -> dict[str, Any]:

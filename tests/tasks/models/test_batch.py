@@ -1,5 +1,6 @@
 """The Batch API against a real HTTP server: handed in once, found again after a crash, nothing paid twice."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,26 +115,35 @@ class Crash(BaseException):
     """Stands for kill -9."""
 
 
-@pytest.mark.parametrize("moment", ["before it is created", "after it was created", "while it is waited for"])
-def test_a_batch_is_found_again_after_a_crash(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(*args: Any, **more: Any) -> Any:
-        raise Crash
+def crash(*args: Any) -> Any:
+    raise Crash
 
-    create = batch_module._Batches._create
 
-    def create_and_crash(*args: Any) -> Any:
-        create(*args)
-        raise Crash
+def create_and_crash(*args: Any) -> Any:
+    CREATE(*args)
+    raise Crash
 
+
+CREATE = batch_module._Batches._create
+
+
+def dies_at(name: str, how: Callable[..., Any], server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process asks six questions and dies at this method of its batches."""
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(batch_module._Batches, name, how)
+        ask(server, questions(6))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("_create", crash), ("_create", create_and_crash), ("_collected", crash)],
+    ids=["before it is created", "after it was created", "while it is waited for"],
+)
+def test_a_batch_is_found_again_after_a_crash(
+    name: str, how: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with FakeOpenAI() as server:
-        with monkeypatch.context() as patch, pytest.raises(Crash):
-            if moment == "before it is created":
-                patch.setattr(batch_module._Batches, "_create", crash)
-            elif moment == "after it was created":
-                patch.setattr(batch_module._Batches, "_create", create_and_crash)
-            else:
-                patch.setattr(batch_module._Batches, "_collected", crash)
-            ask(server, questions(6))
+        dies_at(name, how, server, monkeypatch)
         assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
         assert len(server.batches) == 1 and server.bill()["requests"] == 6 and server.received == 0
 
@@ -161,10 +171,8 @@ def test_requests_of_a_batch_under_way_are_not_asked_elsewhere() -> None:
 
 
 def test_a_batch_that_was_made_just_before_an_outage_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = batch_module._Batches._create
-
     def create_and_break(*args: Any) -> Any:
-        create(*args)
+        CREATE(*args)
         raise OSError("the reply was lost")
 
     with FakeOpenAI() as server:
@@ -176,25 +184,15 @@ def test_a_batch_that_was_made_just_before_an_outage_is_found_again(monkeypatch:
 
 
 def test_a_batch_is_waited_for_though_the_settings_ask_for_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(*args: Any) -> Any:
-        raise Crash
-
     with FakeOpenAI() as server:
-        with monkeypatch.context() as patch, pytest.raises(Crash):
-            patch.setattr(batch_module._Batches, "_collected", crash)
-            ask(server, questions(6))
+        dies_at("_collected", crash, server, monkeypatch)
         assert {reply.status for reply in ask(server, questions(8), mode="online")} == {Status.OK}
         assert server.received == 2 and server.bill()["twice"] == {}
 
 
 def test_a_batch_that_is_gone_is_named_and_given_up_only_where_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(*args: Any) -> Any:
-        raise Crash
-
     with FakeOpenAI() as server:
-        with monkeypatch.context() as patch, pytest.raises(Crash):
-            patch.setattr(batch_module._Batches, "_collected", crash)
-            ask(server, questions(6))
+        dies_at("_collected", crash, server, monkeypatch)
         server.batches.clear()
         with pytest.raises(FatalEndpointError, match="batch_0 of 6 requests is not there any more"):
             ask(server, questions(6), mode="online")
