@@ -141,7 +141,7 @@ def runs(as_json: AsJson = False, home: Home = None) -> None:
             "state": last.state_now(),
             "iterations": len(last.iterations),
             "loss": next((r.evaluation.loss for r in reversed(last.iterations) if r.evaluation), None),
-            "updated": last.updated,
+            "updated": last.updated if as_json else f"{last.updated[:10]} {last.updated[11:16]} UTC",
             "goes on from": ", ".join(manifest.run_id for manifest in earlier),
         }
         for last, *earlier in chains(list_manifests())

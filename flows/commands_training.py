@@ -60,6 +60,8 @@ def finetune(
     print_rows([{"figure": name.replace("_", " "), "value": figures[name]} for name in names])
     if copy_to:
         shutil.copytree(trained.checkpoint.path, copy_to, ignore=shutil.ignore_patterns("job.json", "log.txt"))
+    else:
+        note.print("No run refers to this model, so that `lion gc` would take it; --out FOLDER keeps a copy.")
     out.print(str(copy_to or trained.checkpoint.path), soft_wrap=True)
 
 

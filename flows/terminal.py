@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 out = Console(highlight=False, emoji=False)
 note = Console(stderr=True, highlight=False, emoji=False)
@@ -144,7 +144,9 @@ def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: boo
         writer.writeheader()
         writer.writerows(rows)
     elif rows:
-        table = Table(*(Column(name, overflow="fold") for name in rows[0]))  # an id that is cut cannot be typed again
+        table = Table()
+        for name in rows[0]:  # an id that is cut cannot be typed again, and one that is folded is not copied
+            table.add_column(name, overflow="fold", no_wrap=name == "run" or name.endswith("_id"))
         for line in rows:
             table.add_row(*("" if value is None else _shown(value) for value in line.values()))
         out.print(table)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
-from tasks.jobs.network import best_precision
+from tasks.jobs.network import DTYPES, best_precision
 from tasks.jobs.settings import SftSettings
 
 
@@ -77,6 +78,9 @@ def training_arguments(
         fsdp_config=_fsdp_config(settings) if fsdp else None,
         deepspeed=_deepspeed_config(settings) if settings.zero_stage else None,
     )
+    if fsdp and precision != "fp32":  # accelerate would sum gradients over processes in 16 bit, and round the loss
+        policy = MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
     if settings.zero_stage:  # on a CPU nobody else tells DeepSpeed of the process group
         import deepspeed
 
@@ -118,6 +122,7 @@ def _deepspeed_config(settings: SftSettings) -> dict[str, Any]:
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # many batches that are added up in bf16 lose the small ones
         "zero_optimization": zero,
     }
     if settings.offload != "none":  # DeepSpeed's own AdamW computes on the CPU; without offload torch's is used

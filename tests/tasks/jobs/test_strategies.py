@@ -105,7 +105,8 @@ def test_what_little_was_learned_in_16_bit_is_in_the_student(
     train_here(make_job(tmp_path / "in-32", data, **settings), whole)
     launched = {"strategy": strategy, "processes_per_node": 1 if strategy == "single" else 2}
     job = make_job(tmp_path / "in-16", data, **settings | launched | {"per_device_train_batch_size": 2})
-    run_job("tasks.jobs.sft", job, student, launcher=launcher_command(SftSettings(**job["config"])))
+    result = run_job("tasks.jobs.sft", job, student, launcher=launcher_command(SftSettings(**job["config"])))
+    assert any(loss != float(np.float16(loss)) for _, loss in result["loss_by_step"]), "the losses are told in 16 bit"
     base, learned, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path / "in-32", whole, student))
     learned, kept = (torch.cat([(of[key].float() - base[key]).flatten() for key in base]) for of in (learned, kept))
     assert (kept @ learned) / (learned @ learned) == pytest.approx(1, abs=0.1)
