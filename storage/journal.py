@@ -176,6 +176,7 @@ class Journal:
         self._locks.mkdir(parents=True, exist_ok=True)
         self._owner = uuid.uuid4().hex
         self._alive = _hold(self._lock_of(self._owner), wait=False)  # held while this journal is open
+        self._is_written = True  # what the last transaction was to write
         self._thread = threading.RLock()  # one connection, whichever thread asks
         self._db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         opening = _hold(self._locks / "journal-opening.lock", wait=True)  # SQLite does not queue for what follows
@@ -204,12 +205,15 @@ class Journal:
             db.execute("DELETE FROM claims WHERE owner = ?", (self._owner,))
 
     def close(self) -> None:
-        """Let go of all claims and close."""
+        """Let go of all claims and close. Where the last write failed they stay behind, to be counted as lost."""
         with self._thread:
-            self.let_go()
-            self._db.close()
-            self._lock_of(self._owner).unlink(missing_ok=True)
-            os.close(self._alive)
+            try:
+                if self._is_written:
+                    self.let_go()
+            finally:
+                self._db.close()
+                self._lock_of(self._owner).unlink(missing_ok=True)
+                os.close(self._alive)
 
     # --- answers -----------------------------------------------------------------------------------------------
 
@@ -349,13 +353,20 @@ class Journal:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction that owns the right to write from its beginning, so that it never has to start over."""
         with self._thread:
-            self._db.execute("BEGIN IMMEDIATE")
+            self._is_written = False
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                if self._db.in_transaction:  # a full disk ends it, too
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise StorageError(
+                        f"{self.path} cannot be written ({error}). Make room on its disk, or close what holds it."
+                    ) from error
                 raise
-            self._db.execute("COMMIT")
+            self._is_written = True
 
     def _migrate(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()

@@ -28,6 +28,7 @@ import httpx2
 import openai
 import tenacity
 
+from storage.files import StorageError
 from storage.journal import Answer, Claimed, Journal, Loss, Wish, now
 from tasks.models.batch import answer_by_batch
 from tasks.models.budget import Account, budget_reached
@@ -333,7 +334,10 @@ class _Call:
             while (room := ahead - self.unsettled) < min(len(ready), self.model.max_concurrency // 2 + 1):
                 await self._until_settled()
             group = [ready.popleft() for _ in range(min(room, len(ready)))]
-            claimed = await self._claim([question.wish for question in group])
+            try:
+                claimed = await self._claim([question.wish for question in group])
+            except StorageError as error:
+                return self.stop(error)
             for question in group:
                 key = question.wish.key
                 if key in claimed.granted:
@@ -385,7 +389,7 @@ class _Call:
             except asyncio.CancelledError:  # stopped between two attempts: the first may have cost something
                 self._settle(_Outcome(question, None, "stopped"))
                 raise
-            except ModelError as error:
+            except (ModelError, StorageError) as error:
                 self._settle(_Outcome(question, None, str(error)))
                 self.stop(error)
 
@@ -535,7 +539,11 @@ class _Call:
                 await asyncio.sleep(COMMIT_SECONDS)
                 self.arrived.clear()
             group, self.outcomes = self.outcomes, []
-            await self._in_thread(self.journal.add, *self._to_be_kept(group))
+            try:
+                await self._in_thread(self.journal.add, *self._to_be_kept(group))
+            except StorageError as error:  # tried once more when all that is under way has arrived
+                self.outcomes = group + self.outcomes
+                return self.stop(error)
             self.unsettled -= len(group)
             for outcome in group:
                 self._show(outcome)

@@ -180,6 +180,24 @@ def test_a_failed_transaction_leaves_nothing_behind(journal: Journal) -> None:
     assert journal.find(["k1"])
 
 
+def test_claims_whose_answers_could_not_be_written_count_as_lost(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.journal.BUSY_SECONDS", 0.05)
+    journal, still = Journal(), Journal()
+    journal.claim("run", "teacher", wishes("k1"), [], model="m")
+    still.claim("run", "teacher", wishes("k2"), [], model="m")
+    with sqlite3.connect(home / "journal.sqlite", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageError, match=r"journal\.sqlite cannot be written \(database is locked\)"):
+            journal.add([ANSWER])
+        with pytest.raises(StorageError, match="cannot be written"):
+            still.close()
+        other.execute("ROLLBACK")
+    journal.close()
+    with Journal() as following:  # of the same process, as when a stage is tried again
+        assert [spent.lost_requests for spent in following.spend()] == [2]
+        assert following.claim("run", "teacher", wishes("k1", "k2"), []).granted == {"k1", "k2"}
+
+
 def test_a_journal_of_a_newer_version_is_refused_by_name(home: Path) -> None:
     Journal().close()
     db = sqlite3.connect(home / "journal.sqlite")

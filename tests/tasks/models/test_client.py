@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from storage.files import StorageError
 from storage.journal import Journal
 from tasks.models.budget import Account, Budget, Limits
 from tasks.models.chat import Reply, Request, Sampling, Status
@@ -502,6 +504,47 @@ def test_tokens_not_used_are_given_back_to_the_minute() -> None:
 )
 def test_what_an_endpoint_asks_for_is_understood(headers: dict[str, str], seconds: float | None) -> None:
     assert asked_wait(headers) == seconds
+
+
+# --- a journal that cannot be written ---------------------------------------------------------------------------
+
+
+def test_answers_that_could_not_be_written_at_once_are_kept_with_those_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures, add = [StorageError("locked")], Journal.add
+
+    def fails_once(*args: Any) -> None:
+        if failures:
+            raise failures.pop()
+        add(*args)
+
+    monkeypatch.setattr(Journal, "add", fails_once)
+    with FakeOpenAI(latency=0.05) as server:
+        with pytest.raises(StorageError, match="locked"):
+            ask(server, questions(60), max_concurrency=8)
+        assert 0 < server.received < 60
+        ask(server, questions(60))
+        assert server.bill()["twice"] == {} and server.received == 60
+
+
+def test_answers_that_no_journal_could_keep_count_as_lost(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.journal.BUSY_SECONDS", 0.05)
+    Journal().close()
+    other = sqlite3.connect(home / "journal.sqlite", isolation_level=None, check_same_thread=False)
+
+    def locks_and_says(body: dict[str, Any]) -> str:
+        if not other.in_transaction:
+            other.execute("BEGIN IMMEDIATE")
+        return "yes"
+
+    with FakeOpenAI(answer=locks_and_says) as server:
+        with pytest.raises(StorageError, match="cannot be written"):
+            ask(server, questions(8), max_concurrency=8)
+        other.close()
+        with Journal() as journal:
+            (spent,) = journal.spend()
+            assert spent.lost_requests >= server.bill()["requests"] > 0 == spent.requests
 
 
 # --- interruptions --------------------------------------------------------------------------------------------------
