@@ -327,7 +327,9 @@ class FakeOpenAI:
         )  # fmt: skip
 
     async def _download(self, request: web.Request) -> web.Response:
-        return web.Response(body=self.files[request.match_info["id"]], content_type="application/octet-stream")
+        if not (data := self.files.get(request.match_info["id"])):
+            return _error(404, "No such file", "not_found")
+        return web.Response(body=data, content_type="application/octet-stream")
 
     async def _create_batch(self, request: web.Request) -> web.Response:
         asked = await request.json()

@@ -214,16 +214,19 @@ class _Batches:
 
     def _collected(self, batch: Batch) -> bool:
         """Whether the batch has ended; its answers are then in the journal and its claims are gone."""
-        there = self._patiently(self._retrieve, batch.batch_id)
+        name = f"the batch {batch.batch_id} of {len(batch.keys)} requests"
+        there = self._patiently(_if_there, self.client.batches.retrieve, batch.batch_id)
         if there is None:
-            self._give_up(batch)
+            self._give_up(batch, name)
             return True
         if there.status not in ENDED:
             return False
-        for file_id in (there.output_file_id, there.error_file_id):
-            if file_id:
-                content = self._patiently(self.client.files.content, file_id)
-                self._keep(batch, content.content)
+        for file_id in filter(None, (there.output_file_id, there.error_file_id)):
+            rows = self._patiently(_if_there, self._rows_of, file_id)
+            if rows is None:
+                self._give_up(batch, f"a file of {name}")
+                return True
+            self._keep(batch, rows)
         self.journal.keep_batch(replace(batch, state="collected"))
         if there.status == "failed":
             errors = there.errors.data if there.errors and there.errors.data else []
@@ -231,43 +234,43 @@ class _Batches:
             raise self._fatal(f"the batch {there.id} was refused ({scrubbed(reason, self.secret)})", "Use mode: online")
         return True
 
-    def _retrieve(self, batch_id: str) -> Any:
-        try:
-            return self.client.batches.retrieve(batch_id)
-        except openai.NotFoundError:
-            return None
+    def _rows_of(self, file_id: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.client.files.content(file_id).content.splitlines() if line.strip()]
 
-    def _give_up(self, batch: Batch) -> None:
-        """Let go of a batch that the endpoint does not know, if the settings say so; it counts as lost."""
+    def _give_up(self, batch: Batch, gone: str) -> None:
+        """Let go of a batch that the endpoint does not know, if the settings say so; what it leaves open counts as lost."""
         if not self.model.give_up_batches:
             raise self._fatal(
-                f"the batch {batch.batch_id} of {len(batch.keys)} requests is not there any more",
+                f"{gone} is not there any more",
                 "Use the key that it was handed in with; or set give_up_batches: true to ask them again, which may be "
                 "billed a second time",
             )
-        wishes = [self.wishes[key] for key in batch.keys if key in self.wishes]
-        tokens, usd = sum(wish.tokens for wish in wishes), sum(wish.usd for wish in wishes)
-        lost = Loss(
-            batch.run_id, batch.role, self.account.iteration, batch.model, tokens, usd, now(), requests=len(batch.keys)
-        )
-        self.journal.add([], [lost])
+        self.journal.add([], [self._loss(batch, [key for key in batch.keys if key not in self.answered])])
         self.journal.keep_batch(replace(batch, state="collected"))
 
-    def _keep(self, batch: Batch, content: bytes) -> None:
+    def _loss(self, batch: Batch, keys: list[str]) -> Loss:
+        """What requests of a batch may have cost without an answer."""
+        wishes = [self.wishes[key] for key in keys if key in self.wishes]
+        tokens, usd = sum(wish.tokens for wish in wishes), sum(wish.usd for wish in wishes)
+        return Loss(batch.run_id, batch.role, self.account.iteration, batch.model, tokens, usd, now(), len(keys))
+
+    def _keep(self, batch: Batch, rows: list[dict[str, Any]]) -> None:
         answers: list[Answer] = []
+        lost: list[str] = []
         refused: list[tuple[str, int, dict[str, Any]]] = []
-        for line in content.splitlines():
-            if not line.strip():
-                continue
-            row = json.loads(line)
+        for row in rows:
             status = (row.get("response") or {}).get("status_code")
             if answer := self._answer(batch, row):
                 answers.append(answer)
+            elif status == 200:  # billed, and no answer in it
+                lost.append(row["custom_id"])
             elif status in {400, 422}:
                 error = (row["response"].get("body") or {}).get("error") or {}
                 refused.append((row["custom_id"], status, error))
         for start in range(0, len(answers), ANSWERS_AT_ONCE):
             self.journal.add(answers[start : start + ANSWERS_AT_ONCE])
+        if lost:
+            self.journal.add([], [self._loss(batch, lost)])
         self.answered |= {answer.key for answer in answers}
         self._understand([each for each in refused if each[0] in self.requests])
 
@@ -354,7 +357,17 @@ class _Batches:
             trouble = failure(self.model, error.status_code, code, message, wait)
         except (openai.APIConnectionError, httpx2.HTTPError, OSError) as error:
             trouble = TransientError(f"the connection broke ({type(error).__name__})")
+        except ValueError:
+            trouble = TransientError("a file that is not JSON, or not the whole of it")
         raise trouble
 
     def _fatal(self, reason: str, way_out: str) -> FatalEndpointError:
         return FatalEndpointError(self.model.base_url, self.model.model, reason, way_out)
+
+
+def _if_there(ask: Callable[[str], T], id: str) -> T | None:
+    """What is asked for, null where the endpoint does not know it."""
+    try:
+        return ask(id)
+    except openai.NotFoundError:
+        return None

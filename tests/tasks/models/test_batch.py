@@ -207,3 +207,53 @@ def test_a_batch_learns_how_an_endpoint_wants_to_be_asked() -> None:
         server.batch_script.extend(["no-max-tokens"] * 5)
         assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
         assert len(server.batches) == 2 and server.received == 0
+
+
+def spoil_first_output(server: FakeOpenAI, how: Callable[[bytes], bytes]) -> None:
+    """The answers of the first batch are not what they should be; an empty file is none."""
+    work_off = server._work_off
+
+    def spoiled(batch: dict[str, Any]) -> None:
+        work_off(batch)
+        if batch["id"] == "batch_0":
+            server.files[batch["output_file_id"]] = how(server.files[batch["output_file_id"]])
+
+    server._work_off = spoiled  # type: ignore[method-assign]
+
+
+def test_a_row_of_a_batch_without_an_answer_in_it_counts_as_lost() -> None:
+    with FakeOpenAI() as server:
+        spoil_first_output(server, lambda data: data.replace(b'"choices"', b'"no choices"', 2))
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+        assert server.bill()["requests"] == 8
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.requests, spent.lost_requests) == (6, 2) and spent.lost_usd > 0
+
+
+def test_answers_that_arrive_in_part_are_fetched_again() -> None:
+    whole = b""
+
+    def cut(data: bytes) -> bytes:
+        nonlocal whole
+        whole = data
+        return data[:-40]
+
+    with FakeOpenAI() as server:
+        spoil_first_output(server, cut)
+        with pytest.raises(Unreachable, match=r"not the whole of it.*Run the same command later"):
+            ask(server, questions(6), deadline=0)
+        server.files[server.batches["batch_0"]["output_file_id"]] = whole
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+        assert server.bill()["requests"] == 6
+
+
+def test_answers_that_are_gone_are_named_and_given_up_only_where_one_says_so() -> None:
+    with FakeOpenAI() as server:
+        spoil_first_output(server, lambda data: b"")
+        with pytest.raises(FatalEndpointError, match="a file of the batch batch_0 of 6 requests is not there any more"):
+            ask(server, questions(6))
+        assert {reply.status for reply in ask(server, questions(6), give_up_batches=True)} == {Status.OK}
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.requests, spent.lost_requests) == (6, 6)
