@@ -111,7 +111,7 @@ class _Batches:
             while time.monotonic() < self.deadline:
                 if self.model.mode == "batch":
                     out += self._submitted({key for batch in out for key in batch.keys})
-                if not out:
+                if not (out := out or self._resumed()):  # another process may have handed in what we could not
                     break
                 out = [batch for batch in out if not self._collected(batch)]
                 self.on_progress(len(self.answered), len(self.requests), {"batches": len(out)})
