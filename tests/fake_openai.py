@@ -297,6 +297,10 @@ class FakeOpenAI:
             return web.json_response(
                 {"error": {"message": message, "type": "BadRequestError", "code": 400}}, status=400
             )
+        if fate == "too-long-in-detail":  # as gateways built on FastAPI say it, without `error`
+            return web.json_response({"detail": "This model's maximum context length is 512 tokens"}, status=400)
+        if fate == "too-long-in-text":
+            return web.Response(text="This model's maximum context length is 512 tokens", status=400)
         if fate == "no-temperature" and "temperature" in body:
             message = "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is supported."
             return _error(400, message, "unsupported_value")

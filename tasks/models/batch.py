@@ -39,6 +39,7 @@ from tasks.models.wire import (
     narrower,
     said,
     wish_of,
+    words_of,
 )
 
 MAX_ROWS, MAX_BYTES = 50_000, 200_000_000  # of one batch, as OpenAI publishes them
@@ -352,7 +353,7 @@ class _Batches:
         try:
             return ask(*args)
         except openai.APIStatusError as error:
-            message = scrubbed(error.message, self.secret)
+            message = scrubbed(words_of(error.status_code, error.message, error.body), self.secret)
             code, wait = error.code or error.type or "", asked_wait(error.response.headers)
             trouble = failure(self.model, error.status_code, code, message, wait)
         except (openai.APIConnectionError, httpx2.HTTPError, OSError) as error:

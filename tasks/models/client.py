@@ -51,6 +51,7 @@ from tasks.models.wire import (
     reply_of,
     said,
     wish_of,
+    words_of,
 )
 
 COMMIT_SECONDS = 0.02  # how long finished answers gather before they are made durable together
@@ -490,8 +491,8 @@ class _Call:
                 )
             return said(json.loads(response.content), question.wish, self.sampling)
         except openai.APIStatusError as error:
-            status, message = error.status_code, scrubbed(error.message, self.secret)
-            message = message.removeprefix(f"Error code: {status} - ")
+            status = error.status_code
+            message = scrubbed(words_of(status, error.message, error.body), self.secret)
             code, wait = error.code or error.type or "", asked_wait(error.response.headers)
         except TimeoutError:
             trouble = TransientError(f"no answer within {self.model.timeout:g} s", maybe_billed=True)

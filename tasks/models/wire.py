@@ -221,6 +221,14 @@ def narrower(dialect: Dialect, status: int, message: str, body: Mapping[str, Any
     return None
 
 
+def words_of(status: int, message: str, body: Any) -> str:
+    """What a rejection says. The SDK's `message` has only what stands in `error.message`: not FastAPI's `detail`, no text."""
+    words = message.removeprefix(f"Error code: {status}").removeprefix(" - ")
+    if words or not body or (isinstance(body, str) and body.startswith("<")):  # a gateway's page says no more
+        return words or message
+    return body if isinstance(body, str) else json.dumps(body)
+
+
 def failure(
     model: OpenAIModel, status: int, code: str, message: str, wait: float | None
 ) -> FatalEndpointError | TransientError | RequestFailed:

@@ -369,8 +369,9 @@ def test_an_endpoint_that_asks_for_no_wait_is_still_given_time() -> None:
         assert server.received < 60
 
 
-def test_a_server_that_has_no_code_for_it_is_understood_when_a_prompt_is_too_long() -> None:
-    with FakeOpenAI(script=["too-long-without-a-code"]) as server:
+@pytest.mark.parametrize("fate", ["too-long-without-a-code", "too-long-in-detail", "too-long-in-text"])
+def test_a_server_that_has_no_code_for_it_is_understood_when_a_prompt_is_too_long(fate: str) -> None:
+    with FakeOpenAI(script=[fate]) as server:
         replies = ask(server, questions(8), max_failed_share=1, max_concurrency=1)
         assert [reply.status for reply in replies].count(Status.OK) == 7
         assert "too long" in next(reply.error or "" for reply in replies if reply.status is Status.FAILED)
