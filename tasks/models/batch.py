@@ -266,8 +266,7 @@ class _Batches:
             elif status == 200:  # billed, and no answer in it
                 lost.append(row["custom_id"])
             elif status in {400, 422}:
-                error = (row["response"].get("body") or {}).get("error") or {}
-                refused.append((row["custom_id"], status, error))
+                refused.append((row["custom_id"], status, _error_in(row["response"].get("body"))))
         for start in range(0, len(answers), ANSWERS_AT_ONCE):
             self.journal.add(answers[start : start + ANSWERS_AT_ONCE])
         if lost:
@@ -297,14 +296,13 @@ class _Batches:
     def _answer(self, batch: Batch, row: dict[str, Any]) -> Answer | None:
         """A row of a batch's files as an answer, if it is one."""
         key, response = row["custom_id"], row.get("response") or {}
-        body = response.get("body") or {}
-        error = body.get("error") or {}
+        body = response.get("body")
         if response.get("status_code") == 200:
             try:
                 heard = said(body, self.wishes.get(key) or Wish(key, self.sampling.max_tokens, 0), self.sampling)
             except TransientError:
                 return None
-        elif error.get("code") in FILTER_CODES:
+        elif _error_in(body).get("code") in FILTER_CODES:
             heard = Said("", None, Status.FILTERED, "content_filter", Usage(0, 0, 0))
         else:
             return None
@@ -372,3 +370,9 @@ def _if_there(ask: Callable[[str], T], id: str) -> T | None:
         return ask(id)
     except openai.NotFoundError:
         return None
+
+
+def _error_in(body: Any) -> dict[str, Any]:
+    """What a row's body says went wrong. Some servers put text where the API has an object."""
+    error = body.get("error") if isinstance(body, dict) else body
+    return error if isinstance(error, dict) else {"message": str(error or "")}

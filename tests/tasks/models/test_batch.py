@@ -1,5 +1,6 @@
 """The Batch API against a real HTTP server: handed in once, found again after a crash, nothing paid twice."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +230,20 @@ def test_a_row_of_a_batch_without_an_answer_in_it_counts_as_lost() -> None:
     with Journal() as journal:
         (spent,) = journal.spend()
         assert (spent.requests, spent.lost_requests) == (6, 2) and spent.lost_usd > 0
+
+
+@pytest.mark.parametrize("body", ["Internal error", {"error": "busy"}, ["no"], None], ids=str)
+def test_a_row_that_says_in_text_what_went_wrong_keeps_no_other_answer_back(body: Any) -> None:
+    def spoil(data: bytes) -> bytes:
+        rows = [json.loads(line) for line in data.splitlines()]
+        for row, status in zip(rows, (400, 500), strict=False):
+            row["response"] = {"status_code": status, "request_id": "r", "body": body}
+        return "\n".join(map(json.dumps, rows)).encode()
+
+    with FakeOpenAI() as server:
+        spoil_first_output(server, spoil)
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+        assert server.bill()["distinct"] == 6 and server.bill()["requests"] == 8
 
 
 def test_answers_that_arrive_in_part_are_fetched_again() -> None:
