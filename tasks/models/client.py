@@ -260,6 +260,7 @@ class _Call:
         self.requests_pace, self.tokens_pace = Pace(self.model.requests_per_minute), Pace(self.model.tokens_per_minute)
         self.queue: asyncio.Queue[_Question | None] = asyncio.Queue()
         self.unsettled = 0  # claimed, and not yet durable
+        self.waiting = 0  # of these: for money to be asked again
         self.settled, self.arrived = asyncio.Event(), asyncio.Event()
         self.flying: set[asyncio.Task[None]] = set()  # workers whose request is with the endpoint: not to be disturbed
         self.closing = False
@@ -430,13 +431,8 @@ class _Call:
 
     async def _attempt(self, question: _Question) -> Answer:
         """Send a request once."""
-        if (
-            question.lost == question.claims
-        ):  # the last attempt may have used up what was reserved: ask for as much again
-            claimed = await self._claim([question.wish])
-            if claimed.over:
-                raise budget_reached(claimed.over, question.wish)
-            question.claims += 1
+        if question.lost == question.claims:
+            await self._set_aside_again(question)
         await self.gate.passed()
         await self.requests_pace.take(1)
         await self.tokens_pace.take(question.wish.tokens)
@@ -463,6 +459,19 @@ class _Call:
         finally:
             self.throttle.release()
             self.tokens_pace.give_back(question.wish.tokens - used)
+
+    async def _set_aside_again(self, question: _Question) -> None:
+        """Ask for as much as was reserved again, as the last attempt may have used it up. What others that are under
+        way may still leave of theirs is waited for."""
+        self.waiting += 1
+        try:
+            while over := (await self._claim([question.wish])).over:
+                if self.waiting >= min(self.unsettled, len(self.workers)):
+                    raise budget_reached(over, question.wish)
+                await self._until_settled(POLL_SECONDS)
+            question.claims += 1
+        finally:
+            self.waiting -= 1
 
     async def _exchange(self, question: _Question) -> Said:
         """The request, and what came back of it, in our terms."""

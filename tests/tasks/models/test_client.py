@@ -320,6 +320,13 @@ def test_the_cap_holds_though_replies_are_lost_on_their_way() -> None:
         assert server.bill()["requests"] + server.bill()["lost"] <= 40
 
 
+def test_a_lost_reply_ends_no_call_while_others_may_leave_of_their_money() -> None:
+    budget = Budget(max_usd=16 * PRICE.worst(30, 100))  # as much as is set aside at first; answers take half of it
+    with FakeOpenAI(script=["drop"]) as server, pytest.raises(BudgetReached) as caught:
+        ask(server, questions(100), budget=budget, max_concurrency=8)
+    assert caught.value.spent + 2 * caught.value.next_request > caught.value.limit
+
+
 def test_money_is_set_aside_again_for_a_lost_reply_and_not_for_a_refused_request() -> None:
     with FakeOpenAI(script=["drop", "429", "429", "429"]) as server:
         (reply,) = ask(server, questions(1), budget=Budget(max_requests=2))
