@@ -4,6 +4,7 @@ lion run --preset offline
 """
 
 import atexit
+import errno
 import json
 import os
 import signal
@@ -351,9 +352,10 @@ def _main() -> None:
         note.print(f"[red]error:[/red] {escaped(str(error))}", soft_wrap=True)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:
+        place = error.filename or (os.environ["LION_HOME"] if error.errno == errno.ENOSPC else None)
+        if place is None:
             raise
-        note.print(f"[red]error:[/red] {escaped(f'{error.filename}: {error.strerror}')}", soft_wrap=True)
+        note.print(f"[red]error:[/red] {escaped(f'{place}: {error.strerror}')}", soft_wrap=True)
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:  # what Typer makes of Ctrl-C

@@ -1,5 +1,6 @@
 """The whole loop on a tiny model through the command line: run, look, go on, change, damage, refuse."""
 
+import errno
 import json
 import os
 import re
@@ -193,3 +194,19 @@ def test_a_narrow_terminal_cuts_no_id(capsys: pytest.CaptureFixture[str], monkey
     print_rows([{"run": "offline-94556779", "state": "completed", "goes on from": ""}])
     lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert "".join(line.split("│")[1].strip() for line in lines) == "offline-94556779"
+
+
+def test_a_full_disk_is_told_in_one_line(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import cli
+
+    def fills_the_disk() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as Python and Arrow say it: without a file
+
+    monkeypatch.setattr(cli, "app", fills_the_disk)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli._main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {home}: No space left on device\n"
