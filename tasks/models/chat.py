@@ -10,12 +10,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# Finish reasons of an answer that was cut: OpenAI's; Mistral's at the end of the context; those of gateways that pass a
+# provider's own on; DeepSeek's where it had no room to go on.
+CUT = ("length", "model_length", "max_tokens", "insufficient_system_resource")
+
 
 class Status(StrEnum):
     """What became of one request. Only `ok` is a whole answer."""
 
     OK = "ok"
-    TRUNCATED = "truncated"  # cut at max_tokens
+    TRUNCATED = "truncated"  # cut, most often at max_tokens
     FILTERED = "filtered"  # withheld by a content filter
     REFUSED = "refused"  # the model declined, and said so in the protocol
     EMPTY = "empty"  # nothing but white space
@@ -71,7 +75,7 @@ def status_of(text: str | None, finish_reason: str | None) -> Status:
         return Status.FILTERED
     if not (text or "").strip():
         return Status.EMPTY
-    return Status.TRUNCATED if finish_reason == "length" else Status.OK
+    return Status.TRUNCATED if str(finish_reason).lower() in CUT else Status.OK
 
 
 def storable(text: str) -> str:

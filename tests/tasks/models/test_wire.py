@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from storage.journal import Wish
-from tasks.models.chat import Sampling
+from tasks.models.chat import Sampling, Status
 from tasks.models.wire import Usage, said
 
 WISH, SAMPLING = Wish("k", 150, 0.0), Sampling(max_tokens=100)  # a prompt of at most 50 tokens
@@ -43,3 +43,21 @@ def test_what_goes_into_the_journal_can_be_stored() -> None:
         {"model": "m\udc00", "choices": [{"message": {"content": "\ud83d"}, "finish_reason": 3}]}, WISH, SAMPLING
     )
     assert (heard.model, heard.text, heard.finish_reason) == ("m?", "?", "3")
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "status"),
+    [
+        ("stop", Status.OK),
+        (None, Status.OK),
+        ("length", Status.TRUNCATED),
+        ("model_length", Status.TRUNCATED),
+        ("MAX_TOKENS", Status.TRUNCATED),
+        ("insufficient_system_resource", Status.TRUNCATED),
+    ],
+)
+def test_an_answer_that_was_cut_is_no_whole_one_however_an_endpoint_calls_it(
+    finish_reason: str | None, status: Status
+) -> None:
+    payload = {"choices": [{"message": {"content": "It goes on and"}, "finish_reason": finish_reason}]}
+    assert said(payload, WISH, SAMPLING).status == status
