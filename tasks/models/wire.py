@@ -121,7 +121,7 @@ def said(payload: Any, wish: Wish, sampling: Sampling) -> Said:
     try:
         choice = payload["choices"][0]
         message = choice["message"]
-        text, finish_reason = message.get("content"), choice.get("finish_reason")
+        text, finish_reason = _words(message.get("content")), choice.get("finish_reason")
         if finish_reason == "error" or not isinstance(text, str | None):
             raise TypeError
         usage = _usage(payload.get("usage"), text or "", wish, sampling)
@@ -133,6 +133,13 @@ def said(payload: Any, wish: Wish, sampling: Sampling) -> Said:
     model = storable(str(payload.get("model") or ""))
     reason = None if finish_reason is None else storable(str(finish_reason))
     return Said(model, words if words is None else storable(words), status, reason, usage)
+
+
+def _words(content: Any) -> Any:
+    """The text of a message that comes in parts, as from Mistral's models that reason, without what they thought."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _usage(usage: Any, text: str, wish: Wish, sampling: Sampling) -> Usage:

@@ -6,6 +6,7 @@ import pytest
 
 from storage.journal import Wish
 from tasks.models.chat import Sampling, Status
+from tasks.models.errors import TransientError
 from tasks.models.wire import Usage, said
 
 WISH, SAMPLING = Wish("k", 150, 0.0), Sampling(max_tokens=100)  # a prompt of at most 50 tokens
@@ -61,3 +62,17 @@ def test_an_answer_that_was_cut_is_no_whole_one_however_an_endpoint_calls_it(
 ) -> None:
     payload = {"choices": [{"message": {"content": "It goes on and"}, "finish_reason": finish_reason}]}
     assert said(payload, WISH, SAMPLING).status == status
+
+
+def test_an_answer_in_parts_is_its_text_without_the_thoughts() -> None:
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Let me see."}]}
+    parts = [thought, {"type": "text", "text": "Half "}, {"type": "text", "text": "an answer."}]
+    heard = said({"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]}, WISH, SAMPLING)
+    assert (heard.text, heard.status) == ("Half an answer.", Status.OK)
+    assert said({"choices": [{"message": {"content": [thought]}}]}, WISH, SAMPLING).status == Status.EMPTY
+
+
+@pytest.mark.parametrize("content", [["a"], [{"text": "a"}], [{"type": "text", "text": 5}], {"text": "a"}, 5])
+def test_what_is_no_text_is_no_answer(content: Any) -> None:
+    with pytest.raises(TransientError, match="without an answer"):
+        said({"choices": [{"message": {"content": content}}]}, WISH, SAMPLING)
