@@ -1,5 +1,6 @@
 """Imitation: choose what is worth training on, then fine-tune the student in a process of its own."""
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from storage.files import Checkpoint, Snapshot
 from storage.pools import by_id, read_rows, write_snapshot
 from tasks.jobs.launch import checkpoint_folder, make_checkpoint
 from tasks.jobs.settings import SftSettings, launcher_command
-from tasks.models.chat import Status, conversation
+from tasks.models.chat import Status, conversation, storable
 from tasks.policies import identity, stage
 from tasks.progress import progress, tell
 
@@ -127,7 +128,7 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
     assistant's, or the columns of the table `examples`. A row without an id of its own is named by its place.
 
     Raises:
-        NothingToTrainOn: a record holds no answer; the message names its place.
+        NothingToTrainOn: a record holds no answer, or no text that can be kept; the message names its place.
     """
     rows = []
     for where, record in records:
@@ -149,6 +150,11 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
             raise NothingToTrainOn(
                 f"{where}: `input` must be a text, and `messages` a list of a `role` ({', '.join(ROLES)}) and a text as "
                 "`content` each"
+            )
+        said = json.dumps([asked, answer], ensure_ascii=False)
+        if storable(said) != said:
+            raise NothingToTrainOn(
+                f"{where}: half of a character is in it (a lone surrogate). Write it whole, or remove it."
             )
         named = next((str(known[key]) for key in ("instruction_id", "id") if known.get(key) is not None), where)
         rows.append({"instruction_id": named, "messages": asked, "response": answer, "whole": known.get("whole", True)})

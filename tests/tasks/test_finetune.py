@@ -95,3 +95,15 @@ def test_only_whole_good_answers_are_trained_on_and_the_others_are_counted(
 def test_a_turn_that_is_none_is_named(record: dict[str, Any]) -> None:
     with pytest.raises(NothingToTrainOn, match="line 1: `input` must be a text"):
         examples_of([("line 1", record)], None)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "Add.", "output": "3 \ud83d"},
+        {"messages": [{"role": "user", "content": "\udc00?"}, {"role": "assistant", "content": "!"}]},
+    ],
+)
+def test_half_a_character_is_named_by_its_place(record: dict[str, Any]) -> None:
+    with pytest.raises(NothingToTrainOn, match="line 1: half of a character"):
+        examples_of([("line 1", record)], None)
