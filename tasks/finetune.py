@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -117,6 +118,8 @@ def train_student(settings: SftSettings, student: Checkpoint, data: Snapshot, se
             launcher=launcher,
             on_progress=lambda report: on_progress(report.pop("done"), report.pop("total"), report),
         )
+    # The trainer's own last deed; one killed in it leaves the weights and the optimizer there, several times the model.
+    shutil.rmtree(checkpoint.path / "trainer", ignore_errors=True)
     left_out = {reason: len(ids) for reason, ids in figures["left_out"].items() if ids}
     return TrainedStudent(
         checkpoint=checkpoint, examples=data, rows=figures["rows"], left_out=left_out, figures=figures

@@ -8,7 +8,8 @@ import pytest
 from storage.files import Checkpoint
 from storage.pools import read_rows, write_snapshot
 from tasks import finetune
-from tasks.finetune import FinetuneConfig, NothingToTrainOn, examples_of, finetune_student
+from tasks.finetune import FinetuneConfig, NothingToTrainOn, examples_of, finetune_student, train_student
+from tasks.jobs.settings import SftSettings
 
 MADE = {"left_out": {"no_label": ["a"], "empty": []}, "rows": 1}
 
@@ -107,3 +108,14 @@ def test_a_turn_that_is_none_is_named(record: dict[str, Any]) -> None:
 def test_half_a_character_is_named_by_its_place(record: dict[str, Any]) -> None:
     with pytest.raises(NothingToTrainOn, match="line 1: half of a character"):
         examples_of([("line 1", record)], None)
+
+
+def test_what_a_trainer_killed_at_its_very_end_left_behind_is_cleared_away(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Checkpoint(digest="d", content="c")
+    (made.path / "trainer" / "checkpoint-12").mkdir(parents=True)
+    monkeypatch.setattr(finetune, "make_checkpoint", lambda *args, **options: (made, MADE))
+    data = write_snapshot("examples", [], step="t", version=1)
+    assert train_student(SftSettings(), Checkpoint(digest="s", content="s"), data, 0).checkpoint == made
+    assert made.path.is_dir() and not (made.path / "trainer").exists()
