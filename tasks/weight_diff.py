@@ -123,9 +123,13 @@ def recover(base: Path, diff: Path, out: Path) -> dict[str, Any]:
     """
     if not (diff / MANIFEST).is_file():
         raise DiffError(f"{diff}: no {MANIFEST} in it, so no complete diff.")
-    told = json.loads((diff / MANIFEST).read_text())
-    if told["format"] != FORMAT:
-        raise DiffError(f"{diff} is a diff of format {told['format']}; this version knows format {FORMAT}.")
+    try:
+        told = json.loads((diff / MANIFEST).read_text())
+        format = told["format"]
+    except (ValueError, LookupError, TypeError):
+        raise DiffError(f"{diff / MANIFEST} is damaged: it does not tell what it is. Get the diff again.") from None
+    if format != FORMAT:
+        raise DiffError(f"{diff} is a diff of format {format}; this version knows format {FORMAT}.")
     wanted, theirs = told["base"], _tensors(base)
     missing = [name for name in wanted["tensors"] if name not in theirs]
     if missing:

@@ -110,6 +110,14 @@ def test_a_damaged_diff_is_refused(broken: str, base: Path, tmp_path: Path) -> N
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("text", ['{"format": 1, "ba', "{}", "[]", "5"])
+def test_a_diff_whose_manifest_is_damaged_is_refused_by_name(text: str, base: Path, tmp_path: Path) -> None:
+    make_diff(base, base, tmp_path / "diff", "some/base")
+    (tmp_path / "diff" / "diff.json").write_text(text)
+    with pytest.raises(DiffError, match=r"diff/diff\.json is damaged"):
+        recover(base, tmp_path / "diff", tmp_path / "again")
+
+
 def test_a_diff_that_names_files_elsewhere_is_refused(base: Path, tmp_path: Path) -> None:
     make_diff(base, base, tmp_path / "diff", "some/base")
     told = json.loads((tmp_path / "diff" / "diff.json").read_text())
