@@ -41,6 +41,10 @@ SCORED_ROWS = 16  # at once: all their tokens are known, so a few rows fill a st
 SHORTEST_PREFIX = 8  # tokens; computing fewer for each row costs less than looking them up
 
 
+class NoRoom(Exception):
+    """The answers may be as long as the model's whole context."""
+
+
 class Engine:
     """A causal language model ready to answer.
 
@@ -87,10 +91,18 @@ class Engine:
 
         Yields:
             `{"id", "text", "finish_reason", "prompt_tokens", "completion_tokens", "error"}`.
+
+        Raises:
+            NoRoom: no prompt fits beside an answer of `max_tokens`, so that all would be refused.
         """
         room = self.context - sampling.max_tokens
         fitting, refused = [], []
         for request in requests:
+            if room < 1:
+                raise NoRoom(
+                    f"max_tokens {sampling.max_tokens} leaves no room for a prompt: this model's context is "
+                    f"{self.context} tokens. Set max_tokens lower"
+                )
             try:
                 row = self._row(request, sampling)
             except TemplateError as error:

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tasks.jobs.engine import Engine
+from tasks.jobs.engine import Engine, NoRoom
 from tasks.jobs.launch import finish, report_progress
 from tasks.jobs.network import UnsupportedModel
 from tasks.jobs.process import free_port
@@ -134,7 +134,7 @@ def main(job_file: Path) -> None:
     """Run one job: see the module's docstring."""
     try:
         result = run(json.loads(job_file.read_text()), job_file.parent)
-    except (NotInstalled, UnsupportedModel, ServerError) as error:
+    except (NoRoom, NotInstalled, UnsupportedModel, ServerError) as error:
         sys.exit(f"error: {error}")
     finish(job_file.parent, result)
 

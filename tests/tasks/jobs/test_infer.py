@@ -150,6 +150,14 @@ def test_a_model_that_the_engine_does_not_compute_is_refused_in_one_line(tmp_pat
         main(tmp_path / "job.json")
 
 
+def test_answers_as_long_as_the_context_are_refused_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
+    job = job_in(tmp_path, tiny_model, max_tokens=512)  # the context
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with pytest.raises(SystemExit, match=r"^error: max_tokens 512 leaves no room .* 512 tokens"):
+        main(tmp_path / "job.json")
+    assert run(job | {"requests": None}, tmp_path)["replies"] == 0  # where nothing is asked nothing is amiss
+
+
 def test_two_processes_at_one_job_do_it_once(home: Path, tmp_path: Path, tiny_model: Path) -> None:
     directory = home / "jobs" / "shared"
     job = job_in(directory, tiny_model, rows=30, max_tokens=60)
