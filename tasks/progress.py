@@ -78,15 +78,18 @@ def _bar(console: Console, what: str) -> Iterator[OnProgress]:
 
 @contextmanager
 def _lines(what: str) -> Iterator[OnProgress]:
-    started = last = time.monotonic()
+    last = time.monotonic()
+    first: tuple[float, int] | None = None  # when, and how much: what came before is start-up, or was there already
 
     def show(done: int, total: int, figures: dict[str, Any]) -> None:
-        nonlocal last
+        nonlocal last, first
         now = time.monotonic()
+        first = first or (now, done)
         if now - last >= SECONDS_BETWEEN_LINES and 0 < done < total:
             last = now
-            remaining = (now - started) / done * (total - done)
-            tell(f"{what} {done}/{total}, about {remaining:.0f} s left {_written(figures)}")
+            since, before = first
+            left = f", about {(now - since) / (done - before) * (total - done):.0f} s left" if done > before else ""
+            tell(f"{what} {done}/{total}{left} {_written(figures)}")
 
     yield show
 
