@@ -140,7 +140,7 @@ def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: boo
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]) if rows else [])
+        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     elif rows:

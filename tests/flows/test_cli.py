@@ -12,6 +12,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
+from flows.terminal import print_rows
 from tests.lion import COMMAND, arguments, digests, environment, lion, shown
 
 
@@ -69,6 +70,11 @@ def test_sql_row_runs_and_pools_answer(ran: Path) -> None:
     assert lion(ran, "sql", "--csv", "select 1 as one").stdout.split() == ["one", "1"]
     assert json.loads(lion(ran, "runs", "--json").stdout)[0]["state"] == "completed"
     assert json.loads(lion(ran, "pools", "--json").stdout)[0]["rows"] == 12
+
+
+def test_a_line_of_csv_ends_as_lines_do_here(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([{"id": "a"}], as_csv=True)
+    assert capsys.readouterr().out == "id\na\n", "what a shell takes from it can be given to another command"
 
 
 def test_gc_finds_nothing_to_take_from_a_finished_run_but_its_job_folders(ran: Path) -> None:
