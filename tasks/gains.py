@@ -1,9 +1,10 @@
-"""The report's part on what the training was worth: relative score and gains with intervals, examples, losses.
+"""The report's part on what the training was worth: loss, scores and gains with intervals, examples, losses.
 
 Gives charts and rows; `tasks.report` puts them on the page.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import altair as alt
@@ -12,7 +13,7 @@ from storage.catalog import query
 from storage.files import Snapshot
 from storage.pools import read_lineage, read_rows
 from storage.runs import Evaluation, Interval, Manifest
-from tasks.selection import relative_to_teacher
+from tasks.selection import loss_per_token, mean_score, relative_to_teacher
 
 BLUE, INK = "#2f7ed8", "#7a828e"
 MOST = 10  # examples shown
@@ -32,21 +33,33 @@ limit {MOST}
 
 
 def gain_charts(manifest: Manifest) -> list[Described]:
-    """Relative score by iteration, gain over the student before, training loss; each where there are data for it."""
+    """Loss and scores by iteration, gain over the student before, training loss; each where there are data for it."""
     charts: list[Described] = []
-    relative = [
-        {"iteration": iteration, **_bounds(interval, 100)}
-        for iteration, evaluation in _evaluations(manifest)
-        if (interval := relative_to_teacher(evaluation))
-    ]
-    if relative:
-        by = (
-            "the referee's, mean of both orders"
-            if any(evaluation.reviews for _, evaluation in _evaluations(manifest))
-            else "ROUGE-L"
-        )
-        note = f"The student's summed held-out scores ({by}) in % of the teacher's, with 95 % intervals (bootstrap by question)."
-        charts.append(("Relative score", note, _with_bounds(relative, "% of the teacher")))
+    evaluations = _evaluations(manifest)
+    judged = any(evaluation.reviews for _, evaluation in evaluations)
+    by = "the referee's, mean of both orders" if judged else "ROUGE-L"
+    figures: list[tuple[str, str, str, Callable[[Evaluation], Interval | None], float]] = [
+        ("Held-out loss", "Nats per token of the teacher's answers to instructions no pool holds. Lower is better",
+         "nats per token", loss_per_token, 1),
+        ("Held-out score", "Mean ROUGE-L score of the student's answers against the teacher's, 1 to 10. Higher is better",
+         "score", mean_score, 1),
+        ("Relative score", f"The student's summed held-out scores ({by}) in % of the teacher's",
+         "% of the teacher", relative_to_teacher, 100),
+    ]  # fmt: skip
+    for title, note, unit, figure, scale in figures:
+        points = [
+            {"iteration": iteration, **_bounds(interval, scale)}
+            for iteration, evaluation in evaluations
+            if (interval := figure(evaluation))
+        ]
+        if points:
+            charts.append(
+                (
+                    title,
+                    f"{note}; with 95 % intervals (bootstrap by question).",
+                    _with_bounds(points, unit, joined=True),
+                )
+            )
     gains = [
         {"iteration": record.iteration, **_bounds(record.comparison.loss_gain, 1)}
         for record in manifest.iterations
@@ -134,7 +147,7 @@ def _bounds(interval: Interval, scale: float) -> dict[str, float]:
     return {name: scale * getattr(interval, name) for name in ("value", "low", "high")}
 
 
-def _with_bounds(points: list[dict[str, Any]], title: str) -> alt.LayerChart:
+def _with_bounds(points: list[dict[str, Any]], title: str, *, joined: bool = False) -> alt.LayerChart:
     base = alt.Chart(alt.Data(values=points)).encode(
         x=alt.X("iteration:O", title="iteration (0: before training)", axis=alt.Axis(labelAngle=0))
     )
@@ -142,5 +155,8 @@ def _with_bounds(points: list[dict[str, Any]], title: str) -> alt.LayerChart:
         y=alt.Y("low:Q", title=title, scale=alt.Scale(zero=False, padding=14)), y2="high:Q"
     )
     dots = base.mark_point(color=BLUE, filled=True, size=60).encode(y="value:Q")
-    text = base.mark_text(dx=8, align="left", color=INK).encode(y="value:Q", text=alt.Text("value:Q", format=".3~r"))
-    return bars + dots + text
+    text = base.mark_text(dx=8, dy=-8, align="left", color=INK).encode(
+        y="value:Q", text=alt.Text("value:Q", format=".4~r")
+    )
+    line = base.mark_line(color=BLUE, strokeWidth=1.6, opacity=0.6).encode(y="value:Q")
+    return line + bars + dots + text if joined else bars + dots + text

@@ -92,14 +92,7 @@ def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
 
 def charts(manifest: Manifest) -> list[dict[str, str]]:
     """Title, one line of reading help, and SVG of each chart that there are data for."""
-    points = [row for row in progress_rows(manifest) if row["loss"] is not None]
-    made = [
-        _chart("Held-out loss", "Nats per token of the teacher's answers to instructions no pool holds. Lower is better.",
-               _by_iteration(points, "loss", "nats per token")),
-        _chart("Held-out score", "Mean ROUGE-L score of the student's answers against the teacher's, 1 to 10. Higher is better.",
-               _by_iteration(points, "score", "score")),
-    ]  # fmt: skip
-    made += [_chart(*described) for described in gain_charts(manifest)]
+    made = [_chart(*described) for described in gain_charts(manifest)]
     judged = [record for record in manifest.iterations if "verdicts" in record.snapshots]
     for record in judged:
         made.append(
@@ -137,16 +130,6 @@ def _chart(title: str, note: str, chart: alt.Chart | alt.LayerChart) -> dict[str
         .configure_view(stroke=None)
     )  # fmt: skip
     return {"title": title, "note": note, "svg": vl_convert.vegalite_to_svg(styled.to_json())}
-
-
-def _by_iteration(points: list[dict[str, Any]], field: str, title: str) -> alt.LayerChart:
-    data = alt.Data(values=[{"iteration": row["iteration"], field: row[field]} for row in points])
-    base = alt.Chart(data).encode(
-        x=alt.X("iteration:O", title="iteration (0: before training)", axis=alt.Axis(labelAngle=0)),
-        y=alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False, padding=14)),
-    )
-    line = base.mark_line(color=STUDENT, point=alt.OverlayMarkDef(color=STUDENT, size=60))
-    return line + base.mark_text(dy=-12, color=INK).encode(text=alt.Text(f"{field}:Q", format=".3f"))
 
 
 def _gaps(record: IterationRecord) -> alt.LayerChart:

@@ -61,8 +61,19 @@ def relative_to_teacher(evaluation: Evaluation, seed: int = 0) -> Interval | Non
     of both orders; null where nothing was scored."""
     if evaluation.reviews:
         return relative_score(read_rows(evaluation.reviews), seed=seed).overall.mean
+    return mean_score(evaluation, seed, of=BEST_SCORE)
+
+
+def mean_score(evaluation: Evaluation, seed: int = 0, of: float = 1) -> Interval | None:
+    """Mean score of the student's held-out answers, as a share `of` the best; null where nothing was scored."""
     rows = sorted(by_id(evaluation.details, ["score"]).items())
-    return _ratio([(row["score"], BEST_SCORE) for _, row in rows if row["score"] is not None], seed)
+    return _ratio([(row["score"], of) for _, row in rows if row["score"] is not None], seed)
+
+
+def loss_per_token(evaluation: Evaluation, seed: int = 0) -> Interval | None:
+    """Nats per token of the teacher's held-out answers; null where that is no number."""
+    rows = sorted(by_id(evaluation.details, ["loss_sum", "tokens"]).items())
+    return _ratio([(row["loss_sum"], row["tokens"]) for _, row in rows if row["tokens"]], seed)
 
 
 def _ratio(pairs: Sequence[tuple[float, float]], seed: int) -> Interval | None:

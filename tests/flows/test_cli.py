@@ -39,6 +39,7 @@ def test_show_tells_what_each_iteration_did(ran: Path) -> None:
 def test_the_report_needs_no_network(ran: Path) -> None:
     page = (ran / "runs" / shown(ran)["run_id"] / "report.html").read_text()
     assert page.count("<svg") >= 4
+    assert page.count("with 95 % intervals") == 3, "loss, score, relative score"
     assert "widest gaps" in page
     fetched = re.findall(r"""(?:src|href)=["'](?!#)([^"']+)""", page)
     assert [link for link in fetched if not link.startswith("#")] == []

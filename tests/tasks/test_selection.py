@@ -8,7 +8,7 @@ import pytest
 
 from storage.pools import write_snapshot
 from storage.runs import Comparison, Evaluation, Interval
-from tasks.selection import StopConfig, compare, is_stalled, is_worse
+from tasks.selection import StopConfig, compare, is_stalled, is_worse, loss_per_token, mean_score
 
 
 def evaluation(losses: dict[str, float], scores: dict[str, float | None], loss: float | None = None) -> Evaluation:
@@ -30,6 +30,15 @@ def test_gains_are_paired_by_question(home: Path) -> None:
     assert found.score_gain and found.score_gain.value == pytest.approx((4 + 2) / 2)
     assert (found.score_gain.low, found.score_gain.high) == (2, 4)
     assert found.relative and found.relative.value == pytest.approx(18 / 30)
+
+
+def test_loss_and_score_of_a_student_have_intervals(home: Path) -> None:
+    measured = evaluation({"a": 30.0, "b": 20.0, "c": 10.0}, {"a": 1.0, "b": 2.0, "c": None})
+    loss, score = loss_per_token(measured), mean_score(measured)
+    assert loss and score
+    assert (loss.value, loss.low, loss.high) == pytest.approx((2, 1, 3))
+    assert (score.value, score.low, score.high) == pytest.approx((1.5, 1, 2))
+    assert loss_per_token(evaluation({"a": math.nan}, {"a": 1.0})) is None
 
 
 def test_a_referees_word_on_the_held_out_answers_is_the_relative_score(home: Path) -> None:
