@@ -14,7 +14,7 @@ from flows.approval import Approval
 from flows.artifacts import publish_artifacts
 from flows.chain import Start, start_of
 from flows.config import DistillConfig
-from flows.steps import Steps, publish_catalog, recorded
+from flows.steps import Steps, publish_catalog, recorded, warn
 from storage.files import Checkpoint, Snapshot
 from storage.runs import Baseline, Evaluation, IterationRecord, Manifest
 from tasks.discriminate import discriminate
@@ -87,6 +87,9 @@ class Run:
             "duplicates": seeds.duplicates,
             "near_heldout": seeds.near_heldout,
         }
+        if seeds.passed_over:
+            more = ", ".join(f"{what} ({rows:,})" for what, rows in seeds.passed_over.items())
+            warn(self.manifest, f"Seeds and held-out instructions hold more than is read, in so many rows: {more}.")
         self.heldout: Snapshot = seeds.heldout
         if start:
             start.check_holds_out(self.heldout)

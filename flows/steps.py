@@ -10,6 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.tasks import Task
 from rich.console import Console
+from rich.markup import escape
 
 from flows.approval import NotApproved
 from flows.config import DistillConfig
@@ -64,6 +65,12 @@ def publish_catalog() -> None:
         console.print(f"[yellow]note:[/yellow] catalog.duckdb stays as it was: {error}")
 
 
+def warn(manifest: Manifest, warning: str) -> None:
+    """Say what is possible and perhaps not meant, now and in the report."""
+    manifest.warnings.append(warning)
+    console.print(f"[yellow]note:[/yellow] {escape(warning)}", soft_wrap=True)
+
+
 def held(run_id: str) -> AbstractContextManager[None]:
     """The lock of a run: one process is at it at a time, and another one waits and says so."""
     return locked(f"run-{run_id}", on_wait=lambda: console.print(f"Another process is at {run_id}; waiting for it ..."))
@@ -80,12 +87,11 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
             started=now(),
             config=config.model_dump(mode="json"),
             versions={name: version(name) for name in ("lion-distill", "prefect", "duckdb", "pyarrow")},
-            warnings=config.warnings(),
         )
         if before:
             manifest.begin_again(before)
-        for warning in manifest.warnings:
-            console.print(f"[yellow]note:[/yellow] {warning}")
+        for warning in config.warnings():
+            warn(manifest, warning)
         manifest.save()
         try:
             yield manifest

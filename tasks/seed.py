@@ -6,6 +6,7 @@ lion run --seeds my_tasks.jsonl
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ ACCEPTED = (
     "Accepted: .json or .jsonl (Alpaca, self-instruct, messages, FastChat questions), .csv, .parquet, "
     ".txt (a line each), hf:NAME[:SPLIT]"
 )
+
+
+READ = {"instruction", "input", "output", "category", "messages", "turns", "instances", "id", "question_id"}
 
 
 class SeedError(ValueError):
@@ -57,6 +61,7 @@ class SeedPools(BaseModel):
     heldout: Snapshot
     duplicates: int  # exact ones, left out of the pool
     near_heldout: int  # near duplicates of a held-out instruction, left out of the pool
+    passed_over: dict[str, int] = {}  # what else the two files hold, and in how many rows
 
 
 class Seeds(BaseModel):
@@ -64,6 +69,7 @@ class Seeds(BaseModel):
 
     rows: list[dict[str, Any]]  # instruction, input, category, output; later_turns, and the source's own id
     duplicates: int
+    passed_over: Counter[str]  # what a pool has no column for: in how many rows it stands
 
 
 def digest_of_source(path: str, bundled: str) -> str:
@@ -88,15 +94,16 @@ def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
     """
     place, records = read_records(path, bundled)
     rows: dict[str, dict[str, Any]] = {}
-    duplicates = 0
+    duplicates, passed_over = 0, Counter[str]()
     for where, record in records:
         row = read_row(record, f"{place}, {where}")
+        passed_over.update(_passed_over(record, row))
         key = instruction_id(row["instruction"], row["input"])
         duplicates += key in rows
         rows.setdefault(key, row)
     if not rows:
         raise SeedError(f"{place}: no instruction in it. {ACCEPTED}.")
-    return Seeds(rows=list(rows.values()), duplicates=duplicates)
+    return Seeds(rows=list(rows.values()), duplicates=duplicates, passed_over=passed_over)
 
 
 def read_records(path: str, bundled: str = "seeds.jsonl") -> tuple[str, "Records"]:
@@ -124,6 +131,7 @@ def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> Se
         heldout=_write(usable.heldout, "heldout"),
         duplicates=usable.duplicates,
         near_heldout=usable.near_heldout,
+        passed_over=usable.passed_over,
     )
 
 
@@ -134,6 +142,7 @@ class UsableSeeds(NamedTuple):
     heldout: list[dict[str, Any]]
     duplicates: int
     near_heldout: int
+    passed_over: dict[str, int]
 
 
 def usable_seeds(config: SeedConfig) -> UsableSeeds:
@@ -143,12 +152,14 @@ def usable_seeds(config: SeedConfig) -> UsableSeeds:
         SeedError: a source cannot be used, or no seed is left.
     """
     seeds = read_seeds(config.path)
-    heldout = read_seeds(config.heldout, bundled="heldout.jsonl").rows[: config.max_heldout]
+    held_out = read_seeds(config.heldout, bundled="heldout.jsonl")
+    heldout = held_out.rows[: config.max_heldout]
     near = {id(row) for row, _ in find_near(seeds.rows, heldout)}
     clean = [row for row in seeds.rows if id(row) not in near]
     if not clean:
         raise SeedError(f"{config.path}: every seed is near a held-out instruction. Name other ones in seeds.heldout.")
-    return UsableSeeds(clean[: config.max_rows], heldout, seeds.duplicates, len(near))
+    passed_over = dict(seeds.passed_over + held_out.passed_over)
+    return UsableSeeds(clean[: config.max_rows], heldout, seeds.duplicates, len(near), passed_over)
 
 
 def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:
@@ -308,6 +319,20 @@ def read_row(record: Any, where: str) -> dict[str, Any]:
         "later_turns": record.get("later_turns", []),
         "source_id": record.get("question_id", record.get("id")),
     }
+
+
+def _passed_over(record: Any, row: dict[str, Any]) -> Iterator[str]:
+    """What stands in a record and in no column of a pool: a dataset may call the input `context`."""
+    if not isinstance(record, dict):
+        return
+    record = {key: value for key, value in record.items() if value not in (None, "", [])}
+    yield from (f"`{key}`" for key in record if key not in READ)
+    if row["later_turns"]:
+        yield "turns after the first"
+    if "instruction" not in record and any(said["role"] == "system" for said in record.get("messages", [])):
+        yield "system messages"
+    if isinstance(record.get("instances"), list) and len(record["instances"]) > 1:
+        yield "instances after the first"
 
 
 def _from_turns(turns: Any, where: str) -> dict[str, Any]:

@@ -110,10 +110,14 @@ def _dollars(server: FakeOpenAI, price: dict[str, float]) -> float:
 
 
 def test_a_wrong_key_ends_the_command_with_one_clear_line(tmp_path: Path, tiny_model: Path) -> None:
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text(json.dumps({"instruction": "When did it start?", "context": "It started in 2004."}))
     with FakeOpenAI(key="another") as server:
-        done = lion(tmp_path, *paid(server, tiny_model), code=2)
+        done = lion(tmp_path, *paid(server, tiny_model, f"--seeds={seeds}"), code=2)
     assert "Traceback" not in done.stderr
     assert KEY not in done.stderr
+    assert "hold more than is read, in so many rows: `context` (1)" in done.stderr, "said before anything is paid"
+    assert "`context` (1)" in shown(tmp_path)["warnings"][-1]
 
 
 def test_a_missing_key_is_named_before_anything_is_written(

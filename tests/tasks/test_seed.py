@@ -74,6 +74,21 @@ def test_messages_become_instruction_and_output(tmp_path: Path) -> None:
     assert (row["instruction"], row["output"]) == ("Hi?", "Yes.")
 
 
+def test_what_a_pool_has_no_column_for_is_counted(home: Path, tmp_path: Path) -> None:
+    said = [{"role": role, "content": "Hm."} for role in ("system", "user", "assistant", "user")]
+    rows = [
+        {"instruction": "When did it start?", "context": "It started in 2004.", "category": "qa", "note": ""},
+        {"instruction": "Which of them is blue?", "context": "The first."},
+        {"messages": said},
+        {"instruction": "Sort.", "instances": [{"input": "2 1", "output": "1 2"}, {"input": "4 3", "output": "3 4"}]},
+    ]
+    path = written(tmp_path, "s.jsonl", "\n".join(map(json.dumps, rows)))
+    assert load_seeds.fn(SeedConfig(path=path), "", "").passed_over == {
+        "`context`": 2, "turns after the first": 1, "system messages": 1, "instances after the first": 1
+    }  # fmt: skip
+    assert load_seeds.fn(SeedConfig(), "", "").passed_over == {}
+
+
 def test_self_instruct_seed_tasks_are_read(shared_data: Path) -> None:
     rows = read_seeds(str(shared_data / "self_instruct_seed_175.jsonl")).rows
     assert len(rows) == 175
