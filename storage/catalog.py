@@ -11,7 +11,8 @@ number of the iteration that would use them. `evaluations` has the student befor
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def query(sql: str, parameters: Mapping[str, Any] | None = None, **snapshots: Sn
     """Run one SQL statement over snapshots, each known to it by its keyword; rows as dicts."""
     with duckdb.connect() as connection:
         for name, snapshot in snapshots.items():
-            connection.sql(f"create view {name} as select * from read_parquet({_quoted(str(snapshot.path))})")
+            connection.sql(f"create view {name} as select * from {_parquet([snapshot])}")
         return _rows(connection, sql, parameters)
 
 
@@ -126,15 +127,20 @@ def _select(schema: pa.Schema, placed: Sequence[Placed]) -> str:
     if not placed:
         nothing = ", ".join(f"null::{_duckdb_type(field.type)} as {_name(field.name)}" for field in schema)
         return f"select null::varchar as run_id, null::integer as iteration, {nothing} where false"
-    files = sorted({str(snapshot.path) for _, _, snapshot in placed})
     places = ", ".join(
         f"({_quoted(run_id)}, {iteration}, {_quoted(str(snapshot.path))})" for run_id, iteration, snapshot in placed
     )
     return (
         "select places.run_id, places.iteration, rows.* exclude (filename) "
-        f"from read_parquet([{', '.join(map(_quoted, files))}], filename = true) as rows "
+        f"from {_parquet([snapshot for _, _, snapshot in placed], ', filename = true')} as rows "
         f"join (values {places}) as places (run_id, iteration, filename) using (filename)"
     )
+
+
+def _parquet(snapshots: Iterable[Snapshot], more: str = "") -> str:
+    """Files as a table. Their paths mean what they say: no pattern in them, and no column in a folder named `model=x`."""
+    files = sorted({_quoted(escape(str(snapshot.path))) for snapshot in snapshots})
+    return f"read_parquet([{', '.join(files)}], hive_partitioning = false{more})"
 
 
 def _duckdb_type(type: pa.DataType) -> str:

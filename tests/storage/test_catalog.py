@@ -5,7 +5,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from storage.catalog import ask, life_of, publish
+from storage.catalog import ask, life_of, publish, query
 from storage.files import Snapshot, StorageError
 from storage.pools import write_snapshot
 from storage.runs import IterationRecord, Manifest
@@ -53,6 +53,16 @@ def test_an_object_that_two_runs_share_is_seen_in_both(home: Path) -> None:
 def test_views_without_rows_are_there_with_their_columns(home: Path) -> None:
     assert ask("select run_id, difficulty from verdicts") == []
     assert ask("select count(*) as n from reviews") == [{"n": 0}]
+
+
+def test_a_home_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("st*r", "star", "b[ar]", "ba", "model=llama,run_id=7", "origin=x", "it's 50%"):
+        monkeypatch.setenv("LION_HOME", str(tmp_path / name))
+        pool = record_run().iterations[0].snapshots["train_pool"]
+        assert query("select origin from pool", pool=pool) == [{"origin": "seed"}] * 3, name
+        assert ask("select distinct run_id, model from responses order by all") == [
+            {"run_id": "recorded-1", "model": model} for model in ("s", "t")
+        ], name
 
 
 def test_publishing_does_not_disturb_a_client_that_has_it_open(home: Path) -> None:
