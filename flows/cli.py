@@ -190,7 +190,7 @@ def row(
     as_json: AsJson = False,
     home: Home = None,
 ) -> None:
-    """Show the life of one instruction: parent, responses, reviews, verdicts, children."""
+    """Show the life of one instruction: parent, responses, reviews, verdicts, children, evaluations."""
     use_home(home)
     from storage.catalog import life_of
 

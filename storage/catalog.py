@@ -78,6 +78,8 @@ def _rows(
     connection: duckdb.DuckDBPyConnection, sql: str, parameters: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
     cursor = connection.execute(sql, parameters) if parameters else connection.execute(sql)
+    if cursor is None:  # nothing but white space and comments
+        return []
     columns = [column[0] for column in cursor.description or ()]
     seen = [columns[:place].count(column) for place, column in enumerate(columns)]
     names = [f"{column}_{before}" if before else column for column, before in zip(columns, seen, strict=True)]
@@ -156,12 +158,15 @@ def _name(text: str) -> str:
 
 
 def life_of(instruction_id: str) -> dict[str, list[dict[str, Any]]]:
-    """Everything known of one instruction, by kind: itself, parent, responses, reviews, verdicts, children."""
+    """Everything known of one instruction, by kind: itself, parent, responses, reviews, verdicts, children. A rejected
+    candidate is known as one, and a held-out instruction by its evaluations."""
     statements = {
         "instruction": "select distinct on (instruction_id) * exclude (run_id, iteration) from cache_pool "
         "where instruction_id = $id",
         "parent": "select distinct on (instruction_id) * exclude (run_id, iteration) from cache_pool "
         "where instruction_id in (select parent_id from cache_pool where instruction_id = $id)",
+        "candidate": "select run_id, iteration, side, draw, parent_id, instruction, input, rejection, near_id, similarity "
+        "from candidates where instruction_id = $id",
         "responses": "select run_id, iteration, role, status, response from responses where instruction_id = $id",
         "reviews": 'select run_id, iteration, "order", vote, outcome, teacher_score, student_score, evidence '
         "from reviews where instruction_id = $id",
@@ -169,6 +174,8 @@ def life_of(instruction_id: str) -> dict[str, list[dict[str, Any]]]:
         "where instruction_id = $id",
         "children": "select run_id, iteration, instruction_id, side, rejection, instruction from candidates "
         "where parent_id = $id",
+        "evaluations": "select run_id, iteration, status, response, loss_sum, tokens, score from evaluations "
+        "where instruction_id = $id",
     }
     with duckdb.connect() as connection:
         _define_views(connection, list_manifests())

@@ -7,9 +7,9 @@ import pytest
 
 from storage.catalog import ask, life_of, publish, query
 from storage.files import Snapshot, StorageError
-from storage.pools import write_snapshot
+from storage.pools import instruction_id, write_snapshot
 from storage.runs import IterationRecord, Manifest
-from tests.recorded import record_run
+from tests.recorded import HELDOUT, record_run
 
 
 def instructions(*names: str, parent: str | None = None) -> Snapshot:
@@ -56,7 +56,7 @@ def test_views_without_rows_are_there_with_their_columns(home: Path) -> None:
 
 
 def test_a_home_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("st*r", "star", "b[ar]", "ba", "model=llama,run_id=7", "origin=x", "it's 50%"):
+    for name in ("st*r", "star", "b[ar]", "ba", "model=llama", "origin=x", "it's 50%"):
         monkeypatch.setenv("LION_HOME", str(tmp_path / name))
         pool = record_run().iterations[0].snapshots["train_pool"]
         assert query("select origin from pool", pool=pool) == [{"origin": "seed"}] * 3, name
@@ -77,6 +77,21 @@ def test_the_life_of_a_row_shows_parent_and_children(home: Path) -> None:
     a_run("one", pool, instructions("c", parent="a"))
     assert [row["instruction_id"] for row in life_of("a")["children"]] == ["c"]
     assert [row["instruction_id"] for row in life_of("c")["parent"]] == ["a"]
+
+
+def test_a_rejected_candidate_and_a_heldout_instruction_have_a_life(home: Path) -> None:
+    record_run()
+    rejected = {"instruction_id": "r", "parent_id": "a", "side": "hard", "draw": 0, "rejection": "too_short"}
+    run = a_run("one", instructions("a"), instructions("c", parent="a"))
+    run.iterations[0].snapshots["candidates"] = write_snapshot("candidates", [rejected], step="test", version=1)
+    run.save()
+    assert [row["rejection"] for row in life_of("r")["candidate"]] == ["too_short"]
+    heldout = instruction_id(HELDOUT[0], None)
+    assert [row["score"] for row in life_of(heldout)["evaluations"]] == [1.0, 6.0]
+
+
+def test_a_statement_that_says_nothing_has_no_rows(home: Path) -> None:
+    assert ask("  -- nothing") == []
 
 
 def test_a_damaged_table_is_named_with_its_run(home: Path) -> None:
