@@ -28,7 +28,7 @@ def said(*args: str) -> str:
 def test_the_card_tells_data_method_scores_with_intervals_terms_and_limits(run: Manifest, tmp_path: Path) -> None:
     said("card", "--to", str(tmp_path / "README.md"))
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert card.startswith('---\nlicense: "apache-2.0"\n')
     assert "| 1 (this one) | 1.500 | 4.50 | 45.0 % [30.0, 60.0] | +1.500 [+1.000, +2.000] |" in card
     for part in ("## Data", "## Training", "`learning_rate`: 0.001", "## Licence", "## Limits", "arXiv 2305.12870"):
         assert part in card

@@ -1,12 +1,15 @@
 """Exports hold what the run holds, in each form's own words, with lineage and licence."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from storage.pools import read_rows, write_snapshot
 from storage.runs import Manifest
 from tasks.export import NothingToExport, export
 from tests.recorded import IDS, SEEDS, record_run
@@ -23,6 +26,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def by_id(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {row["instruction_id"]: row for row in rows}
+
+
+def head_of(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---\n")[1])
 
 
 def test_the_training_set_has_what_was_answered_and_a_pool_has_all(run: Manifest, tmp_path: Path) -> None:
@@ -80,12 +87,30 @@ def test_exports_load_with_datasets_unchanged(run: Manifest, tmp_path: Path, mon
     loaded = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))
     assert by_id(list(loaded))[IDS[0]]["messages"][1]["content"] == "Rayleigh scattering."
     card = (tmp_path / "set" / "README.md").read_text()
-    assert card.startswith("---\n") and "license: apache-2.0" in card and "| `teacher`" in card
+    assert head_of(card)["license"] == "apache-2.0" and "| `teacher`" in card
     for form, name in (("messages", "m.jsonl"), ("dpo", "d.jsonl"), ("alpaca", "a.json"), ("sharegpt", "s.json")):
         rows = export(run, form, tmp_path / name)  # type: ignore[arg-type]
         files = str(tmp_path / name)
         loaded = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
         assert len(loaded) == rows
+
+
+@pytest.mark.parametrize("terms", ["CC BY-NC 4.0: ask first", "see #3", "'quoted'", "no", "null"])
+def test_a_card_has_whatever_terms_are_stated(home: Path, tmp_path: Path, terms: str) -> None:
+    run = record_run("other", None, f"teacher.license={json.dumps(terms)}")
+    export(run, "hf", tmp_path / "set")
+    assert head_of((tmp_path / "set" / "README.md").read_text())["license"] == terms.lower()
+
+
+def test_a_card_names_every_teacher(run: Manifest, tmp_path: Path) -> None:
+    answers = run.iterations[0].snapshots["teacher_responses"]
+    rows = [row | {"model": model} for row, model in zip(read_rows(answers), "tuv")]
+    run.iterations[0].snapshots["teacher_responses"] = write_snapshot("responses", rows, step="teacher", version=1)
+    run.save()
+    export(run, "hf", tmp_path / "set", "cache_pool")
+    assert set(re.findall(r"Teacher: (\w), (\w), (\w)\.", (tmp_path / "set" / "README.md").read_text())[0]) == set(
+        "tuv"
+    )
 
 
 @pytest.mark.slow
