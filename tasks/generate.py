@@ -247,11 +247,13 @@ def _candidate_in_json(text: str) -> dict[str, Any]:
     """Instruction and input of the first JSON object that has them, whatever stands around it; the whole text where the
     model gave none, as long as it did not try to."""
     for brace in re.finditer("{", text):
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):  # also a number of thousands of digits, or nested as deep
             said = _JSON.raw_decode(text, brace.start())[0]
             if isinstance(said.get("instruction"), str):
                 given = said.get("input")
-                input = given.strip() or None if isinstance(given, str) else None
+                if given not in (None, [], {}) and not isinstance(given, str):
+                    given = json.dumps(given, ensure_ascii=False)  # a list to sort
+                input = (given or "").strip() or None
                 instruction = said["instruction"].strip()
                 return {"instruction": storable(instruction), "input": input and storable(input), "rejection": None}
     tried = text.lstrip().startswith(("{", "```")) or '"instruction"' in text

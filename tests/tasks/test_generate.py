@@ -177,6 +177,22 @@ def test_json_that_holds_no_instruction_is_none(generated: Any, text: str) -> No
     assert set(generated(lambda _: text, pool_of(SEEDS), hard=4).generated.rejected) == {"malformed"}
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [("[3, 1, 2]", "[3, 1, 2]"), ("0", "0"), ('{"é": 1}', '{"é": 1}'), ("[]", None), ("null", None), ('" x "', "x")],
+)
+def test_an_input_that_is_no_text_is_kept_as_json(generated: Any, said: str, kept: str | None) -> None:
+    reply = f'{{"instruction": "Say what is odd about this.", "input": {said}}}'
+    accepted = read_rows(generated(lambda _: reply, pool_of(SEEDS), hard=1).candidates)[0]
+    assert (accepted["input"], accepted["rejection"]) == (kept, None)
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_json_beyond_what_can_be_read_is_malformed(generated: Any, text: str) -> None:
+    reply = f'{{"instruction": "Say what is odd about this.", "input": {text}}}'
+    assert set(generated(lambda _: reply, pool_of(SEEDS), hard=1).generated.rejected) == {"malformed"}
+
+
 def test_what_a_base_model_writes_on_is_never_read_as_json(generated: Any) -> None:
     said = lambda request: f'Read {{"instruction": 1}} and {fresh(request)}'  # noqa: E731
     rows = read_rows(generated(said, pool_of(SEEDS), hard=4, method="continuation").candidates)
