@@ -194,6 +194,7 @@ class _Judge:
         self._wanted = wanted
         self._accepted: Counter[str] = Counter()
         self._seen: Counter[str] = Counter()
+        self._known = {*pool, *heldout}
         self._heldout = Evaluated(heldout.items(), config.max_similarity)
         self._index = NoveltyIndex(config.max_similarity)
         self._index.add_many((key, whole_text(row)) for key, row in pool.items())
@@ -219,12 +220,15 @@ class _Judge:
         self._accepted[side] += row["rejection"] is None
 
     def _compared(self, side: str, row: dict[str, Any]) -> dict[str, Any]:
-        text = whole_text(row)
+        key, text = row["instruction_id"], whole_text(row)
         if near := self._heldout.nearest(row) or self._index.nearest(text):
             return {"rejection": Rejection.NEAR_DUPLICATE, "near_id": near.key, "similarity": near.similarity}
+        if key in self._known:  # nothing is above a max_similarity of 1
+            return {"rejection": Rejection.NEAR_DUPLICATE, "near_id": key, "similarity": 1.0}
         if not self.missing(side):
             return {"rejection": Rejection.SURPLUS}
-        self._index.add(row["instruction_id"], text)
+        self._known.add(key)
+        self._index.add(key, text)
         return {"rejection": None}
 
 

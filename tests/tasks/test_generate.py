@@ -101,6 +101,13 @@ def test_a_candidate_near_one_accepted_before_it_is_rejected(generated: Any) -> 
     assert result.generated.accepted == 1
 
 
+def test_the_same_instruction_is_never_accepted_twice(generated: Any) -> None:
+    known = [SEEDS[0], "Name the tallest mountain in the whole solar system.", "Say what a comet is made of."]
+    result = generated(lambda request: known[hash(request.id) % 3], pool_of(SEEDS), hard=4, max_similarity=1.0)
+    accepted = [row["instruction"] for row in read_rows(result.candidates) if row["rejection"] is None]
+    assert accepted == known[2:]
+
+
 def test_the_stage_ends_at_its_cap_and_says_what_is_missing(generated: Any) -> None:
     result = generated(lambda request: SEEDS[0], pool_of(SEEDS), hard=4, max_attempts=2)
     assert len(read_rows(result.candidates)) == 16
