@@ -17,7 +17,9 @@ from tasks.models.chat import conversation
 
 Form = Literal["alpaca", "sharegpt", "messages", "dpo", "parquet", "hf"]
 What = Literal["training", "train_pool", "cache_pool"]
-LINEAGE = ("instruction_id", "parent_id", "origin", "category", "run_id", "iteration", "teacher", "teacher_license")
+LINEAGE = (
+    "instruction_id", "parent_id", "origin", "category", "run_id", "iteration", "teacher", "whole", "teacher_license"
+)  # fmt: skip
 
 # An instruction that several iterations hold counts for the first; its answer is the latest.
 ANSWERED = """
@@ -138,7 +140,11 @@ def _with_teacher(manifest: Manifest, rows: Iterable[dict[str, Any]]) -> list[di
     license, local = manifest.config["teacher"].get("license"), manifest.baseline.teacher
     named = {local.digest: teacher_of(manifest)} if local else {}  # an endpoint's name stands in the row itself
     ordered = sorted(rows, key=lambda row: (row["iteration"], row["instruction_id"]))
-    return [row | {"teacher": named.get(row["model"], row["model"]), "teacher_license": license} for row in ordered]
+    return [
+        row
+        | {"teacher": named.get(row["model"], row["model"]), "whole": row["status"] == "ok", "teacher_license": license}
+        for row in ordered
+    ]
 
 
 def _record(row: dict[str, Any], form: Form, system: str | None) -> dict[str, Any]:

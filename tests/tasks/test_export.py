@@ -12,6 +12,7 @@ import yaml
 from storage.pools import read_rows, write_snapshot
 from storage.runs import Manifest
 from tasks.export import NothingToExport, export
+from tasks.finetune import examples_of
 from tests.recorded import IDS, SEEDS, record_run
 
 
@@ -93,6 +94,19 @@ def test_exports_load_with_datasets_unchanged(run: Manifest, tmp_path: Path, mon
         files = str(tmp_path / name)
         loaded = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
         assert len(loaded) == rows
+
+
+def test_an_answer_of_a_pool_that_was_cut_or_refused_is_marked_so(run: Manifest, tmp_path: Path) -> None:
+    answers = run.iterations[0].snapshots["teacher_responses"]
+    cut = [row | {"status": status} for row, status in zip(read_rows(answers), ("truncated", "refused", "failed"))]
+    run.iterations[0].snapshots["teacher_responses"] = write_snapshot("responses", cut, step="teacher", version=1)
+    assert export(run, "messages", tmp_path / "before.jsonl", "cache_pool") == 3
+    run.save()
+    export(run, "messages", tmp_path / "a.jsonl", "cache_pool")
+    assert [row["whole"] for row in lines(tmp_path / "a.jsonl")] == [False] * 3
+    assert by_id(lines(tmp_path / "before.jsonl"))[IDS[0]]["whole"]
+    asked = [(str(number), row) for number, row in enumerate(lines(tmp_path / "a.jsonl")) if len(row["messages"]) > 1]
+    assert [row["whole"] for row in examples_of(asked, None)] == [False, False], "lion finetune teaches no end of these"
 
 
 @pytest.mark.parametrize("terms", ["CC BY-NC 4.0: ask first", "see #3", "'quoted'", "no", "null"])
