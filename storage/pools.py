@@ -86,11 +86,10 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         StorageError: it is not Parquet.
     """
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:  # what is damaged within is an OSError without a name
         raise StorageError(f"{path}: not Parquet ({error})") from error
-    for batch in file.iter_batches():
-        yield from batch.to_pylist()
 
 
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

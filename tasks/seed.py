@@ -205,9 +205,10 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
+        form = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise SeedError(
             f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}). "
-            "Save the file as UTF-8, for example with: iconv -f latin1 -t utf-8"
+            f"Save the file as UTF-8, for example with: iconv -f {form} -t utf-8"
         ) from None
 
 
@@ -251,7 +252,7 @@ def _csv(path: Path) -> Records:
                 )
             yield f"line {reader.line_num}", record
     except csv.Error as error:
-        raise SeedError(f"{path}, line {reader.line_num}: not CSV ({error}).") from None
+        raise SeedError(f"{path}, row after line {reader.line_num}: not CSV ({error}).") from None
 
 
 def _parquet(path: Path) -> Records:
@@ -309,6 +310,8 @@ def read_row(record: Any, where: str) -> dict[str, Any]:
     said = json.dumps(record, ensure_ascii=False, default=str)
     if storable(said) != said:
         raise SeedError(f"{where}: half of a character is in it (a lone surrogate). Write it whole, or remove it.")
+    if "\0" in "".join(text for text in record.values() if isinstance(text, str)):
+        raise SeedError(f"{where}: a NUL is in it. A file in UTF-16 is made UTF-8 with: iconv -f utf-16 -t utf-8")
     if not record["instruction"].strip():
         raise SeedError(f"{where}: `instruction` is empty. Fill it in, or remove the row.")
     return {

@@ -107,6 +107,8 @@ def test_self_instruct_seed_tasks_are_read(shared_data: Path) -> None:
         ("s.jsonl", '{"instruction": 7}', "`instruction` must be a text, found a number"),
         ("s.csv", "question\nWhy?\n", r"line 2: no `instruction` \(found: question\)"),
         ("s.txt", b"good\nna\xefve\n", r"s\.txt, line 2: not UTF-8 \(byte 0xef\)"),
+        ("s.txt", "Why?".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+        ("s.txt", "Why?".encode("utf-16-le"), "line 1: a NUL is in it"),
         ("s.txt", "\n\n", "no instruction in it"),
         ("s.json", "", "no instruction in it"),
         ("s.docx", "x", "cannot tell its form"),
@@ -116,6 +118,15 @@ def test_self_instruct_seed_tasks_are_read(shared_data: Path) -> None:
 def test_a_fault_is_named_with_file_and_place(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(SeedError, match=message):
         read_seeds(written(tmp_path, name, content))
+
+
+def test_a_parquet_file_that_is_damaged_within_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    pq.write_table(pa.table({"instruction": [f"Explain {number**7}." for number in range(5000)]}), path)
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + bytes(3000) + data[4000:])
+    with pytest.raises(SeedError, match=r"s\.parquet: not Parquet"):
+        read_seeds(str(path))
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
@@ -151,7 +162,7 @@ def test_half_a_character_is_named(tmp_path: Path) -> None:
     [
         ("instruction,input\nWrite, with two lines, of cats\n", "line 2: more cells than columns"),
         ("instruction,instruction\na,b\n", "column instruction is there twice"),
-        ('instruction,input\n"Why,x\nHow,y\n', "not CSV"),
+        ('instruction,input\nHm,x\n"Why,x\nHow,y\n', "row after line 2: not CSV"),
     ],
 )
 def test_a_csv_that_would_lose_text_is_refused(tmp_path: Path, content: str, message: str) -> None:
