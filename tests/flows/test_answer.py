@@ -9,7 +9,7 @@ from tests.lion import lion
 ROWS = [
     {"instruction": "Name a bird.", "input": "", "source": "mine"},
     {"messages": [{"role": "user", "content": "Name a tree."}, {"role": "assistant", "content": "An oak."}]},
-    {"instruction": "Name a bird.", "input": ""},
+    {"instruction": "Name a bird.", "input": "", "messages": None},  # as every row of such a Parquet file has it
     {"instruction": "word " * 600},
 ]
 
