@@ -63,6 +63,7 @@ class _Evaluation:
         self.reference, self.missing = self._reference()
         settings = {
             "referee": identity(self.distill.referee),
+            "student_model": identity(self.distill.student.model),  # in 4 bit it is another student
             "student_sampling": identity(self.distill.evaluation.sampling),
             "system_prompt": self.distill.student.system_prompt,
             "tie_margin": config.tie_margin,

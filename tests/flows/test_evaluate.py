@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from flows.config import resolve
+from flows.evaluate import EvaluateConfig, _Evaluation
+from flows.students import Student
+from storage.files import Checkpoint
 from tests.lion import lion
 
 QUESTIONS = [
@@ -46,6 +50,19 @@ def test_a_student_is_compared_with_a_teacher_turn_by_turn_and_all_is_written_do
     from_file = lion(tmp_path / "home", *again, f"--reference={folder / 'reference.jsonl'}").stdout
     assert json.loads(from_file)["relative"] == relative
     assert "nothing to do" in lion(tmp_path / "home", *command).stderr
+
+
+def test_a_student_that_is_run_otherwise_is_another_study(home: Path, tmp_path: Path) -> None:
+    def study_of(*settings: str) -> str:
+        config = EvaluateConfig(
+            questions=asked(tmp_path), reference=str(answers), distill=resolve(None, list(settings))
+        )
+        return _Evaluation(config, Student("mine", Checkpoint(digest="m", content="c"))).study.study_id
+
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"question_id": 2, "choices": [{"turns": ["2, 3, 5."]}]}) + "\n")
+    assert study_of() == study_of("student.model.max_batch_rows=7")
+    assert len({study_of(), study_of("student.model.quantization=4bit"), study_of("student.model.precision=fp32")}) == 3
 
 
 @pytest.mark.parametrize(
