@@ -11,7 +11,6 @@ import csv
 import json
 import os
 import random
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,14 +18,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from storage.files import digest_of, home, write_atomic
+from storage.files import digest_of, home, locked, write_atomic
 from storage.runs import Interval
 from tasks.relative import paired
 
 ASPECTS = ("helpful", "honest", "harmless")
 CHOICES = ("first", "tie", "second")
 SHEET = ("item", "instruction", "input", "first", "second", *ASPECTS)
-_writing = threading.Lock()
 
 
 class HumanEvalError(ValueError):
@@ -148,7 +146,7 @@ def cast(study: HumanStudy, votes: Iterable[Vote]) -> None:
         lines.append(vote.model_dump_json() + "\n")
     path = study.folder / "votes.jsonl"
     path.touch()
-    with _writing, path.open("r+b") as file:
+    with locked(study.study_id), path.open("r+b") as file:  # a page and a sheet may be at it at once
         file.seek(file.read().rfind(b"\n") + 1)  # a line torn by a power cut was never acknowledged
         file.truncate()
         file.write("".join(lines).encode())

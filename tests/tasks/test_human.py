@@ -2,11 +2,13 @@
 
 import csv
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from storage.files import locked
 from tasks.human import (
     ASPECTS,
     HumanEvalError,
@@ -72,6 +74,20 @@ def test_a_vote_is_on_disk_at_once_and_a_torn_line_is_none(study: HumanStudy) ->
     with file.open("a") as torn:
         torn.write('{"item": "q2", "vo')
     assert len(votes_of(study)) == 1
+
+
+def test_votes_of_another_process_are_waited_for_and_not_written_over(study: HumanStudy) -> None:
+    line = say(study, "ann", "q1", "a").model_dump_json() + "\n"
+    with ThreadPoolExecutor() as pool:
+        with locked(study.study_id), (study.folder / "votes.jsonl").open("a") as other:  # halfway through a vote
+            other.write(line[:20])
+            other.flush()
+            waiting = pool.submit(cast, study, [say(study, "bob", "q1", "a")])
+            with pytest.raises(TimeoutError):
+                waiting.result(0.5)
+            other.write(line[20:])
+        waiting.result()
+    assert [voter for _, voter, _ in votes_of(study)] == ["ann", "bob"]
 
 
 def test_an_item_of_another_study_is_refused(study: HumanStudy) -> None:
