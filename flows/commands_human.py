@@ -1,11 +1,14 @@
 """Commands of human evaluation: new, serve, sheet, read, report."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.terminal import AsJson, Home, Refusal, check_is_new, note, out, print_rows, use_home
+
+if TYPE_CHECKING:
+    from tasks.human import AspectResult
 
 commands = typer.Typer()
 human = typer.Typer(help="Let people judge: blind, in random order, by aspect.", no_args_is_help=True)
@@ -48,7 +51,8 @@ def new(
         )
         for row in both
     ]
-    study = new_study(answers[0].stem, answers[1].stem, items, seed)
+    a, b = (next(iter(one.values()))["model"] for one in said)  # as the file says, else the file's name
+    study = new_study(a, b, items, seed)
     if len(items) < len(rows):
         note.print(f"{len(rows) - len(items)} of {len(rows)} questions lack an answer in one of the files: left out.")
     if any(len(keys) > 1 for keys in asked.conversations):
@@ -126,12 +130,20 @@ def report(study_id: StudyId = None, as_json: AsJson = False, home: Home = None)
                 "win/tie/lose": f"{result.wins}/{result.ties}/{result.losses}",
                 "won": _share(result.win_share),
                 "lost": _share(result.loss_share),
-                "agreement": "one voter" if result.agreement is None else f"{result.kappa}'s kappa {result.agreement:.2f}",
+                "agreement": _agreement(result),
                 "on items": result.shared_items,
             }
             for aspect, result in found.items()
         ]
-    )  # fmt: skip
+    )
+
+
+def _agreement(result: "AspectResult") -> str:
+    if result.voters < 2:
+        return "one voter" if result.voters else ""
+    if result.agreement is None:
+        return "all votes alike: no kappa" if result.shared_items else "no item that all voted on"
+    return f"{result.kappa}'s kappa {result.agreement:.2f}"
 
 
 def _share(interval: object) -> str:

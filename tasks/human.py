@@ -75,12 +75,13 @@ class AspectResult(BaseModel):
 
     votes: int
     items: int
+    voters: int
     wins: int  # votes for model a
     ties: int
     losses: int
     win_share: Interval | None  # of all votes; resampled by item
     loss_share: Interval | None
-    agreement: float | None  # kappa: 1 is full agreement, 0 what chance gives; null for one voter
+    agreement: float | None  # kappa: 1 is full agreement, 0 what chance gives; null: one voter, or all votes alike
     kappa: str  # Cohen's for two voters, Fleiss' for more
     shared_items: int  # items that all voters voted on: the agreement is over these
 
@@ -246,6 +247,7 @@ def _result(items: dict[str, dict[str, str]], seed: int) -> AspectResult:
     return AspectResult(
         votes=counted.total(),
         items=len(items),
+        voters=len(voters),
         wins=counted["a"],
         ties=counted["tie"],
         losses=counted["b"],

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from flows import terminal
+from flows.cli import app
 from storage.files import locked
 from tasks.human import (
     ASPECTS,
@@ -17,6 +20,7 @@ from tasks.human import (
     Vote,
     cast,
     cohens_kappa,
+    find_study,
     first_model,
     fleiss_kappa,
     items_as_json,
@@ -104,6 +108,31 @@ def test_agreement_is_over_the_items_that_all_voted_on(study: HumanStudy) -> Non
     cast(study, [say(study, "eve", f"q{n}", winner) for n, winner in enumerate("bbaa")])
     found = results(study)["helpful"]
     assert found.kappa == "Fleiss" and found.agreement is not None and found.agreement < 0
+
+
+def test_voters_who_always_agree_are_not_called_one_voter(study: HumanStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal.out, "width", 200)
+    for voter in ("ann", "bob"):
+        cast(study, [say(study, voter, f"q{n}", "tie", "harmless") for n in range(20)])
+        cast(study, [say(study, voter, "q1" if voter == "ann" else "q2", "a", "honest")])
+    lines = CliRunner().invoke(app, ["human-eval", "report"]).stdout.splitlines()
+    honest, harmless = (next(line for line in lines if aspect in line) for aspect in ("honest", "harmless"))
+    assert "no item that all voted on" in honest
+    assert "all votes alike: no kappa" in harmless
+    assert not any("one voter" in line for line in lines)
+
+
+def test_a_study_of_two_students_has_the_names_that_their_answers_have(home: Path, tmp_path: Path) -> None:
+    files = []
+    for model in ("run-1/1", "run-1/2"):
+        (tmp_path / model).mkdir(parents=True)
+        files.append(tmp_path / model / "student.jsonl")
+        answer = {"question_id": 1, "model_id": model, "choices": [{"index": 0, "turns": [f"By {model}."]}]}
+        files[-1].write_text(json.dumps(answer) + "\n")
+    (tmp_path / "question.jsonl").write_text(json.dumps({"question_id": 1, "turns": ["Who?"]}) + "\n")
+    command = ["human-eval", "new", f"--questions={tmp_path / 'question.jsonl'}", "--answers", *map(str, files)]
+    found = find_study(CliRunner().invoke(app, command).stdout.split()[-1])
+    assert (found.model_a, found.model_b) == ("run-1/1", "run-1/2")
 
 
 def test_cohens_kappa_is_that_of_the_usual_example() -> None:
