@@ -8,6 +8,7 @@ and item. The aspects are those of the paper's human evaluation (Askell et al. 2
 """
 
 import csv
+import io
 import json
 import os
 import random
@@ -172,7 +173,7 @@ def votes_of(study: HumanStudy) -> dict[tuple[str, str, str], Vote]:
 def write_sheet(study: HumanStudy, voter: str, path: Path) -> None:
     """A CSV sheet for a voter: a row an item, a column an aspect to fill in with first, tie or second."""
     votes = votes_of(study)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:  # by the mark a spreadsheet knows that it is UTF-8
         writer = csv.DictWriter(file, fieldnames=SHEET)
         writer.writeheader()
         for item in study.items:
@@ -190,29 +191,31 @@ def read_sheet(study: HumanStudy, voter: str, path: Path) -> int:
     """
     items = {item.item: item for item in study.items}
     votes = []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if missing := set(SHEET) - set(reader.fieldnames or ()):
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise HumanEvalError(f"{path}: not UTF-8 ({error}). Save the sheet as CSV UTF-8.") from None
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)  # where numbers have a comma, spreadsheets write semicolons
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+    if missing := set(SHEET) - set(reader.fieldnames or ()):
+        raise HumanEvalError(f"{path}: no column {', '.join(sorted(missing))}. Fill in the sheet as it was written.")
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        item = items.get(row["item"])
+        if item is None:
+            raise HumanEvalError(f"{where}: {study.study_id} has no item {row['item']!r}.")
+        seen = shown(study, item, voter)  # one of its answers is enough: of "7.0" a spreadsheet makes 7
+        if not any(_words(row[place]) == _words(seen[place]) for place in ("first", "second")):
             raise HumanEvalError(
-                f"{path}: no column {', '.join(sorted(missing))}. Fill in the sheet as it was written."
+                f"{where}: neither answer stands as {voter} saw it. Name the voter it was written for, or restore the row."
             )
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            item = items.get(row["item"])
-            if item is None:
-                raise HumanEvalError(f"{where}: {study.study_id} has no item {row['item']!r}.")
-            if _words(row["first"]) != _words(shown(study, item, voter)["first"]):
-                raise HumanEvalError(
-                    f"{where}: the answers are not in {voter}'s order. Name the voter it was written for."
-                )
-            for aspect in ASPECTS:
-                choice = row[aspect].strip().lower()
-                if choice and choice not in CHOICES:
-                    raise HumanEvalError(
-                        f"{where}, column {aspect}: {choice!r}. Write first, tie or second, or nothing."
-                    )
-                if choice:
-                    votes.append(Vote(item=item.item, voter=voter, aspect=aspect, choice=choice))
+        for aspect in ASPECTS:
+            choice = row[aspect].strip().lower()
+            if choice and choice not in CHOICES:
+                raise HumanEvalError(f"{where}, column {aspect}: {choice!r}. Write first, tie or second, or nothing.")
+            if choice:
+                votes.append(Vote(item=item.item, voter=voter, aspect=aspect, choice=choice))
     cast(study, votes)
     return len(votes)
 

@@ -1,5 +1,6 @@
 """Human judgements: blind and in random order, durable at once, counted right, and agreement as published."""
 
+import codecs
 import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -152,11 +153,11 @@ def test_fleiss_kappa_is_that_of_the_published_table() -> None:
     assert fleiss_kappa(rows) == pytest.approx(0.210, abs=0.0005)
 
 
-def filled(path: Path, fill: Any) -> None:
-    with path.open(newline="") as file:
+def filled(path: Path, fill: Any, delimiter: str = ",", encoding: str = "utf-8") -> None:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), delimiter=delimiter)
         writer.writeheader()
         writer.writerows(row | fill(number, row) for number, row in enumerate(rows))
 
@@ -179,9 +180,27 @@ def test_a_wrong_cell_and_a_wrong_voter_are_named_and_nothing_is_taken(study: Hu
     with pytest.raises(HumanEvalError, match=r"ann\.csv, line 4, column helpful: 'left'"):
         read_sheet(study, "ann", path)
     filled(path, lambda number, row: {"helpful": "tie"})
-    with pytest.raises(HumanEvalError, match="not in bob's order"):
+    with pytest.raises(HumanEvalError, match="neither answer stands as bob saw it"):
         read_sheet(study, "bob", path)
     assert votes_of(study) == {}
+
+
+def test_a_sheet_comes_back_as_a_spreadsheet_writes_it(home: Path, tmp_path: Path) -> None:
+    items = [Item(item=f"q{n}", instruction="Größe?", input=None, a=f"{n}.0", b=f"beta {n}") for n in range(20)]
+    study, path = new_study("student", "gpt", items, seed=0), tmp_path / "ann.csv"
+    write_sheet(study, "ann", path)
+    assert path.read_bytes().startswith(codecs.BOM_UTF8), "else it is opened in an encoding of the country"
+
+    def edited(number: int, row: dict[str, str]) -> dict[str, str]:  # 7.0 becomes 7
+        return {"helpful": "tie"} | {place: row[place].removesuffix(".0") for place in ("first", "second")}
+
+    filled(path, edited, delimiter=";")
+    path.write_text(path.read_text().replace(";tie;;", ";tie", 3), encoding="utf-8")  # cells at the end of a row
+    assert read_sheet(study, "ann", path) == 20
+    write_sheet(study, "ann", path)
+    filled(path, lambda *_: {}, encoding="cp1252")
+    with pytest.raises(HumanEvalError, match=r"ann\.csv: not UTF-8 .* Save the sheet as CSV UTF-8"):
+        read_sheet(study, "ann", path)
 
 
 def test_the_aspects_are_the_papers() -> None:
