@@ -70,6 +70,28 @@ def test_a_person_votes_with_the_keyboard_and_can_go_back(study: HumanStudy, pag
     assert results(study)["helpful"].votes == 1
 
 
+def test_the_next_answers_are_read_from_their_beginning_and_a_key_held_down_is_one_vote(
+    home: Path, page: "Page"
+) -> None:
+    long = "line\n" * 200
+    study = new_study("a", "b", [Item(item=f"q{n}", instruction="?", input=None, a=long, b=long) for n in range(9)], 0)
+    scrolled = "[...document.querySelectorAll('.pair section')].map(text => text.scrollTop)"
+    with served(human_app(study)) as address:
+        begin(page, address, "ann")
+        page.evaluate("document.querySelectorAll('.pair section').forEach(text => text.scrollTop = 700)")
+        press(page, "1", 1)
+        assert page.evaluate(scrolled) == [700, 700], "on the same item the reader stays where they are"
+        press(page, "1", 2)
+        press(page, "1", 3)
+        assert page.evaluate(scrolled) == [0, 0]
+        for _ in range(9):  # the keyboard repeats a key that is held down
+            page.keyboard.down("2")
+            page.wait_for_function("() => !busy")
+        page.keyboard.up("2")
+        press(page, "3", 5)
+    assert [vote.choice for vote in votes_of(study).values()] == ["first"] * 3 + ["tie", "second"]
+
+
 def test_the_votes_of_the_page_are_in_the_report(study: HumanStudy, page: "Page") -> None:
     with served(human_app(study)) as address:
         begin(page, address, "ann")
