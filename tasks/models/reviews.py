@@ -8,7 +8,6 @@ Whatever can be read in two ways is unparsable, and the referee is asked again.
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -42,15 +41,14 @@ class Parsed:
 
 def parse_review(text: str) -> Parsed:
     """The scores that a review gives, if it gives two and only two."""
-    objects = list(_objects_with_scores(text))
+    objects, rest = _objects_with_scores(text)
     if objects:
         pairs = {(_score(said["first_score"]), _score(said["second_score"])) for said in objects}
-        return _judged(pairs, str(objects[0].get("evidence") or "") or None)
+        # What follows may be the verdict, and the object a quotation from an answer.
+        return _judged(pairs | _in_words(rest), str(objects[0].get("evidence") or "") or None)
     if text.lstrip().startswith("{"):
         return Parsed(Outcome.UNPARSABLE)  # JSON that broke off: its last number may be half a number
-    plain = re.sub(r"[*`#>]", "", text).replace("first_score", "first score").replace("second_score", "second score")
-    pairs = _labelled(plain) or _bare(plain)
-    return _judged(pairs, text.strip())
+    return _judged(_in_words(text), text.strip())
 
 
 Pair = tuple[float | None, float | None]  # null: something that is no number
@@ -71,24 +69,32 @@ def _judged(pairs: set[Pair], evidence: str | None) -> Parsed:
 # --- JSON -----------------------------------------------------------------------------------------------------------
 
 
+NO_SCORES: dict[str, Any] = {"first_score": None, "second_score": None}
+KEYED = re.compile(r"\{\s*\"(?:evidence|first_score|second_score)\"")
+
+
 class _Ambiguous(ValueError):
     """An object that says something twice."""
 
 
-def _objects_with_scores(text: str) -> Iterator[dict[str, Any]]:
-    """The outermost JSON objects of a text that have both scores."""
-    decoder, at = json.JSONDecoder(object_pairs_hook=_without_repetition), 0
+def _objects_with_scores(text: str) -> tuple[list[dict[str, Any]], str]:
+    """The outermost JSON objects of a text that have both scores, and what follows the last of them."""
+    decoder, at, found = json.JSONDecoder(object_pairs_hook=_without_repetition), 0, []
+    rest = text
     while (at := text.find("{", at)) >= 0:
         try:
             said, at = decoder.raw_decode(text, at)
         except _Ambiguous:
-            yield {"first_score": None, "second_score": None}
-            return
+            return [NO_SCORES], ""
         except (ValueError, RecursionError):
+            if KEYED.match(text, at):  # a review that is no JSON: an object inside it may be part of an answer
+                return [NO_SCORES], ""
             at += 1
             continue
         if {"first_score", "second_score"} <= said.keys():
-            yield said
+            found.append(said)
+            rest = text[at:]
+    return found, rest
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -129,6 +135,12 @@ TWO = re.compile(
     rf"\s*(?:scores?\s*[:=]\s*)?\(?{UNSIGNED}{SCALE}(?:\s+and\s+|\s*[,;|&]\s+|\s+){UNSIGNED.replace('number', 'other')}{SCALE}\)?\s*\.?\s*",
     re.IGNORECASE,
 )
+
+
+def _in_words(text: str) -> set[Pair]:
+    """All readings of a text that is no JSON."""
+    plain = re.sub(r"[*`#>]", "", text).replace("first_score", "first score").replace("second_score", "second score")
+    return _labelled(plain) or _bare(plain)
 
 
 def _labelled(text: str) -> set[Pair]:
