@@ -120,6 +120,7 @@ class _Evaluation:
         study.relative = relative_score(
             read_rows(reviews),
             {key: row["category"] for key, row in turns.items()},
+            questions={turn: keys[0] for keys in self.questions.conversations for turn in keys},
             tie_margin=self.config.tie_margin,
             seed=distill.seed,
         )

@@ -17,7 +17,7 @@ class Figures(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    questions: int
+    questions: int  # each turn of a conversation counts as one
     by_order: dict[str, Interval]  # sum of student scores / sum of reference scores, in this order of the answers
     mean: Interval | None  # of the orders, as the paper reports it
     pooled: Interval | None  # both orders' scores in one sum: swapping the models gives exactly its inverse

@@ -2,7 +2,7 @@
 
 The *relative score* is the figure of Lion's tables (arXiv 2305.12870): the sum of the student's scores over the sum
 of the reference's, for each order of the two answers, and the mean of both orders. Every interval is a paired
-bootstrap (Efron 1979) by question: a draw takes whole questions, with both models' scores and both orders.
+bootstrap (Efron 1979) by question: a draw takes whole questions, with all turns, both models' scores and both orders.
 
 Pure: knows reviews as rows, and nothing of models, files or Prefect.
 
@@ -35,6 +35,7 @@ def relative_score(
     reviews: Iterable[Mapping[str, Any]],
     categories: Mapping[str, str | None] | None = None,
     *,
+    questions: Mapping[str, str] | None = None,
     tie_margin: float = TIE_MARGIN,
     seed: int = 0,
 ) -> Relative:
@@ -44,6 +45,8 @@ def relative_score(
 
     Args:
         categories: of the questions, by instruction_id; one without goes under "none".
+        questions: to which each turn belongs, by instruction_id; by default each is a question of its own. The turns of
+            one conversation are drawn together, since how one went says much about the next.
         seed: of the bootstrap. The same reviews in any sequence give the same figures.
     """
     votes: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -59,23 +62,30 @@ def relative_score(
     }
     scores = np.array(list(whole.values()), dtype=float).reshape(len(whole), len(orders), 2)
     named = np.array([(categories or {}).get(key) or "none" for key in whole], dtype=object)
+    asked = np.array([(questions or {}).get(key, key) for key in whole])
     return Relative(
-        overall=_figures(scores, orders, tie_margin, seed),
+        overall=_figures(scores, asked, orders, tie_margin, seed),
         by_category={
-            str(name): _figures(scores[named == name], orders, tie_margin, seed) for name in sorted(set(named))
+            str(name): _figures(scores[named == name], asked[named == name], orders, tie_margin, seed)
+            for name in sorted(set(named))
         },
         left_out=len(votes) - len(whole),
         tie_margin=tie_margin,
     )
 
 
-def _figures(scores: Scores, orders: list[str], tie_margin: float, seed: int) -> Figures:
-    """Args: scores: (questions, orders, 2), the student's and the reference's."""
+def _figures(scores: Scores, asked: npt.NDArray[np.str_], orders: list[str], tie_margin: float, seed: int) -> Figures:
+    """Args: scores: (turns, orders, 2), the student's and the reference's; asked: the question of each turn."""
     if not len(scores):
         return Figures(
             questions=0, by_order={}, mean=None, pooled=None, wins=0, ties=0, losses=0, position_effect=None
         )  # fmt: skip
-    sums = _Bootstrap(scores.reshape(len(scores), -1), seed)
+    _, question = np.unique(asked, return_inverse=True)
+
+    def by_question(columns: Scores) -> Scores:  # (turns, k) -> (questions, k)
+        return np.stack([np.bincount(question, column) for column in columns.T], axis=1)
+
+    sums = _Bootstrap(by_question(scores.reshape(len(scores), -1)), seed)
 
     def by_order(sums: Scores) -> Scores:  # (draws, orders)
         pairs = sums.reshape(len(sums), len(orders), 2)
@@ -91,7 +101,7 @@ def _figures(scores: Scores, orders: list[str], tie_margin: float, seed: int) ->
         first, second = orders.index(FIRST), orders.index(SECOND)
         student, reference = scores[:, :, 0], scores[:, :, 1]
         gained = student[:, second] - student[:, first] + reference[:, first] - reference[:, second]
-        effect = paired(gained / 2, np.ones(len(gained)), seed=seed)
+        effect = paired(*by_question(np.column_stack([gained / 2, np.ones(len(gained))])).T, seed=seed)
     return Figures(
         questions=len(scores),
         by_order={

@@ -124,6 +124,16 @@ def test_votes_of_one_order_are_one_review() -> None:
     assert found == pytest.approx((78 + 12 / 2) / 101.5)
 
 
+def test_the_turns_of_a_conversation_are_drawn_together() -> None:
+    rows = [row | {"instruction_id": f"{row['instruction_id']}/{turn}"} for row in reviews() for turn in (1, 2)]
+    questions = {row["instruction_id"]: row["instruction_id"].partition("/")[0] for row in rows}
+    once, twice = relative_score(reviews()).overall, relative_score(rows, questions=questions).overall
+    assert (twice.questions, twice.losses) == (2 * once.questions, 2 * once.losses)
+    for name in ("mean", "pooled", "position_effect"):
+        expected, found = getattr(once, name), getattr(twice, name)
+        assert found.model_dump() == pytest.approx(expected.model_dump()), "a second turn alike says nothing new"
+
+
 def test_a_wider_tie_margin_makes_more_ties() -> None:
     def outcomes(figures: Figures) -> tuple[int, int, int]:
         return figures.wins, figures.ties, figures.losses
