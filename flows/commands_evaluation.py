@@ -16,6 +16,7 @@ from flows.terminal import (
     Preset,
     Refusal,
     RunName,
+    escaped,
     find_run,
     note,
     out,
@@ -318,26 +319,30 @@ def print_study(study: Any) -> None:
     title = (
         f"{study.student} against {study.reference} · {study.questions} · referee {study.settings['referee']['kind']}"
     )
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=escaped(title), title_justify="left", title_style="bold")
     for name in ("category", "turns", *relative.overall.by_order, "mean", "95 % interval", "win/tie/lose"):
         table.add_column(name.replace("teacher", "reference"), justify="left" if name == "category" else "right")
     for name, part in [("all", relative.overall), *relative.by_category.items()]:
         orders = [_percent(part.by_order[order].value) for order in relative.overall.by_order if order in part.by_order]
-        interval = f"{_percent(part.mean.low)} to {_percent(part.mean.high)}" if part.mean else ""
+        several = part.mean and part.questions > 1  # of one question there is nothing to draw
+        interval = f"{_percent(part.mean.low)} to {_percent(part.mean.high)}" if several else ""
         mean = _percent(part.mean.value) if part.mean else ""
         table.add_row(
-            name, str(part.questions), *orders, mean, interval, f"{part.wins}/{part.ties}/{part.losses}",
+            escaped(name), str(part.questions), *orders, mean, interval, f"{part.wins}/{part.ties}/{part.losses}",
             end_section=name == "all",
         )  # fmt: skip
     out.print(table)
-    out.print("Relative score: the student's summed scores in % of the reference's.")
+    out.print(
+        "Relative score: the student's summed scores in % of the reference's. A tie is a difference of at most "
+        f"{relative.tie_margin:g} points."
+    )
     if effect := relative.overall.position_effect:
         out.print(
             f"Standing first is worth {effect.value:+.2f} points ({effect.low:+.2f} to {effect.high:+.2f}) of a score."
         )
     for line in study.notes:
-        out.print(f"Note: {line}")
-    out.print(f"Answers and reviews: {study.folder}", soft_wrap=True)
+        out.print(f"Note: {escaped(line)}")
+    out.print(f"Answers and reviews: {study.folder}", soft_wrap=True, markup=False)
 
 
 def _percent(share: float) -> str:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from flows.commands_evaluation import print_study
 from flows.config import resolve
 from flows.evaluate import EvaluateConfig, _Evaluation
 from flows.students import Student
 from storage.files import Checkpoint
+from storage.studies import Study
+from tasks.relative import relative_score
 from tests.lion import lion
 
 QUESTIONS = [
@@ -63,6 +66,24 @@ def test_a_student_that_is_run_otherwise_is_another_study(home: Path, tmp_path: 
     answers.write_text(json.dumps({"question_id": 2, "choices": [{"turns": ["2, 3, 5."]}]}) + "\n")
     assert study_of() == study_of("student.model.max_batch_rows=7")
     assert len({study_of(), study_of("student.model.quantization=4bit"), study_of("student.model.precision=fp32")}) == 3
+
+
+def test_the_table_shows_any_category_and_no_interval_of_one_question(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {"a": 4.0, "b": 6.0, "c": 6.0}
+    rows = [
+        {"instruction_id": key, "order": "unordered", "student_score": score, "teacher_score": 8.0}
+        for key, score in scores.items()
+    ]
+    study = Study(
+        study_id="s", student="[b]", checkpoint=Checkpoint(digest="m", content="c"), reference="teacher",
+        questions="q[/1].jsonl", rows=3, settings={"referee": {"kind": "reference"}},
+        relative=relative_score(rows, {"a": "[/x]", "b": "both", "c": "both"}), notes=["[/n]"],
+    )  # fmt: skip
+    print_study(study)
+    shown = capsys.readouterr().out
+    assert "[b] against teacher" in shown and "q[/1].jsonl" in shown and "[/n]" in shown
+    (alone,) = (line for line in shown.splitlines() if "[/x]" in line)
+    assert " to " not in alone and "75.0 to 75.0" in shown
 
 
 @pytest.mark.parametrize(
