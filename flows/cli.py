@@ -391,11 +391,19 @@ def _print_run(manifest: Any) -> None:
             f"{record.generated.accepted}/{sum(record.generated.rejected.values())}" if record else "",
             _figure(line["loss"], 3) + (" (rolled back)" if record and record.rolled_back else ""),
             _figure(line["score"], 2),
-            *([f"{line['relative'].value:.1%}" if line["relative"] else ""] if judged else []),
+            *([f"{line['relative'].value:.1%} of {line['judged']}" if line["relative"] else ""] if judged else []),
         )
     out.print(table)
+    if measured := lines[0]["measured"]:
+        out.print(
+            f"Loss: nats per token of the teacher's answers to {measured} of {lines[0]['heldout']} held-out instructions. "
+            f"Score: 1 to 10, of {', '.join(str(line['scored']) for line in lines if line['measured'])} answers."
+        )
     if judged:
-        out.print("Judged: the referee's scores of the student's held-out answers, in % of the teacher's.")
+        out.print(
+            "Judged: the referee's scores of the student's held-out answers, in % of the teacher's, of so many with "
+            "valid reviews."
+        )
     times = Table(title="Seconds by stage", title_justify="left", title_style="bold")
     times.add_column("stage")
     for line in lines:

@@ -16,7 +16,7 @@ from storage.journal import spend_of
 from storage.runs import Baseline, IterationRecord, Manifest
 from storage.studies import list_studies
 from tasks.gains import contaminated, gain_charts, lineage, most_improved
-from tasks.selection import relative_to_teacher
+from tasks.selection import compare, gain_in, judged_by_referee, told
 
 TEMPLATE = "report.html.jinja"
 INK, GRID, STUDENT, HARD = "#7a828e", "#8888884d", "#2f7ed8", "#d9480f"  # greys that read on white and on black
@@ -50,9 +50,11 @@ def write_report(manifest: Manifest) -> Path:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True)
     environment.filters["share"] = lambda share: "" if share is None else f"{share:.0%}"
+    environment.filters["figure"] = lambda figure, digits: "no figure" if figure is None else f"{figure:.{digits}f}"
     page = environment.get_template(TEMPLATE).render(
         manifest=manifest,
         rows=progress_rows(manifest),
+        verdict=verdict(manifest),
         charts=charts(manifest),
         widest=widest(manifest, WIDEST),
         improved=most_improved(manifest),
@@ -70,24 +72,47 @@ def write_report(manifest: Manifest) -> Path:
 def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
     """The table of a run, the student before training as iteration 0: for the terminal and for the report.
 
-    `relative` is the relative score with its interval where the referee is a model, else null.
+    `relative` is the relative score with its interval where the referee is a model, else null; of `judged` answers.
+    Of the `heldout` instructions the teacher answered `measured`, which loss and score are of, and `scored` have a score.
     """
     rows = []
     places: list[Baseline | IterationRecord] = [manifest.baseline, *manifest.iterations]
     for iteration, place in enumerate(places):
         evaluation = place.evaluation
+        judged = judged_by_referee(evaluation) if evaluation else None
         rows.append(
             {
                 "iteration": iteration,
                 "loss": evaluation.loss if evaluation else None,
                 "score": evaluation.score if evaluation else None,
-                "relative": relative_to_teacher(evaluation) if evaluation and evaluation.reviews else None,
+                "heldout": evaluation.rows if evaluation else 0,
+                "measured": evaluation.details.rows if evaluation else 0,
+                "scored": evaluation.scored if evaluation else 0,
+                "relative": judged.mean if judged else None,
+                "judged": judged.questions if judged else 0,
                 "seconds": place.seconds,
                 "cached": place.cached,
                 "record": place if isinstance(place, IterationRecord) else None,
             }
         )
     return rows
+
+
+def verdict(manifest: Manifest) -> str:
+    """Whether the student to use is better than the one before training, by the measure that the run goes by."""
+    start, best = manifest.baseline.evaluation, manifest.best()
+    now = manifest.iterations[best[0] - 1].evaluation if best and best[0] else start
+    if start is None or now is None or not manifest.iterations:
+        return ""
+    measure = manifest.config["stop"]["measure"]
+    gain = gain_in(compare(now, start, 0, manifest.config["seed"]), measure)
+    if gain is None or gain.value <= 0:
+        said = "The student did not get better"
+    elif gain.low <= 0:
+        said = "That the student got better is not sure"
+    else:
+        said = "The student got better"
+    return f"{said} ({measure}: {told(gain, measure)})."
 
 
 def charts(manifest: Manifest) -> list[dict[str, str]]:

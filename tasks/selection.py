@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from storage.pools import by_id, read_rows
 from storage.runs import Comparison, Evaluation, Interval
+from storage.studies import Figures
 from tasks.relative import paired, relative_score
 from tasks.scores import BEST_SCORE
 
@@ -59,8 +60,8 @@ def compare(now: Evaluation, before: Evaluation, against: int, seed: int) -> Com
 def relative_to_teacher(evaluation: Evaluation, seed: int = 0) -> Interval | None:
     """Sum of the student's held-out scores over the teacher's, as the referee gave them where it is a model, the mean
     of both orders; null where nothing was scored."""
-    if evaluation.reviews:
-        return relative_score(read_rows(evaluation.reviews), seed=seed).overall.mean
+    if judged := judged_by_referee(evaluation, seed):
+        return judged.mean
     return mean_score(evaluation, seed, of=BEST_SCORE)
 
 
@@ -74,6 +75,11 @@ def loss_per_token(evaluation: Evaluation, seed: int = 0) -> Interval | None:
     """Nats per token of the teacher's held-out answers; null where that is no number."""
     rows = sorted(by_id(evaluation.details, ["loss_sum", "tokens"]).items())
     return _ratio([(row["loss_sum"], row["tokens"]) for _, row in rows if row["tokens"]], seed)
+
+
+def judged_by_referee(evaluation: Evaluation, seed: int = 0) -> Figures | None:
+    """What the referee says of the held-out answers; null where it is a metric."""
+    return relative_score(read_rows(evaluation.reviews), seed=seed).overall if evaluation.reviews else None
 
 
 def _ratio(pairs: Sequence[tuple[float, float]], seed: int) -> Interval | None:

@@ -12,6 +12,7 @@ from tasks.selection import compare
 SEEDS = ["Why is the sky blue?", "Name three prime numbers.", "Write a haiku about snow."]
 HELDOUT = ["What is a volcano?", "Add 2 and 3."]
 IDS = [instruction_id(text, None) for text in SEEDS]
+HELDOUT_IDS = [instruction_id(text, None) for text in HELDOUT]
 
 
 def snapshot(table: str, rows: list[dict[str, Any]], step: str, *inputs: Snapshot) -> Snapshot:
@@ -72,7 +73,6 @@ def record_run(run_id: str = "recorded-1", model: Path | None = None, *settings:
     """The run, saved. Of its three rows the first two are answered; both reviews of the first agree."""
     pool = snapshot("instructions", instructions(SEEDS, "seed"), "seed")
     heldout = snapshot("instructions", instructions(HELDOUT, "heldout"), "seed")
-    heldout_ids = [instruction_id(text, None) for text in HELDOUT]
     teacher = snapshot(
         "responses", responses(["Rayleigh scattering.", "2, 3 and 5.", None], "teacher"), "teacher", pool
     )
@@ -101,7 +101,7 @@ def record_run(run_id: str = "recorded-1", model: Path | None = None, *settings:
         "candidates",
         [
             {"parent_id": IDS[0], "side": "hard", "draw": 0, "instruction": "What is a big volcano?"}
-            | {"rejection": "near_duplicate", "near_id": heldout_ids[0], "similarity": 0.8}
+            | {"rejection": "near_duplicate", "near_id": HELDOUT_IDS[0], "similarity": 0.8}
         ],
         "generate", pool, verdicts,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def record_run(run_id: str = "recorded-1", model: Path | None = None, *settings:
     examples = snapshot("examples", taught, "finetune", pool, teacher)
     before, after = evaluation(("hm", 30.0, 1.0), ("hm", 30.0, 2.0)), evaluation(("Lava.", 20.0, 6.0), ("5", 10.0, 3.0))
     start, trained = checkpoint(f"{run_id}-start", model), checkpoint(f"{run_id}-trained", model)
-    said = snapshot("responses", responses(["A mountain.", "5"], "teacher", heldout_ids), "teacher", heldout)
+    said = snapshot("responses", responses(["A mountain.", "5"], "teacher", HELDOUT_IDS), "teacher", heldout)
     manifest = Manifest(
         run_id=run_id,
         state="completed",

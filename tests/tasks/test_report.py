@@ -1,0 +1,53 @@
+"""The report says whether it helped: by the measure that the run goes by, with its interval, and of how many."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.runs import Manifest
+from tasks.report import verdict, write_report
+from tests.recorded import HELDOUT_IDS, evaluation, record_run, reviews, snapshot
+
+
+def with_student(manifest: Manifest, *rows: tuple[str, float, float], **changed: Any) -> Manifest:
+    """The run, its one student having these held-out answers."""
+    manifest.iterations[0].evaluation = evaluation(*rows).model_copy(update=changed)
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("measure", "said"), [("loss", "The student did not get better"), ("score", "The student got better")]
+)
+def test_better_is_what_the_runs_own_measure_says(home: Path, measure: str, said: str) -> None:
+    run = with_student(record_run("r", None, f"stop.measure={measure}"), ("Lava.", 40.0, 6.0), ("5", 40.0, 3.0))
+    assert verdict(run).startswith(f"{said} ({measure}: ")
+
+
+def test_a_gain_that_may_be_none_is_not_called_better(home: Path) -> None:
+    run = with_student(record_run(), ("Lava.", 10.0, 6.0), ("5", 31.0, 3.0))
+    assert verdict(run) == (
+        "That the student got better is not sure (loss: +0.950 nats per token, 95 % interval -0.100 to +2.000)."
+    )
+
+
+def test_every_held_out_figure_has_its_unit_and_number_and_a_missing_one_is_no_zero(home: Path) -> None:
+    run = with_student(record_run(), ("Lava.", 20.0, 6.0), ("5", 10.0, 3.0), score=None, scored=0, rows=3)
+    both = ("teacher_first", "student_first")
+    judged = [(HELDOUT_IDS[0], order, 8.0, 4.0) for order in both] + [
+        (HELDOUT_IDS[1], order, None, None) for order in both
+    ]
+    assert run.baseline.evaluation
+    run.baseline.evaluation.reviews = snapshot("reviews", reviews(*judged), "referee")
+    text = " ".join(write_report(run).read_text().split())
+    assert "score 1.50 &rarr; <b>no figure</b> of 10, on 2 of 2 instructions, after 1 iteration." in text
+    assert "At iteration 1 only 0 have a score." in text
+    assert "[50.0, 50.0] of 1</span>" in text, "the other pair of answers has no valid review"
+
+
+def test_an_iteration_that_did_not_end_is_not_counted(home: Path) -> None:
+    run = record_run()
+    run.iterations.append(run.iterations[0].model_copy(update={"iteration": 2, "evaluation": None}))
+    text = " ".join(write_report(run).read_text().split())
+    assert "after 1 iteration. <b>The student got better" in text
+    assert "</b> The student to use is that of iteration 1." in text
