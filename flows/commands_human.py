@@ -53,6 +53,8 @@ def new(
     ]
     a, b = (next(iter(one.values()))["model"] for one in said)  # as the file says, else the file's name
     study = new_study(a, b, items, seed)
+    if asked.left_out:
+        note.print(f"{asked.left_out} questions begin as an earlier one does: left out.")
     if len(items) < len(rows):
         note.print(f"{len(rows) - len(items)} of {len(rows)} questions lack an answer in one of the files: left out.")
     if any(len(keys) > 1 for keys in asked.conversations):

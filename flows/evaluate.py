@@ -124,6 +124,8 @@ class _Evaluation:
             tie_margin=self.config.tie_margin,
             seed=distill.seed,
         )
+        if self.questions.left_out:
+            study.notes.append(f"{self.questions.left_out} questions begin as an earlier one does: left out")
         if study.relative.left_out:
             study.notes.append(f"{study.relative.left_out} turns without a valid review in every order: left out")
         if self.config.reference == "teacher":

@@ -30,6 +30,7 @@ class Questions(BaseModel):
     turns: Snapshot  # table instructions: a row a turn, in the file's order
     conversations: list[list[str]]  # for each question the instruction_ids of its turns
     source_ids: list[str | int]  # the file's own name of each question, else its number
+    left_out: int  # questions that begin as an earlier one does
 
 
 def read_questions(path: str, max_rows: int | None = None) -> Questions:
@@ -39,7 +40,8 @@ def read_questions(path: str, max_rows: int | None = None) -> Questions:
         SeedError: the file cannot be used; names file, place and way out.
     """
     rows, conversations, source_ids = [], [], []
-    for number, row in enumerate(read_seeds(path, bundled="heldout.jsonl").rows[:max_rows], 1):
+    read = read_seeds(path, bundled="heldout.jsonl")
+    for number, row in enumerate(read.rows[:max_rows], 1):
         ids: list[str] = []
         for text in (row["instruction"], *row["later_turns"]):
             first = not ids
@@ -60,7 +62,7 @@ def read_questions(path: str, max_rows: int | None = None) -> Questions:
             raise SeedError(f"{path}, question {number}: the id {named!r} is there twice. Rename one.")
         source_ids.append(named if named is not None else number)
     turns = write_snapshot("instructions", rows, step="questions", version=VERSION)
-    return Questions(turns=turns, conversations=conversations, source_ids=source_ids)
+    return Questions(turns=turns, conversations=conversations, source_ids=source_ids, left_out=read.duplicates)
 
 
 @stage("ask", version=VERSION)
@@ -120,13 +122,13 @@ def read_answers(path: Path, questions: Questions) -> tuple[Snapshot, int]:
     turns = {row["instruction_id"]: row for row in read_rows(questions.turns)}
     by_source = dict(zip(map(str, questions.source_ids), questions.conversations, strict=True))
     found: dict[str, str] = {}
-    name = path.stem
+    name, fastchat = path.stem, False
     place, records = read_records(str(path))
     for where, record in records:
         if isinstance(record, dict) and "choices" in record:
-            name = record.get("model_id", name)
+            name, fastchat = record.get("model_id", name), True
             found |= dict(zip(by_source.get(str(record.get("question_id")), []), _choice(record, f"{place}, {where}")))
-    if not found:
+    if not fastchat:
         for row in read_seeds(str(path)).rows:
             key = instruction_id(row["instruction"], row["input"])
             if row["output"] and key in turns:

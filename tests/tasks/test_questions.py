@@ -50,6 +50,18 @@ def test_the_same_second_turn_after_another_first_is_another_row(home: Path, tmp
     assert len(by_id(read_questions(lines(tmp_path / "q.jsonl", *rows)).turns)) == 4
 
 
+def test_questions_that_begin_alike_are_counted_and_not_dropped_in_silence(home: Path, tmp_path: Path) -> None:
+    rows = [{"question_id": n, "turns": ["Hello.", last]} for n, last in ((1, "Who are you?"), (2, "Bye."))]
+    found = read_questions(lines(tmp_path / "q.jsonl", *rows))
+    assert (found.source_ids, found.left_out) == ([1], 1)
+
+
+def test_answers_to_other_questions_are_called_so(asked: Questions, tmp_path: Path) -> None:
+    path = lines(tmp_path / "answers.jsonl", {"question_id": 99, "choices": [{"turns": ["Four."]}]})
+    with pytest.raises(SeedError, match="answers none of the questions"):
+        read_answers(Path(path), asked)
+
+
 @pytest.mark.parametrize(
     "row",
     [
