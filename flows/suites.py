@@ -33,7 +33,10 @@ def evaluate_on_suites(
         raise Refusal("suites need the extra: pip install 'lion-distill[suites]'")
     if include is not None and not include.is_dir():
         raise Refusal(f"{include}: no such folder. Name the one that holds your task files.")
-    own = {path.name: digest_of_file(path) for path in sorted(include.iterdir()) if path.is_file()} if include else {}
+    files = (
+        sorted(path for path in include.rglob("*") if path.is_file()) if include else []
+    )  # as lm-eval looks for them
+    own = {str(path.relative_to(include)): digest_of_file(path) for path in files} if include else {}
     settings = {"suites": suites, "limit": limit, "seed": seed, "lm_eval": version("lm_eval"), "own_tasks": own}
     digest = digest_of([student.checkpoint.digest, settings])
     job = {

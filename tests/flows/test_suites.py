@@ -8,6 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.students import Student
+from flows.suites import evaluate_on_suites
+from storage.files import Checkpoint
 from tests.recorded import record_run
 
 TASK = """
@@ -32,6 +35,20 @@ def test_without_the_extra_a_suite_is_refused(home: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("flows.suites.find_spec", lambda name: None)
     done = CliRunner().invoke(app, ["evaluate", "--suite", "bbh"])
     assert "lion-distill[suites]" in str(done.exception)
+
+
+def test_a_task_file_that_changes_in_a_folder_of_the_folder_is_evaluated_anew(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.suites.find_spec", lambda name: True)
+    monkeypatch.setattr("flows.suites.version", lambda name: "0")
+    monkeypatch.setattr("flows.suites.run_job", lambda *job: {"results": {}})
+    student, studies = Student("mine", Checkpoint(digest="m", content="c")), set()
+    (tmp_path / "own" / "deeper").mkdir(parents=True)
+    for task in ("a", "b"):
+        (tmp_path / "own" / "deeper" / "task.yaml").write_text(task)
+        studies.add(evaluate_on_suites(student, ["task"], tmp_path / "own", None, 0).study_id)
+    assert len(studies) == 2
 
 
 @pytest.mark.slow
