@@ -37,6 +37,11 @@ def gain_charts(manifest: Manifest) -> list[Described]:
     charts: list[Described] = []
     evaluations = _evaluations(manifest)
     judged = any(evaluation.reviews for _, evaluation in evaluations)
+
+    def relative(evaluation: Evaluation) -> Interval | None:
+        # Earlier iterations of a chain may have had a metric for a referee: its scores are others than a model's.
+        return relative_to_teacher(evaluation) if bool(evaluation.reviews) == judged else None
+
     by = "the referee's, mean of both orders" if judged else "ROUGE-L"
     figures: list[tuple[str, str, str, Callable[[Evaluation], Interval | None], float]] = [
         ("Held-out loss", "Nats per token of the teacher's answers to instructions no pool holds. Lower is better",
@@ -44,7 +49,7 @@ def gain_charts(manifest: Manifest) -> list[Described]:
         ("Held-out score", "Mean ROUGE-L score of the student's answers against the teacher's, 1 to 10. Higher is better",
          "score", mean_score, 1),
         ("Relative score", f"The student's summed held-out scores ({by}) in % of the teacher's",
-         "% of the teacher", relative_to_teacher, 100),
+         "% of the teacher", relative, 100),
     ]  # fmt: skip
     for title, note, unit, figure, scale in figures:
         points = [
@@ -53,13 +58,8 @@ def gain_charts(manifest: Manifest) -> list[Described]:
             if (interval := figure(evaluation))
         ]
         if points:
-            charts.append(
-                (
-                    title,
-                    f"{note}; with 95 % intervals (bootstrap by question).",
-                    _with_bounds(points, unit, joined=True),
-                )
-            )
+            note += "; with 95 % intervals (bootstrap by question)."
+            charts.append((title, note, _with_bounds(points, unit, joined=True)))
     gains = [
         {"iteration": record.iteration, **_bounds(record.comparison.loss_gain, 1)}
         for record in manifest.iterations

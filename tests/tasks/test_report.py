@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from storage.runs import Manifest
+from tasks.gains import gain_charts
 from tasks.report import verdict, write_report
 from tests.recorded import HELDOUT_IDS, evaluation, record_run, reviews, snapshot
 
@@ -51,3 +52,18 @@ def test_an_iteration_that_did_not_end_is_not_counted(home: Path) -> None:
     text = " ".join(write_report(run).read_text().split())
     assert "after 1 iteration. <b>The student got better" in text
     assert "</b> The student to use is that of iteration 1." in text
+
+
+def test_a_referees_scores_and_a_metrics_are_not_on_one_chart(home: Path) -> None:
+    run = record_run()
+    assert run.baseline.evaluation
+    assert [point["iteration"] for point in points(run)] == [0, 1]
+    judged = [(HELDOUT_IDS[0], order, 8.0, 4.0) for order in ("teacher_first", "student_first")]
+    run.baseline.evaluation.reviews = snapshot("reviews", reviews(*judged), "referee")
+    assert [(point["iteration"], point["value"]) for point in points(run)] == [(0, 50.0)]
+
+
+def points(run: Manifest) -> list[dict[str, Any]]:
+    """What the chart of the relative score shows."""
+    (chart,) = (chart for title, _, chart in gain_charts(run) if title == "Relative score")
+    return chart.to_dict()["data"]["values"]
