@@ -11,7 +11,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from storage.catalog import query
-from storage.files import write_atomic
+from storage.files import StorageError, write_atomic
 from storage.journal import spend_of
 from storage.runs import Baseline, IterationRecord, Manifest
 from storage.studies import list_studies
@@ -51,6 +51,10 @@ def write_report(manifest: Manifest) -> Path:
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True)
     environment.filters["share"] = lambda share: "" if share is None else f"{share:.0%}"
     environment.filters["figure"] = lambda figure, digits: "no figure" if figure is None else f"{figure:.{digits}f}"
+    try:
+        studies, unreadable = list_studies(manifest.run_id), ""
+    except StorageError as error:  # it may be another run's, and this one shall end
+        studies, unreadable = [], str(error)
     page = environment.get_template(TEMPLATE).render(
         manifest=manifest,
         rows=progress_rows(manifest),
@@ -61,7 +65,8 @@ def write_report(manifest: Manifest) -> Path:
         contaminated=contaminated(manifest),
         lineage=lineage(manifest),
         best=manifest.best(),
-        studies=list_studies(manifest.run_id),
+        studies=studies,
+        unreadable=unreadable,
         spend=spend_of(manifest.run_id),
     )
     path = manifest.folder / "report.html"

@@ -67,3 +67,10 @@ def points(run: Manifest) -> list[dict[str, Any]]:
     """What the chart of the relative score shows."""
     (chart,) = (chart for title, _, chart in gain_charts(run) if title == "Relative score")
     return chart.to_dict()["data"]["values"]
+
+
+def test_a_damaged_evaluation_is_named_and_keeps_no_run_from_ending(home: Path) -> None:
+    damaged = home / "evaluations" / "another-1" / "study.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    assert f"Evaluations are not shown: {damaged} cannot be read" in write_report(record_run()).read_text()
