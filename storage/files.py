@@ -95,6 +95,11 @@ def write_json_list(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
+def lock_file(name: str) -> Path:
+    """The file whose lock is the lock `name` of this home."""
+    return home() / "locks" / f"{name}.lock"
+
+
 @contextmanager
 def locked(name: str, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold the lock `name` of this home. The kernel lets go of it when its holder dies, however it dies.
@@ -102,7 +107,7 @@ def locked(name: str, on_wait: Callable[[], object] = lambda: None) -> Iterator[
     Args:
         on_wait: called once where somebody else holds it, before waiting for them.
     """
-    path = home() / "locks" / f"{name}.lock"
+    path = lock_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         if not flock(file, timeout=0):
@@ -126,7 +131,7 @@ def flock(file: TextIO, timeout: float | None = None) -> bool:
 
 def is_locked(name: str) -> bool:
     """Whether somebody holds the lock `name` now."""
-    path = home() / "locks" / f"{name}.lock"
+    path = lock_file(name)
     if not path.exists():
         return False
     with path.open("r") as file:

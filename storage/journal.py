@@ -12,23 +12,20 @@ SQLite is nobody's business outside this file.
     sqlite3 .lion/journal.sqlite "select role, sum(usd) from spend group by role"
 """
 
-import fcntl
 import json
-import os
 import sqlite3
 import threading
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from operator import attrgetter
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from storage.files import StorageError, home
+from storage.files import StorageError, home, is_locked, lock_file, locked
 
 _BATCH = "batch "  # what the name of a batch begins with where it holds claims
 BUSY_SECONDS = 60  # how long one process waits for another's transaction; each takes milliseconds
@@ -169,29 +166,26 @@ def now() -> str:
 class Journal:
     """The journal of a home. Open one for each call; close it, or leave its `with`, to let go of its claims."""
 
-    def __init__(self, path: Path | None = None):
-        """Open the journal at `path`, by default that of the home, and bring its schema up to date."""
-        self.path = path or home() / "journal.sqlite"
-        self._locks = self.path.parent / "locks"
-        self._locks.mkdir(parents=True, exist_ok=True)
+    def __init__(self) -> None:
+        """Open the journal of the home, and bring its schema up to date."""
+        self.path = home() / "journal.sqlite"
         self._owner = uuid.uuid4().hex
-        self._alive = _hold(self._lock_of(self._owner), wait=False)  # held while this journal is open
+        self._alive = ExitStack()  # holds our lock while this journal is open
+        self._alive.enter_context(locked(_lock_of(self._owner)))
         self._is_written = True  # what the last transaction was to write
         self._thread = threading.RLock()  # one connection, whichever thread asks
         self._db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        opening = _hold(self._locks / "journal-opening.lock", wait=True)  # SQLite does not queue for what follows
         try:
-            self._db.execute("PRAGMA synchronous=FULL")  # a commit is on the disk when it returns
-            self._db.execute("PRAGMA journal_mode=WAL")  # readers and a writer do not wait for each other
-            self._migrate()
-            with self._writing() as db:
-                self._drop_claims_of_the_dead(db)
+            with locked("journal-opening"):  # SQLite does not queue for what follows
+                self._db.execute("PRAGMA synchronous=FULL")  # a commit is on the disk when it returns
+                self._db.execute("PRAGMA journal_mode=WAL")  # readers and a writer do not wait for each other
+                self._migrate()
+                with self._writing() as db:
+                    self._drop_claims_of_the_dead(db)
         except sqlite3.DatabaseError as error:
             raise StorageError(
                 f"{self.path} cannot be used ({error}). If it is damaged, restore it: it is what was paid."
             ) from error
-        finally:
-            os.close(opening)
 
     def __enter__(self) -> Self:
         return self
@@ -212,8 +206,8 @@ class Journal:
                     self.let_go()
             finally:
                 self._db.close()
-                self._lock_of(self._owner).unlink(missing_ok=True)
-                os.close(self._alive)
+                lock_file(_lock_of(self._owner)).unlink(missing_ok=True)
+                self._alive.close()
 
     # --- answers -----------------------------------------------------------------------------------------------
 
@@ -292,10 +286,10 @@ class Journal:
     def _drop_claims_of_the_dead(self, db: sqlite3.Connection) -> None:
         owners = db.execute("SELECT DISTINCT owner FROM claims WHERE owner != ?", (self._owner,)).fetchall()
         for (owner,) in owners:
-            if not owner.startswith(_BATCH) and not _is_held(self._lock_of(owner)):
+            if not owner.startswith(_BATCH) and not is_locked(_lock_of(owner)):
                 db.execute(_LOSE_CLAIMS, (now()[:10], owner))
                 db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
-                self._lock_of(owner).unlink(missing_ok=True)
+                lock_file(_lock_of(owner)).unlink(missing_ok=True)
 
     # --- spend --------------------------------------------------------------------------------------------------------
 
@@ -399,9 +393,6 @@ class Journal:
         where = "run_id = ? AND role = coalesce(?, role)"
         return Totals(*db.execute(f"SELECT {sums} FROM claims WHERE {where}", (run_id, role)).fetchone())
 
-    def _lock_of(self, owner: str) -> Path:
-        return self._locks / f"journal-{owner}.lock"
-
 
 def spend_of(run_id: str | None = None) -> list[Spent]:
     """What a run of this home, or all of them, paid. A home that never paid gets no journal by the question."""
@@ -419,30 +410,9 @@ def answered_among(keys: Iterable[str]) -> set[str]:
         return set(journal.find(keys))
 
 
-def _hold(path: Path, *, wait: bool) -> int:
-    """Take the lock at `path`; a descriptor to close when it is no longer wanted."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
-
-
-def _is_held(path: Path) -> bool:
-    """Whether somebody alive holds the lock at `path`."""
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+def _lock_of(owner: str) -> str:
+    """The lock that an open journal of this name holds."""
+    return f"journal-{owner}"
 
 
 def _first_passed(standing: list[tuple[Cap, Totals, Totals]], usd: float, requests: int, tokens: int) -> Over | None:

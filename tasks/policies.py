@@ -13,7 +13,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from prefect import task
@@ -29,7 +28,7 @@ from prefect.tasks import Task
 from prefect.transactions import IsolationLevel
 from pydantic import BaseModel
 
-from storage.files import Checkpoint, Pointer, digest_of, flock, home
+from storage.files import Checkpoint, Pointer, digest_of, flock, lock_file
 from storage.runs import pointers_in
 from tasks.models.budget import Account
 from tasks.models.errors import ModelError
@@ -98,7 +97,7 @@ class KernelLocks(LockManager):
     ) -> bool:
         if self.is_lock_holder(key, holder):
             return True
-        path = self._path(key)
+        path = lock_file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
         if not flock(file, acquire_timeout):
@@ -123,7 +122,7 @@ class KernelLocks(LockManager):
         return key in self._held and self._held[key][0] == holder
 
     def wait_for_lock(self, key: str, timeout: float | None = None) -> bool:
-        path = self._path(key)
+        path = lock_file(key)
         if not path.exists():
             return True
         with path.open("w") as file:
@@ -131,9 +130,6 @@ class KernelLocks(LockManager):
 
     async def await_for_lock(self, key: str, timeout: float | None = None) -> bool:
         return self.wait_for_lock(key, timeout)
-
-    def _path(self, key: str) -> Path:
-        return home() / "locks" / f"{key}.lock"
 
 
 def may_pass(task: Any, task_run: Any, state: Any) -> bool:
