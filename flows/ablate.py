@@ -101,10 +101,8 @@ def _row(arm: str, manifests: list[Manifest], adversarial: list[Manifest]) -> di
 
 def _best(manifest: Manifest) -> Evaluation:
     best = manifest.best()
-    iteration = best[0] if best else 0
-    evaluation = manifest.iterations[iteration - 1].evaluation if iteration else manifest.baseline.evaluation
-    assert evaluation is not None, "a finished run was evaluated"
-    return evaluation
+    assert best, "a finished run has students"
+    return manifest.evaluations()[best[0]]
 
 
 def _mean(arms: list[list[Evaluation]], column: str) -> Interval | None:

@@ -111,14 +111,12 @@ def _is_parquet(path: Path) -> bool:
 
 def _placed(manifest: Manifest, view: str) -> list[Placed]:
     """Where this run's rows of a view are."""
+    if view == "evaluations":
+        return [(manifest.run_id, iteration, each.details) for iteration, each in manifest.evaluations().items()]
     found: list[Placed] = []
-    if view == "evaluations" and manifest.baseline.evaluation:
-        found.append((manifest.run_id, 0, manifest.baseline.evaluation.details))
     for record in manifest.iterations:
         names = ("teacher_responses", "student_responses") if view == "responses" else (view,)
         found += [(manifest.run_id, record.iteration, record.snapshots[n]) for n in names if n in record.snapshots]
-        if view == "evaluations" and record.evaluation:
-            found.append((manifest.run_id, record.iteration, record.evaluation.details))
     if view in manifest.next_pools:
         found.append((manifest.run_id, len(manifest.iterations) + 1, manifest.next_pools[view]))
     return found

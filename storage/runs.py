@@ -144,20 +144,20 @@ class Manifest(BaseModel):
         """Write the manifest, whole or not at all."""
         self.updated = now()
         shown = self
-        if self._before and self.state != "completed" and self._measured() < self._before._measured():
+        if self._before and self.state != "completed" and len(self.evaluations()) < len(self._before.evaluations()):
             own = ("state", "error", "updated", "stage_keys", "approvals", "earlier")
             shown = self._before.model_copy(update={name: getattr(self, name) for name in own})
         write_atomic(self.folder / "manifest.json", shown.model_dump_json(indent=2))
-
-    def _measured(self) -> int:
-        """How many of its students were evaluated."""
-        evaluations = [self.baseline.evaluation, *(record.evaluation for record in self.iterations)]
-        return sum(evaluation is not None for evaluation in evaluations)
 
     def students(self) -> list[tuple[int, Checkpoint]]:
         """Every student with its iteration, the one before training as 0."""
         numbered = [(0, self.baseline.student), *((record.iteration, record.student) for record in self.iterations)]
         return [(iteration, student) for iteration, student in numbered if student]
+
+    def evaluations(self) -> dict[int, Evaluation]:
+        """How good its students are, by iteration, the one before training as 0; without those not evaluated yet."""
+        found = [(0, self.baseline.evaluation), *((record.iteration, record.evaluation) for record in self.iterations)]
+        return {iteration: evaluation for iteration, evaluation in found if evaluation}
 
     def best(self) -> tuple[int, Checkpoint] | None:
         """Iteration and checkpoint of the student to use: the last one that was not rolled back."""

@@ -35,8 +35,8 @@ limit {MOST}
 def gain_charts(manifest: Manifest) -> list[Described]:
     """Loss and scores by iteration, gain over the student before, training loss; each where there are data for it."""
     charts: list[Described] = []
-    evaluations = _evaluations(manifest)
-    judged = any(evaluation.reviews for _, evaluation in evaluations)
+    evaluations = manifest.evaluations()
+    judged = any(evaluation.reviews for evaluation in evaluations.values())
 
     def relative(evaluation: Evaluation) -> Interval | None:
         # Earlier iterations of a chain may have had a metric for a referee: its scores are others than a model's.
@@ -54,7 +54,7 @@ def gain_charts(manifest: Manifest) -> list[Described]:
     for title, note, unit, figure, scale in figures:
         points = [
             {"iteration": iteration, **_bounds(interval, scale)}
-            for iteration, evaluation in evaluations
+            for iteration, evaluation in evaluations.items()
             if (interval := figure(evaluation))
         ]
         if points:
@@ -90,15 +90,11 @@ def gain_charts(manifest: Manifest) -> list[Described]:
 
 def most_improved(manifest: Manifest) -> list[dict[str, Any]]:
     """Held-out answers that gained most from before training to the student that goes on."""
-    start, best = manifest.baseline.evaluation, manifest.best()
-    made = manifest.baseline.snapshots
-    if not start or not best or not best[0]:
+    evaluations, best, made = manifest.evaluations(), manifest.best(), manifest.baseline.snapshots
+    if 0 not in evaluations or not best or not best[0]:
         return []
-    evaluation = manifest.iterations[best[0] - 1].evaluation
-    assert evaluation, "the best student was evaluated"
-    return query(
-        IMPROVED, before=start.details, now=evaluation.details, heldout=made["heldout"], answers=made["heldout_answers"]
-    )
+    before, now = evaluations[0].details, evaluations[best[0]].details
+    return query(IMPROVED, before=before, now=now, heldout=made["heldout"], answers=made["heldout_answers"])
 
 
 def contaminated(manifest: Manifest) -> dict[str, int]:
@@ -136,11 +132,6 @@ def lineage(manifest: Manifest) -> list[dict[str, Any]]:
             | {"step": f"{footer['step']} v{footer['version']}", "inputs": ", ".join(sources)}
         )
     return rows
-
-
-def _evaluations(manifest: Manifest) -> list[tuple[int, Evaluation]]:
-    records = [(0, manifest.baseline.evaluation), *((r.iteration, r.evaluation) for r in manifest.iterations)]
-    return [(iteration, evaluation) for iteration, evaluation in records if evaluation]
 
 
 def _bounds(interval: Interval, scale: float) -> dict[str, float]:
