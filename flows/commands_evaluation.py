@@ -1,4 +1,4 @@
-"""Commands that say whether it helped: evaluate, best, contamination, compare."""
+"""Commands that say whether it helped: evaluate, best, contamination, compare, ablate."""
 
 import json
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ from flows.terminal import (
     prepare_for_a_flow,
     print_rows,
     use_home,
+    with_bounds,
 )
 
 commands = typer.Typer()
@@ -232,10 +233,10 @@ def compare(
                 "best iteration": f"{iteration} of {len(manifest.iterations)}",
                 "rows trained on": taught,
                 "loss": evaluation.loss,
-                "gain in loss over the first": _shown(gain.loss_gain),
+                "gain in loss over the first": with_bounds(gain.loss_gain),
                 "score": evaluation.score,
-                "gain in score": _shown(gain.score_gain),
-                "relative": _shown(gain.relative),
+                "gain in score": with_bounds(gain.score_gain),
+                "relative": with_bounds(gain.relative),
                 "usd": sum(line.usd for line in spend_of(manifest.run_id)),
             }
         )
@@ -284,7 +285,7 @@ def ablate(
         print(json.dumps(rows, indent=2, default=lambda interval: interval.model_dump()))
         return
     columns = ("loss", "score", "loss_over_adversarial", "score_over_adversarial")
-    print_rows([row | {name: _shown(row[name]) for name in columns} for row in rows])
+    print_rows([row | {name: with_bounds(row[name]) for name in columns} for row in rows])
     out.print(
         "Means over seeds, with 95 % intervals over the held-out questions. Lower loss and higher score are better."
     )
@@ -295,7 +296,7 @@ def _best_evaluation(manifest: Any) -> tuple[int, Any]:
 
     iteration = best_student(manifest).iteration
     assert iteration is not None
-    evaluation = manifest.iterations[iteration - 1].evaluation if iteration else manifest.baseline.evaluation
+    evaluation = manifest.evaluations().get(iteration)
     if evaluation is None:
         raise Refusal(f"{manifest.run_id} was not evaluated yet. The same command that started it goes on.")
     return iteration, evaluation
@@ -307,10 +308,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _shown(interval: Any) -> str:
-    return "" if interval is None else f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def print_study(study: Any) -> None:

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import CheckpointName, Home, Refusal, RunName, check_is_new, find_run, note, out, use_home
+from flows.terminal import (
+    CheckpointName,
+    Home,
+    Refusal,
+    RunName,
+    check_is_new,
+    find_run,
+    note,
+    out,
+    use_home,
+    with_bounds,
+)
 
 commands = typer.Typer()
 
@@ -139,8 +150,8 @@ def card_of(student: Any) -> str:
             "iteration": record.iteration,
             "evaluation": record.evaluation,
             "rolled_back": record.rolled_back,
-            "relative": _interval(record.comparison and record.comparison.relative, 100, ".1f", " %"),
-            "gain": _interval(record.comparison and record.comparison.loss_gain, 1, "+.3f"),
+            "relative": with_bounds(record.comparison and record.comparison.relative, ".1f", 100, " %"),
+            "gain": with_bounds(record.comparison and record.comparison.loss_gain, "+.3f"),
         }
         for record in manifest.iterations
         if record.iteration <= student.iteration
@@ -160,10 +171,3 @@ def card_of(student: Any) -> str:
         training=config["finetune"]["training"],
         truncated=config["finetune"]["train_on_truncated"],
     )
-
-
-def _interval(interval: Any, scale: float, form: str, unit: str = "") -> str:
-    if interval is None:
-        return ""
-    value, low, high = (format(scale * figure, form) for figure in (interval.value, interval.low, interval.high))
-    return f"{value}{unit} [{low}, {high}]"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.terminal import AsJson, Home, Refusal, check_is_new, note, out, print_rows, use_home
+from flows.terminal import AsJson, Home, Refusal, check_is_new, note, out, print_rows, use_home, with_bounds
 
 if TYPE_CHECKING:
     from tasks.human import AspectResult
@@ -130,8 +130,8 @@ def report(study_id: StudyId = None, as_json: AsJson = False, home: Home = None)
                 "aspect": aspect,
                 "votes": result.votes,
                 "win/tie/lose": f"{result.wins}/{result.ties}/{result.losses}",
-                "won": _share(result.win_share),
-                "lost": _share(result.loss_share),
+                "won": with_bounds(result.win_share, ".0f", 100, " %"),
+                "lost": with_bounds(result.loss_share, ".0f", 100, " %"),
                 "agreement": _agreement(result),
                 "on items": result.shared_items,
             }
@@ -146,11 +146,3 @@ def _agreement(result: "AspectResult") -> str:
     if result.agreement is None:
         return "all votes alike: no kappa" if result.shared_items else "no item that all voted on"
     return f"{result.kappa}'s kappa {result.agreement:.2f}"
-
-
-def _share(interval: object) -> str:
-    from storage.runs import Interval
-
-    if not isinstance(interval, Interval):
-        return ""
-    return f"{100 * interval.value:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"

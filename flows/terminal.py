@@ -135,6 +135,14 @@ def escaped(text: str) -> str:
     return text.replace("[", r"\[")
 
 
+def with_bounds(interval: Any, form: str = ".3f", scale: float = 1, unit: str = "") -> str:
+    """A figure and its 95 % interval, as in `68.3 % [64.1, 72.0]`; empty where there is none."""
+    if interval is None:
+        return ""
+    value, low, high = (format(scale * figure, form) for figure in (interval.value, interval.low, interval.high))
+    return f"{value}{unit} [{low}, {high}]"
+
+
 def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: bool = False) -> None:
     """Rows as a table, as JSON or as CSV."""
     if as_json:
