@@ -1,11 +1,11 @@
-"""Saves a trained model, and reads it back as a stranger would: `python -m tasks.jobs.reload FOLDER ROWS.json DTYPE HELD`.
+"""Saves a trained model, and reads it back as a stranger would: `python -m tasks.jobs.reload FOLDER ROWS.json HELD`.
 
 Prints the loss that the model in FOLDER has on the encoded rows. The trainer compares it with its own: a model that was
 gathered wrongly from several devices is found out before anyone uses it. Under FSDP and ZeRO a fresh process does this,
 since in the trainer's own every model that is loaded would be sharded as well.
 
-With a folder `adapter` in FOLDER, the adapter is first merged into its base and the result saved into FOLDER in DTYPE.
-HELD is what the base was widened to in training where it was held in 4 bit, else None.
+With a folder `adapter` in FOLDER, the adapter is first merged into its base and the result saved into FOLDER. HELD is
+what the base was widened to in training where it was held in 4 bit, else None.
 """
 
 import json
@@ -68,8 +68,8 @@ def save_model(weights: dict[str, torch.Tensor], like: Any, dtype: torch.dtype, 
     skeleton.save_pretrained(folder)
 
 
-def merge_adapter(folder: Path, dtype: torch.dtype, held: torch.dtype | None) -> None:
-    """Merge `folder/adapter` into the base model that its config names, and save the result into `folder`.
+def merge_adapter(folder: Path, held: torch.dtype | None) -> None:
+    """Merge `folder/adapter` into the base model that its config names; the result, as the base is stored, into `folder`.
 
     An adapter to a base held in 4 bit learned to mend what rounding did to it: it is merged into the rounded weights,
     widened again, and not into those of the base.
@@ -82,7 +82,7 @@ def merge_adapter(folder: Path, dtype: torch.dtype, held: torch.dtype | None) ->
     if held:
         model = made_whole(model)
     merged = PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload()
-    save_model(merged.state_dict(), merged, dtype, folder)
+    save_model(merged.state_dict(), merged, stored_dtype(base), folder)
 
 
 @torch.no_grad()
@@ -95,15 +95,12 @@ def loss_of_saved(folder: Path, rows: list[dict[str, Any]]) -> float:
     return model(**{name: batch[name] for name in names}).loss.item()
 
 
-def loss_in_fresh_process(
-    folder: Path, rows: list[dict[str, Any]], dtype: torch.dtype, held: torch.dtype | None
-) -> float:
+def loss_in_fresh_process(folder: Path, rows: list[dict[str, Any]], held: torch.dtype | None) -> float:
     """`python -m tasks.jobs.reload`, outside of the launcher's group of processes."""
     file = folder / "trainer" / "rows.json"
     file.write_text(json.dumps([row | {"input_ids": row["input_ids"].tolist()} for row in rows]))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
-    dtypes = [str(each).removeprefix("torch.") for each in (dtype, held)]
-    command = [sys.executable, "-m", "tasks.jobs.reload", str(folder), str(file), *dtypes]
+    command = [sys.executable, "-m", "tasks.jobs.reload", str(folder), str(file), str(held).removeprefix("torch.")]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"the saved model could not be read back: {' '.join(command)}")
@@ -113,5 +110,5 @@ def loss_in_fresh_process(
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     if (directory / "adapter").is_dir():
-        merge_adapter(directory, *(getattr(torch, name, None) for name in sys.argv[3:]))
+        merge_adapter(directory, getattr(torch, sys.argv[3], None))
     print(loss_of_saved(directory, json.loads(Path(sys.argv[2]).read_text())))

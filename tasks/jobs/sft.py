@@ -206,10 +206,10 @@ def save(
         save_model(weights, trained, dtype, directory)
     rows = [fixed[place] for place in range(len(fixed))]
     if trainer.settings.strategy not in ("single", "ddp"):
-        loss = loss_in_fresh_process(directory, rows, dtype, held)
+        loss = loss_in_fresh_process(directory, rows, held)
     else:
         if adapter:
-            merge_adapter(directory, dtype, held)
+            merge_adapter(directory, held)
         loss = loss_of_saved(directory, rows)
     end_with_turns(directory)
     return loss
