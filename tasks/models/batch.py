@@ -21,22 +21,20 @@ import tenacity
 from storage.files import locked
 from storage.journal import Answer, Batch, Journal, Loss, Wish, now
 from tasks.models.budget import Account, budget_reached
-from tasks.models.chat import OnProgress, Request, Sampling, Status
+from tasks.models.chat import OnProgress, Request, Sampling
 from tasks.models.endpoint import OpenAIModel, headers_of, key_of
 from tasks.models.errors import FatalEndpointError, ModelError, TransientError, Unreachable, scrubbed
 from tasks.models.pacing import asked_wait
 from tasks.models.prices import Price
 from tasks.models.wire import (
     FILTER_CODES,
-    Dialect,
-    Said,
-    Usage,
+    FILTERED,
     answer_of,
     body_of,
-    dialect_as_text,
-    dialect_from_text,
     failure,
+    known_dialect,
     narrower,
+    remember_dialect,
     said,
     wish_of,
     words_of,
@@ -52,30 +50,13 @@ ENDED = {"completed", "failed", "expired", "cancelled"}
 T = TypeVar("T")
 
 
-def answer_by_batch(
-    model: OpenAIModel,
-    requests: Mapping[str, Request],
-    sampling: Sampling,
-    account: Account,
-    price: Price | None,
-    journal: Journal,
-    on_progress: OnProgress,
-) -> None:
-    """Answer as many requests as batches can within the deadline.
+class Batches:
+    """Requests of one call that go by batches.
 
     Args:
         requests: by key, none of them answered yet.
         price: by the Batch API.
-
-    Raises:
-        FatalEndpointError: the endpoint does not take the batch.
-        BudgetReached: the next request could pass a cap. Batches under way are collected first.
     """
-    _Batches(model, requests, sampling, account, price, journal, on_progress).run()
-
-
-class _Batches:
-    """One `answer_by_batch` while it runs."""
 
     def __init__(
         self,
@@ -106,6 +87,10 @@ class _Batches:
         """Wait for the batches that are out, hand in the rest, until nothing is left or time is up.
 
         Where the settings ask for batches no longer, those that are out are waited for all the same: they are paid for.
+
+        Raises:
+            FatalEndpointError: the endpoint does not take the batch.
+            BudgetReached: the next request could pass a cap. Batches under way are collected first.
         """
         with self.client:
             out = self._resumed()
@@ -162,7 +147,7 @@ class _Batches:
 
     def _files(self, keys: list[str]) -> Iterator[tuple[tuple[str, ...], bytes]]:
         """The rows of batches, split at the limits of one."""
-        dialect = self._dialect()
+        dialect = known_dialect(self.journal, self.model)
         taken: list[str] = []
         data = io.BytesIO()
         for key in keys:
@@ -276,22 +261,15 @@ class _Batches:
 
     def _understand(self, refused: list[tuple[str, int, dict[str, Any]]]) -> None:
         """Rows that the endpoint will never take: ask them in another dialect where that helps; else no batch does."""
-        dialect = self._dialect()
+        dialect = known_dialect(self.journal, self.model)
         for key, status, error in refused:
             body = body_of(self.model, self.sampling, self.requests[key], dialect)
             message = scrubbed(str(error.get("message") or ""), self.secret)
             if found := narrower(dialect, status, message, body):
-                self.journal.remember(self._dialect_name, dialect_as_text(found))
+                remember_dialect(self.journal, self.model, found)
                 self.rounds[key] -= 1
             else:
                 self.rounds[key] = MAX_ROUNDS  # an ordinary request will say why
-
-    @property
-    def _dialect_name(self) -> str:
-        return f"dialect {self.model.base_url} {self.model.model}"
-
-    def _dialect(self) -> Dialect:
-        return dialect_from_text(self.journal.recall(self._dialect_name))
 
     def _answer(self, batch: Batch, row: dict[str, Any]) -> Answer | None:
         """A row of a batch's files as an answer, if it is one."""
@@ -303,7 +281,7 @@ class _Batches:
             except TransientError:
                 return None
         elif _error_in(body).get("code") in FILTER_CODES:
-            heard = Said("", None, Status.FILTERED, "content_filter", Usage(0, 0, 0))
+            heard = FILTERED
         else:
             return None
         return answer_of(

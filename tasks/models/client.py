@@ -30,7 +30,7 @@ import tenacity
 
 from storage.files import StorageError
 from storage.journal import Answer, Claimed, Journal, Loss, Wish, now
-from tasks.models.batch import answer_by_batch
+from tasks.models.batch import Batches
 from tasks.models.budget import Account, budget_reached
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status
 from tasks.models.endpoint import OpenAIModel, headers_of, key_of
@@ -39,15 +39,16 @@ from tasks.models.pacing import Gate, Pace, Throttle, asked_wait
 from tasks.models.prices import Price, price_of
 from tasks.models.wire import (
     FILTER_CODES,
+    FILTERED,
+    Dialect,
     Said,
-    Usage,
     answer_of,
     body_of,
-    dialect_as_text,
-    dialect_from_text,
     failure,
     keyer,
+    known_dialect,
     narrower,
+    remember_dialect,
     reply_of,
     said,
     wish_of,
@@ -100,7 +101,7 @@ def answer_all(
         batches = journal.open_batches(model.base_url, model.model) if call.missing else []
         if model.mode == "batch" or any(call.missing.keys() & set(batch.keys) for batch in batches):
             missing = {key: requests[index] for key, index in call.missing.items()}
-            answer_by_batch(model, missing, sampling, account, price and price.batched(), journal, on_progress)
+            Batches(model, missing, sampling, account, price and price.batched(), journal, on_progress).run()
             call.look_up()  # what the batches left unanswered goes the ordinary way
         if call.missing:
             try:
@@ -254,8 +255,7 @@ class _Call:
 
     async def _ask(self) -> None:
         self.secret, self.url = key_of(self.model), f"{self.model.base_url}/chat/completions"
-        self.dialect_name = f"dialect {self.model.base_url} {self.model.model}"
-        self.dialect = dialect_from_text(self.journal.recall(self.dialect_name))
+        self.dialect = known_dialect(self.journal, self.model)
         self.throttle, self.gate = Throttle(self.model.max_concurrency), Gate()
         self.requests_pace, self.tokens_pace = Pace(self.model.requests_per_minute), Pace(self.model.tokens_per_minute)
         self.queue: asyncio.Queue[_Question | None] = asyncio.Queue()
@@ -340,6 +340,7 @@ class _Call:
                 claimed = await self._claim([question.wish for question in group])
             except StorageError as error:
                 return self.stop(error)
+            refused: list[_Question] = []
             for question in group:
                 key = question.wish.key
                 if key in claimed.granted:
@@ -350,7 +351,8 @@ class _Call:
                     self.done += 1
                 elif key in claimed.elsewhere:
                     elsewhere.append(question)
-            refused = [q for q in group if self._is_refused(q.wish.key, claimed)]
+                else:
+                    refused.append(question)
             ready.extendleft(reversed(refused))
             if claimed.over and not claimed.granted:
                 if claimed.over.reserved.requests == 0:
@@ -364,10 +366,6 @@ class _Call:
         for key, index in fresh:
             return _Question(index, wish_of(key, self.requests[index], self.sampling, self.price))
         return None
-
-    @staticmethod
-    def _is_refused(key: str, claimed: Claimed) -> bool:
-        return not (key in claimed.granted or key in claimed.answered or key in claimed.elsewhere)
 
     async def _claim(self, wishes: list[Wish]) -> Claimed:
         account = self.account
@@ -514,17 +512,17 @@ class _Call:
         if trouble:
             raise trouble
         if status in {400, 403} and code in FILTER_CODES:
-            return Said("", None, Status.FILTERED, "content_filter", Usage(0, 0, 0))
+            return FILTERED
         if found := narrower(dialect, status, message, body):
             await self._speak(dialect, found)
             raise TransientError(message, reworded=True)
         raise failure(self.model, status, code, message, wait)
 
-    async def _speak(self, used: Any, found: Any) -> None:
+    async def _speak(self, used: Dialect, found: Dialect) -> None:
         """Go on in the dialect found, unless somebody changed it while this request was under way."""
         if self.dialect == used:
             self.dialect = found
-            await self._in_thread(self.journal.remember, self.dialect_name, dialect_as_text(found))
+            await self._in_thread(remember_dialect, self.journal, self.model, found)
 
     def _answer(self, question: _Question, heard: Said) -> Answer:
         return answer_of(

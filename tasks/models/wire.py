@@ -1,6 +1,7 @@
-"""Between our requests and replies and what goes over the wire. Pure: sends nothing, keeps nothing.
+"""Between our requests and replies and what goes over the wire. Sends nothing.
 
-An endpoint's *dialect* is what it was found not to understand: some know no JSON schema, some no `max_tokens`.
+An endpoint's *dialect* is what it was found not to understand: some know no JSON schema, some no `max_tokens`. The
+journal remembers it.
 """
 
 import json
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from storage.files import digest_of
-from storage.journal import Answer, Wish, now
+from storage.journal import Answer, Journal, Wish, now
 from tasks.models.chat import Reply, Request, Sampling, Status, status_of, storable
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.errors import FatalEndpointError, RequestFailed, TransientError
@@ -53,6 +54,10 @@ class Said:
     status: Status
     finish_reason: str | None
     usage: Usage
+
+
+# Of a request that a filter withholds before the model sees it.
+FILTERED = Said("", None, Status.FILTERED, "content_filter", Usage(0, 0, 0))
 
 
 def keyer(model: OpenAIModel, sampling: Sampling) -> Callable[[Request], str]:
@@ -263,11 +268,16 @@ def _named(status: int, message: str) -> str:
     return f"HTTP {status}: {' '.join(message.split())[:100]}"
 
 
-def dialect_as_text(dialect: Dialect) -> str:
-    """For the journal, which remembers it."""
-    return json.dumps(asdict(dialect))
-
-
-def dialect_from_text(text: str | None) -> Dialect:
-    """What the journal remembers, or what everybody ought to understand."""
+def known_dialect(journal: Journal, model: OpenAIModel) -> Dialect:
+    """What the journal remembers of an endpoint and its model, or what everybody ought to understand."""
+    text = journal.recall(_dialect_name(model))
     return Dialect(**json.loads(text)) if text else Dialect()
+
+
+def remember_dialect(journal: Journal, model: OpenAIModel, dialect: Dialect) -> None:
+    """Have the journal remember what an endpoint and its model understand."""
+    journal.remember(_dialect_name(model), json.dumps(asdict(dialect)))
+
+
+def _dialect_name(model: OpenAIModel) -> str:
+    return f"dialect {model.base_url} {model.model}"

@@ -125,13 +125,13 @@ def create_and_crash(*args: Any) -> Any:
     raise Crash
 
 
-CREATE = batch_module._Batches._create
+CREATE = batch_module.Batches._create
 
 
 def dies_at(name: str, how: Callable[..., Any], server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process asks six questions and dies at this method of its batches."""
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(batch_module._Batches, name, how)
+        patch.setattr(batch_module.Batches, name, how)
         ask(server, questions(6))
 
 
@@ -178,7 +178,7 @@ def test_a_batch_that_was_made_just_before_an_outage_is_found_again(monkeypatch:
 
     with FakeOpenAI() as server:
         with monkeypatch.context() as patch, pytest.raises(Unreachable, match="found again"):
-            patch.setattr(batch_module._Batches, "_create", create_and_break)
+            patch.setattr(batch_module.Batches, "_create", create_and_break)
             ask(server, questions(6), deadline=0)
         assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
         assert len(server.batches) == 1 and server.bill()["twice"] == {}
