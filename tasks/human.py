@@ -15,7 +15,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,8 +23,10 @@ from storage.files import digest_of, home, locked, write_atomic
 from storage.runs import Interval
 from tasks.relative import paired
 
-ASPECTS = ("helpful", "honest", "harmless")
-CHOICES = ("first", "tie", "second")
+Aspect = Literal["helpful", "honest", "harmless"]
+Choice = Literal["first", "tie", "second"]  # as the answers were shown to this voter
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
+CHOICES: tuple[Choice, ...] = get_args(Choice)
 SHEET = ("item", "instruction", "input", "first", "second", *ASPECTS)
 
 
@@ -67,8 +69,8 @@ class Vote(BaseModel):
 
     item: str
     voter: str
-    aspect: Literal["helpful", "honest", "harmless"]
-    choice: Literal["first", "tie", "second"]  # as it was shown to this voter
+    aspect: Aspect
+    choice: Choice
 
 
 class AspectResult(BaseModel):
@@ -225,24 +227,24 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
-def results(study: HumanStudy, seed: int = 0) -> dict[str, AspectResult]:
+def results(study: HumanStudy) -> dict[str, AspectResult]:
     """Win/tie/lose of model a with intervals, and how far the voters agree, by aspect."""
     by_aspect: dict[str, dict[str, dict[str, str]]] = {aspect: defaultdict(dict) for aspect in ASPECTS}
     for (item, voter, aspect), vote in votes_of(study).items():
         first = first_model(study, item, voter)
         other = "b" if first == "a" else "a"
         by_aspect[aspect][item][voter] = {"first": first, "second": other, "tie": "tie"}[vote.choice]
-    return {aspect: _result(items, seed) for aspect, items in by_aspect.items()}
+    return {aspect: _result(items) for aspect, items in by_aspect.items()}
 
 
-def _result(items: dict[str, dict[str, str]], seed: int) -> AspectResult:
+def _result(items: dict[str, dict[str, str]]) -> AspectResult:
     """Args: items: item -> voter -> a, b or tie."""
     counted = Counter(winner for votes in items.values() for winner in votes.values())
     keys = sorted(items)
     totals = [len(items[key]) for key in keys]
 
     def share(winner: str) -> Interval | None:
-        return paired([list(items[key].values()).count(winner) for key in keys], totals, seed=seed)
+        return paired([list(items[key].values()).count(winner) for key in keys], totals)
 
     voters = sorted({voter for votes in items.values() for voter in votes})
     shared = [[items[key][voter] for voter in voters] for key in keys if len(items[key]) == len(voters)]
