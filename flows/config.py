@@ -21,7 +21,7 @@ from tasks.models.budget import Budget
 from tasks.models.ready import ModelSettings
 from tasks.policies import identity
 from tasks.referee import LLMReferee, RefereeConfig, ReferenceReferee
-from tasks.seed import SeedConfig, digest_of_source
+from tasks.seed import SeedConfig
 from tasks.selection import StopConfig
 from tasks.shards import TaskRunner
 from tasks.student import StudentConfig
@@ -130,11 +130,7 @@ class DistillConfig(BaseModel):
         Raises:
             SeedError: a file of instructions is not there.
         """
-        sources = [
-            digest_of_source(self.seeds.path, "seeds.jsonl"),
-            digest_of_source(self.seeds.heldout, "heldout.jsonl"),
-        ]
-        return f"{self.name}-{digest_of([identity(self), sources])[:8]}"
+        return f"{self.name}-{digest_of([identity(self), self.seeds.digests()])[:8]}"
 
 
 def presets() -> list[str]:

@@ -29,7 +29,7 @@ from tasks.prepare import prepare_model, prune_student, source_digest
 from tasks.referee import LLMReferee, review_responses
 from tasks.refresh import Pools, refresh_pools
 from tasks.report import write_report
-from tasks.seed import digest_of_source, load_seeds
+from tasks.seed import load_seeds
 from tasks.selection import compare, gain_in, is_stalled, is_worse, told
 from tasks.shards import shards_by
 from tasks.student import answer_with_student
@@ -66,7 +66,7 @@ def distill(config: DistillConfig) -> str:
 
 
 class Run:
-    """One run of the loop: what stays the same from iteration to iteration."""
+    """One run of the loop: its models, and what one iteration hands to the next beside pools and student."""
 
     def __init__(self, config: DistillConfig, manifest: Manifest):
         self.config, self.manifest = config, manifest
@@ -76,11 +76,7 @@ class Run:
         config, record = self.config, self.manifest.baseline
         step = Steps(self.manifest, record)
 
-        sources = (
-            digest_of_source(config.seeds.path, "seeds.jsonl"),
-            digest_of_source(config.seeds.heldout, "heldout.jsonl"),
-        )
-        seeds = step(load_seeds, config.seeds, *sources)
+        seeds = step(load_seeds, config.seeds, *config.seeds.digests())
         self.manifest.seeds = {
             "path": config.seeds.path,
             "rows": seeds.pool.rows,
@@ -108,14 +104,9 @@ class Run:
         record.models = list(dict.fromkeys(model.checkpoint for model in ready if model.checkpoint))
 
         self.heldout_answers = step(
-            answer_with_teacher,
-            config.teacher,
-            self.teachers,
-            self.heldout,
-            [],
-            config.seed,
+            answer_with_teacher, config.teacher, self.teachers, self.heldout, [], config.seed,
             self._account("teacher", 0),
-        )
+        )  # fmt: skip
         base = self._ready(step, config.student.model, "prepare student").checkpoint
         assert base is not None, "a student is a model of this machine"
         pruned = config.student.start.init == "pruned"
@@ -125,7 +116,7 @@ class Run:
         record.snapshots = {"seeds": seeds.pool, "heldout": self.heldout, "heldout_answers": self.heldout_answers}
         record.evaluation = self._evaluate(step, self.base, 0)
         self.standing: Baseline | IterationRecord = record  # whose student goes on
-        self.answers: list[Snapshot] = []  # the teacher's, of all iterations so far
+        self.answers: list[Snapshot] = []  # one table: the teacher's to all that was asked so far; at first none
         return Pools(train=seeds.pool, cache=seeds.pool), self.base
 
     def go_on_from(self, start: Start) -> tuple[Pools, Checkpoint]:
@@ -158,14 +149,9 @@ class Run:
         # IMITATION: the teacher answers, the student learns the answers. The train pool is part of the cache
         # pool, so one call answers both; what earlier iterations asked is not asked again.
         answers = step(
-            answer_with_teacher,
-            config.teacher,
-            self.teachers,
-            pools.cache,
-            self.answers,
-            seed,
+            answer_with_teacher, config.teacher, self.teachers, pools.cache, self.answers, seed,
             self._account("teacher", iteration),
-        )
+        )  # fmt: skip
         made["teacher_responses"], self.answers = answers, [answers]
         start = student if config.student.init_from == "previous" else self.base
         trained = step(
@@ -182,15 +168,9 @@ class Run:
         own = step(answer_with_student, config.student, self._student(student), pools.cache, seed)
         made["student_responses"] = own
         made["reviews"] = step(
-            review_responses,
-            config.referee,
-            self.referee,
-            pools.cache,
-            answers,
-            own,
-            seed,
+            review_responses, config.referee, self.referee, pools.cache, answers, own, seed,
             self._account("referee", iteration),
-        )
+        )  # fmt: skip
         split = step(discriminate, config.discriminate, made["reviews"])
         made["verdicts"], record.threshold, record.judge = split.verdicts, split.threshold, split.judge
         record.hard, record.easy, record.undecided = split.hard, split.easy, split.undecided
@@ -198,7 +178,7 @@ class Run:
         # GENERATION: more like the hard ones, rarer ones like the easy ones. They are what is learned next.
         generation = step(
             generate_instructions, config.generate, self.generator, pools.cache, split.verdicts, self.heldout,
-            seed + iteration, self._account('generator', iteration),
+            seed + iteration, self._account("generator", iteration),
         )  # fmt: skip
         made["candidates"], record.generated = generation.candidates, generation.generated
         following = step(refresh_pools, pools.cache, generation.candidates)

@@ -53,6 +53,14 @@ class SeedConfig(BaseModel):
     max_rows: int | None = Field(None, ge=1, description="Use only the first so many seeds (all by default).")
     max_heldout: int | None = Field(None, ge=1, description="Use only the first so many held-out instructions.")
 
+    def digests(self) -> tuple[str, str]:
+        """Of what the two paths hold now; of a dataset far away, of its name.
+
+        Raises:
+            SeedError: a file is not there.
+        """
+        return _digest_of_source(self.path, "seeds.jsonl"), _digest_of_source(self.heldout, "heldout.jsonl")
+
 
 class SeedPools(BaseModel):
     """The two pools that everything starts from."""
@@ -70,17 +78,6 @@ class Seeds(BaseModel):
     rows: list[dict[str, Any]]  # instruction, input, category, output; later_turns, and the source's own id
     duplicates: int
     passed_over: Counter[str]  # what a pool has no column for: in how many rows it stands
-
-
-def digest_of_source(path: str, bundled: str) -> str:
-    """Digest of what a source holds; of its name where it is a dataset far away.
-
-    Raises:
-        SeedError: the file is not there.
-    """
-    if path.startswith("hf:"):
-        return digest_of(path)
-    return digest_of_file(_existing(path, bundled))
 
 
 def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
@@ -120,7 +117,7 @@ def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> Se
     """Write the seed pool and the held-out set. A seed near a held-out instruction enters no pool, and is counted.
 
     Args:
-        seeds_digest, heldout_digest: of what the config's paths hold now (`digest_of_source`).
+        seeds_digest, heldout_digest: of what the config's paths hold now (`SeedConfig.digests`).
 
     Raises:
         SeedError: a source cannot be used.
@@ -175,6 +172,10 @@ def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 Records = Iterator[tuple[str, Any]]  # where it stands ("line 3"), what stands there
+
+
+def _digest_of_source(path: str, bundled: str) -> str:
+    return digest_of(path) if path.startswith("hf:") else digest_of_file(_existing(path, bundled))
 
 
 def _existing(path: str, bundled: str) -> Path:
