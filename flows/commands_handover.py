@@ -1,9 +1,8 @@
 """Commands that hand the work over: export, card, push."""
 
 import os
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,23 +22,9 @@ from flows.terminal import (
 commands = typer.Typer()
 
 
-class Form(StrEnum):
-    """What an export is written as."""
-
-    alpaca = "alpaca"
-    sharegpt = "sharegpt"
-    messages = "messages"
-    dpo = "dpo"
-    parquet = "parquet"
-    hf = "hf"
-
-
-class What(StrEnum):
-    """What is exported."""
-
-    training = "training"
-    train_pool = "train_pool"
-    cache_pool = "cache_pool"
+# As in `tasks.export`, which `lion --help` would be slow to import; the types of its arguments hold the two together.
+Form = Literal["alpaca", "sharegpt", "messages", "dpo", "parquet", "hf"]
+What = Literal["training", "train_pool", "cache_pool"]
 
 
 @commands.command()
@@ -49,8 +34,8 @@ def export(
     form: Annotated[
         Form,
         typer.Option("--format", help="dpo: the teacher's answer over the student's where all reviews say so."),
-    ] = Form.messages,
-    what: Annotated[What, typer.Option("--what", help="training: what the student was trained on.")] = What.training,
+    ] = "messages",
+    what: Annotated[What, typer.Option("--what", help="training: what the student was trained on.")] = "training",
     iteration: Annotated[
         int | None, typer.Option("--iteration", help="Only this one's; by default all that count.")
     ] = None,
@@ -62,7 +47,7 @@ def export(
 
     check_is_new(to)
     manifest = find_run(run_id)
-    rows = write(manifest, form.value, to, what.value, iteration)
+    rows = write(manifest, form, to, what, iteration)
     note.print(f"{rows} rows of {manifest.run_id} in {to}", soft_wrap=True)
     if not manifest.config["teacher"].get("license"):
         note.print("The settings name no terms for the teacher's text: --set teacher.license=... Look them up.")
