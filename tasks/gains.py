@@ -15,8 +15,10 @@ from storage.pools import read_lineage, read_rows
 from storage.runs import Evaluation, Interval, Manifest
 from tasks.selection import loss_per_token, mean_score, relative_to_teacher
 
-BLUE, INK = "#2f7ed8", "#7a828e"
+STUDENT, INK = "#2f7ed8", "#7a828e"  # a blue; a grey that reads on white and on black
 MOST = 10  # examples shown
+BY_ITERATION = alt.X("iteration:O", title="iteration (0: before training)", axis=alt.Axis(labelAngle=0))
+NOT_FROM_ZERO = alt.Scale(zero=False, padding=14)
 Described = tuple[str, str, alt.Chart | alt.LayerChart]  # title, how to read it, the chart
 
 IMPROVED = f"""
@@ -139,15 +141,13 @@ def _bounds(interval: Interval, scale: float) -> dict[str, float]:
 
 
 def _with_bounds(points: list[dict[str, Any]], title: str, *, joined: bool = False) -> alt.LayerChart:
-    base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("iteration:O", title="iteration (0: before training)", axis=alt.Axis(labelAngle=0))
+    base = alt.Chart(alt.Data(values=points)).encode(x=BY_ITERATION)
+    bars = base.mark_rule(color=STUDENT, strokeWidth=2).encode(
+        y=alt.Y("low:Q", title=title, scale=NOT_FROM_ZERO), y2="high:Q"
     )
-    bars = base.mark_rule(color=BLUE, strokeWidth=2).encode(
-        y=alt.Y("low:Q", title=title, scale=alt.Scale(zero=False, padding=14)), y2="high:Q"
-    )
-    dots = base.mark_point(color=BLUE, filled=True, size=60).encode(y="value:Q")
+    dots = base.mark_point(color=STUDENT, filled=True, size=60).encode(y="value:Q")
     text = base.mark_text(dx=8, dy=-8, align="left", color=INK).encode(
         y="value:Q", text=alt.Text("value:Q", format=".4~r")
     )
-    line = base.mark_line(color=BLUE, strokeWidth=1.6, opacity=0.6).encode(y="value:Q")
+    line = base.mark_line(color=STUDENT, strokeWidth=1.6, opacity=0.6).encode(y="value:Q")
     return line + bars + dots + text if joined else bars + dots + text

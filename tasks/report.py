@@ -15,11 +15,11 @@ from storage.files import StorageError, write_atomic
 from storage.journal import spend_of
 from storage.runs import Baseline, IterationRecord, Manifest
 from storage.studies import list_studies
-from tasks.gains import contaminated, gain_charts, lineage, most_improved
+from tasks.gains import INK, STUDENT, contaminated, gain_charts, lineage, most_improved
 from tasks.selection import compare, gain_in, judged_by_referee, told
 
 TEMPLATE = "report.html.jinja"
-INK, GRID, STUDENT, HARD = "#7a828e", "#8888884d", "#2f7ed8", "#d9480f"  # greys that read on white and on black
+GRID, HARD = "#8888884d", "#d9480f"
 WIDEST = 10  # score gaps shown side by side
 
 WIDEST_GAPS = """
