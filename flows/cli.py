@@ -9,13 +9,13 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from flows import (
+    commands_cost,
     commands_evaluation,
     commands_handover,
     commands_human,
@@ -50,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(commands_cost.commands)
 app.add_typer(commands_evaluation.commands)
 app.add_typer(commands_handover.commands)
 app.add_typer(commands_service.commands)
@@ -89,7 +90,8 @@ def run(
         if model.kind == "local":
             source_digest(model)  # a name that leads nowhere is refused before anything is written
         else:
-            key_of(model), price_of(model.model, model.price)  # and so is a missing key or price
+            key_of(model)  # and so is a missing key or price
+            price_of(model.model, model.price)
     run_id = settings.run_id
     manifest = load_manifest(run_id)
     if fresh and manifest:
@@ -202,95 +204,8 @@ def row(
         return
     for what, rows in life.items():
         out.print(f"\n[bold]{what}[/bold]" + ("" if rows else "  none"))
-        print_rows(rows) if rows else None
-
-
-@app.command()
-def spend(
-    run_id: Annotated[str | None, typer.Option("--run", help="Only this run.")] = None,
-    as_json: AsJson = False,
-    home: Home = None,
-) -> None:
-    """Say what was paid: by run, role, iteration, model and day, straight from the journal."""
-    use_home(home)
-    from storage.journal import spend_of
-
-    lines = spend_of()
-    if run_id:
-        payers = sorted({line.run_id for line in lines})
-        lines = [line for line in lines if line.run_id.startswith(run_id)]
-        if not lines:
-            raise Refusal(f"nothing was paid by a run {run_id!r}. Paid for: {', '.join(payers) or 'nothing'}.")
-    if as_json:
-        print_rows([asdict(line) for line in lines], as_json=True)
-        return
-    if not lines:
-        out.print("Nothing was paid for in this home.")
-        return
-    table = Table("run", "", "role", "model", "day", box=None, padding=(0, 2, 0, 0))
-    for name in ("requests", "tokens in", "out", "dollars"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for line in lines:
-        where = str(line.iteration) if line.iteration else "start"
-        counts = (f"{count:,}" for count in (line.requests, line.prompt_tokens, line.completion_tokens))
-        table.add_row(line.run_id, where, line.role, line.model, line.day, *counts, f"{line.usd:,.4f}")
-    out.print(table)
-    out.print(f"Total: [bold]{sum(line.usd for line in lines):,.4f}[/bold] dollars.")
-    if lost := sum(line.lost_usd for line in lines):
-        out.print(
-            f"At most {lost:,.4f} more may have been billed for {sum(line.lost_requests for line in lines)} lost answers."
-        )
-
-
-@app.command()
-def estimate(
-    preset: Preset = None,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    seeds: SeedFile = None,
-    assume: Annotated[
-        list[str] | None,
-        typer.Option("--assume", metavar="NAME=NUMBER", help="Change an assumption, as `teacher_tokens=120`."),
-    ] = None,
-    as_json: AsJson = False,
-    home: Home = None,
-) -> None:
-    """Say what a run will ask and cost, by stage and iteration. Sends nothing and writes nothing."""
-    use_home(home)
-    from flows.config import resolve
-    from flows.estimate import estimate_run, total_usd
-
-    given = {"seeds": {"path": seeds}} if seeds else {}
-    settings = resolve(preset, overrides or [], config, **given)
-    lines, assumptions = estimate_run(settings, assume or [])
-    total = total_usd(lines)
-    if as_json:
-        print(
-            json.dumps({"usd": total, "lines": [asdict(line) for line in lines], "assumptions": assumptions}, indent=2)
-        )
-        return
-    if not lines:
-        out.print("Nothing in this run is paid for: all of its models are of this machine.")
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("", "stage", "model"):
-        table.add_column(name, no_wrap=True)
-    for name in ("requests", "paid before", "tokens in", "out", "dollars"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for line in lines:
-        counts = (line.requests, line.answered, line.prompt_tokens, line.completion_tokens)
-        usd = "free" if line.usd is None else f"{line.usd:,.4f}"
-        table.add_row(str(line.iteration or "start"), line.stage, line.model, *(f"{count:,}" for count in counts), usd)
-    if not any(line.answered for line in lines):
-        table.columns.pop(4)
-    out.print(table)
-    out.print(f"Total: [bold]{total:,.4f}[/bold] dollars, {sum(line.requests for line in lines):,} requests.")
-    cap = settings.budget.max_usd
-    if cap is not None and total > cap:
-        out.print(f"That is more than budget.max_usd = {cap:g}: the run would pause there, with everything kept.")
-    out.print("Assumed (change with --assume NAME=NUMBER):")
-    for name, (value, why) in assumptions.items():
-        out.print(f"  {name} = {value:g}  [dim]{escaped(why)}[/dim]", soft_wrap=True)
+        if rows:
+            print_rows(rows)
 
 
 @app.command()
@@ -364,10 +279,7 @@ def _main() -> None:
     except BudgetReached as error:
         note.print(f"[yellow]paused:[/yellow] {escaped(str(error))}", soft_wrap=True)
         sys.exit(3)
-    except (
-        RuntimeError,
-        ModelError,
-    ) as error:  # a job that failed: its message has the log's last lines and where the whole is
+    except (RuntimeError, ModelError) as error:  # of a job the message has the log's last lines, and where the whole is
         note.print(f"[red]failed:[/red] {escaped(str(error))}", soft_wrap=True)
         note.print("Nothing that was finished is lost: the same command goes on from here.")
         sys.exit(1)

@@ -243,19 +243,14 @@ def compare(
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    turned = [
-        {"": name} | {row["run"]: row[name] for row in rows} for name in rows[0] if name != "run"
-    ]  # a column a run
-    print_rows(turned)
+    # A column a run.
+    print_rows([{"": name} | {row["run"]: row[name] for row in rows} for name in rows[0] if name != "run"])
     settings = [dict(_flat(manifest.config)) for manifest in manifests]
     keys = sorted({key for one in settings for key in one if len({json.dumps(s.get(key)) for s in settings}) > 1})
     note.print("Settings that differ:" if keys else "The settings are the same.")
-    print_rows(
-        [
-            {"": key} | {m.run_id: json.dumps(s.get(key)) for m, s in zip(manifests, settings, strict=True)}
-            for key in keys
-        ]
-    ) if keys else None
+    if keys:
+        ids = [manifest.run_id for manifest in manifests]
+        print_rows([{"": key} | {id: json.dumps(s.get(key)) for id, s in zip(ids, settings)} for key in keys])
 
 
 @commands.command()
