@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.config import DistillConfig
 from flows.steps import console
 from flows.students import Student, find_student
-from storage.files import digest_of, home, locked, write_atomic
+from storage.files import Snapshot, digest_of, home, locked, write_atomic
 from storage.pools import by_id, read_rows
 from storage.studies import Study, load_study
 from tasks.models.budget import Account
@@ -146,8 +146,8 @@ class _Evaluation:
         for name, lines in files.items():
             write_atomic(self.study.folder / name, "".join(lines))
 
-    def _reference(self) -> tuple[Any, int]:
-        """Who the student is compared with: a model to ask, or the answers of a file and how many it lacks."""
+    def _reference(self) -> tuple[ReadyModel | Snapshot, int]:
+        """Who the student is compared with: a model to ask, or a file's answers; and how many turns that file lacks."""
         name = self.config.reference
         if name == "teacher":
             return self._ready(self.distill.teacher.model), 0

@@ -99,9 +99,10 @@ def lcs_f_measure(a: Sequence[str], b: Sequence[str]) -> float:
 def rouge_l(reference: str, text: str) -> float:
     """ROUGE-L F (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries") of a text to a reference.
 
-    For a reference in Latin letters (`tokenizer_for`) equal to `RougeScorer(["rougeL"], use_stemmer=False)` of the package rouge_score, up to that package's
-    rounding: it goes by way of precision and recall, and can find 0.7000000000000001 where seven tokens of ten
-    are shared. The score here is the float nearest to the true one, so it is above 0.7 only if that is.
+    For a reference in Latin letters (`tokenizer_for`) equal to `RougeScorer(["rougeL"], use_stemmer=False)` of the
+    package rouge_score, up to that package's rounding: it goes by way of precision and recall, and can find
+    0.7000000000000001 where seven tokens of ten are shared. The score here is the float nearest to the true one, so it
+    is above 0.7 only if that is.
     """
     tokenize = tokenizer_for(reference)
     return lcs_f_measure(tokenize(reference), tokenize(text))

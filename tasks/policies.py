@@ -2,8 +2,8 @@
 
 A stage's cache key says *what* is made, in content alone: stage, version, prompt texts, the settings that change
 the result, the digests of the inputs. Never a run, a clock time or the source of the function, and of places only the
-name that a local model was given. Whoever
-changes what a stage makes raises its `version`; whoever does not, keeps what users have paid for.
+name that a local model was given. Whoever changes what a stage makes raises its `version`; whoever does not, keeps what
+users have paid for.
 
 The record of a finished stage is a small JSON file under `$LION_HOME/results`, written by Prefect. It is trusted
 only while everything it points to is there and undamaged; otherwise that stage, and that one alone, runs again.

@@ -2,8 +2,9 @@
 
     python -m tasks.jobs.convert <directory>/job.json
 
-`job.json`: {"source": "embedded", a local folder, or a Hub id}. Writes weights (bf16 for the embedded model), config, tokenizer,
-chat template and generation config into the directory, `result.json` last. A local folder is linked, not copied.
+`job.json`: {"source": "embedded", a local folder, or a Hub id}. Writes weights (bf16 for the embedded model), config,
+tokenizer, chat template and generation config into the directory, `result.json` last. A local folder is linked, not
+copied.
 
 The GGUF file is read here, once, and not by transformers, which reads it for each of config, tokenizer and weights:
 10 s instead of 28 s. The weights and the tokens are the same, and a test says so.

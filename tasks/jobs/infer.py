@@ -4,9 +4,10 @@
 
 `job.json`: {"model", "engine", "serve", "tensor_parallel", "precision", "quantization", "max_batch_rows",
 "max_batch_tokens", "seed", "sampling": {"temperature", "top_p", "max_tokens", "stop"}, "requests": file or null,
-"score": file or null}, the files being JSON lines beside it. Replies are appended to `replies.jsonl` and scores to `scores.jsonl` as they come, in no particular order,
-and made durable every few seconds. A job that was killed goes on where it stopped and gives the same replies as one that
-was not, because a row's answer does not depend on the other rows of its batch.
+"score": file or null}, the files being JSON lines beside it. Replies are appended to `replies.jsonl` and scores to
+`scores.jsonl` as they come, in no particular order, and made durable every few seconds. A job that was killed goes on
+where it stopped and gives the same replies as one that was not, because a row's answer does not depend on the other
+rows of its batch.
 """
 
 import json
