@@ -9,19 +9,14 @@ from prefect import flow
 
 from flows.terminal import prepare_for_a_flow
 from storage.files import Checkpoint, home
-from tasks.models.chat import Request, Sampling
+from tasks.models.chat import Sampling
 from tasks.models.local import LocalModel, answer_locally
 from tasks.policies import stage
 from tasks.shards import TaskRunner, shards_by
-from tests.tiny import TEXTS
+from tests.tiny import requests
 
 SAMPLED = Sampling(temperature=0.8, max_tokens=48)
 TINY = Checkpoint(digest="tiny", content="")
-
-
-def requests(count: int) -> list[Request]:
-    said = [f"{TEXTS[number % len(TEXTS)]} {number}" for number in range(count)]
-    return [Request(id=str(number), messages=({"role": "user", "content": text},)) for number, text in enumerate(said)]
 
 
 def texts(shards: int, count: int) -> list[str | None]:

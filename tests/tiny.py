@@ -8,6 +8,8 @@ be tried on it in milliseconds.
 
 from pathlib import Path
 
+from tasks.models.chat import Request
+
 # Words enough for about a thousand merges; what they say does not matter.
 TOPICS = [
     "the history of bridges",
@@ -54,6 +56,12 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def requests(count: int) -> list[Request]:
+    """So many different instructions."""
+    said = [f"{TEXTS[number % len(TEXTS)]} {number}" for number in range(count)]
+    return [Request(id=str(number), messages=({"role": "user", "content": text},)) for number, text in enumerate(said)]
 
 
 def make_tiny_model(folder: Path, seed: int = 0, layers: int = 4) -> Path:

@@ -1,6 +1,7 @@
 """New instructions: what is taken, what is rejected and why, how parents are chosen, when it ends."""
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,10 @@ def split_of(pool: Snapshot, hard: int) -> Snapshot:
 
 def fresh(request: Request) -> str:
     """A new instruction for every request, unlike all others."""
-    digits = f"{abs(hash(request.id)) % 14**4:05d}"
+    drawn = zlib.crc32(request.id.encode())  # not `hash`, which is another in each process
+    digits = f"{drawn % 14**4:05d}"
     picked = [WORDS[(int(digit) * 3 + place) % len(WORDS)] for place, digit in enumerate(digits)]
-    return f"Describe {' and '.join(picked)} number {request.id[-12:].replace('/', ' ')} {hash(request.id)}"
+    return f"Describe {' and '.join(picked)} number {request.id[-12:].replace('/', ' ')} {drawn}"
 
 
 @pytest.fixture

@@ -8,16 +8,11 @@ import pytest
 from storage.files import Checkpoint
 from tasks.jobs.launch import JobError
 from tasks.jobs.process import gpus
-from tasks.models.chat import Request, Sampling
+from tasks.models.chat import Sampling
 from tasks.models.local import LocalModel, answer_locally, infer
-from tests.tiny import TEXTS
+from tests.tiny import requests
 
 SAMPLED = Sampling(temperature=0.8, max_tokens=8)
-
-
-def requests(count: int) -> list[Request]:
-    said = [f"{TEXTS[number % len(TEXTS)]} {number}" for number in range(count)]
-    return [Request(id=str(number), messages=({"role": "user", "content": text},)) for number, text in enumerate(said)]
 
 
 def in_shards(shards: int, count: int, checkpoint: Checkpoint) -> list[str | None]:
