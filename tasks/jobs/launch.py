@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,16 +27,15 @@ from queue import Empty, Queue
 from typing import Any, Protocol
 
 from storage.files import Checkpoint, digest_of, digest_of_model, home, locked, write_atomic
-from tasks.jobs.process import ENVIRONMENT, Fork, can_fork, gpus, start, start_fork, stop
+from tasks.jobs.process import ENVIRONMENT, Process, can_fork, gpus, start, start_fork, stop
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
 NOTABLE = re.compile(r"error|warning|\bnan\b|out of memory", re.IGNORECASE)
 TAIL_LINES = 15
-
-
-_logger = logging.getLogger("lion.jobs")  # Prefect shows it with the run: `logging.extra_loggers` in prefect.toml
 SECONDS_BETWEEN_LINES = 2
 SECONDS_BETWEEN_LOOKS = 1  # at how far shards are
+
+_logger = logging.getLogger("lion.jobs")  # Prefect shows it with the run: `logging.extra_loggers` in prefect.toml
 _logger.addHandler(logging.NullHandler())  # without one, Python prints warnings
 _last_line = 0.0
 
@@ -73,7 +71,7 @@ def run_job(
     *,
     launcher: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
-    on_start: Callable[["subprocess.Popen[str] | Fork"], None] = lambda process: None,
+    on_start: Callable[[Process], None] = lambda process: None,
     on_progress: Callable[[dict[str, Any]], None] = lambda figures: None,
     on_notable_line: Callable[[str], None] = log_now_and_then,
 ) -> dict[str, Any]:
@@ -109,9 +107,7 @@ def run_job(
     return json.loads(result.read_text())
 
 
-def _started(
-    module: str, job_file: Path, launcher: Sequence[str], environment: Mapping[str, str] | None
-) -> "subprocess.Popen[str] | Fork":
+def _started(module: str, job_file: Path, launcher: Sequence[str], environment: Mapping[str, str] | None) -> Process:
     variables = {**os.environ, **ENVIRONMENT, **(environment or {})}
     ours = module.startswith(__package__)  # only what a warm process can import, wherever this one found it
     if launcher or not ours or not can_fork():
@@ -170,9 +166,7 @@ class Threads:
 
 
 RUNNER: ContextVar[Threads] = ContextVar("runner", default=Threads())  # noqa: B039, it has no state
-_on_start: ContextVar[Callable[["subprocess.Popen[str] | Fork"], None]] = ContextVar(
-    "on_start", default=lambda process: None
-)
+_on_start: ContextVar[Callable[[Process], None]] = ContextVar("on_start", default=lambda process: None)
 
 
 def run_together(
@@ -192,10 +186,10 @@ def run_together(
         environment = runner.environment(0, gpus_each)
         run_job(module, job, directory, environment=environment, on_progress=on_progress)
         return
-    running: list[subprocess.Popen[str] | Fork] = []
+    running: list[Process] = []
     cancelled = threading.Event()
 
-    def begun(process: "subprocess.Popen[str] | Fork") -> None:
+    def begun(process: Process) -> None:
         running.append(process)
         if cancelled.is_set():  # meanwhile: starting one may take seconds
             process.terminate()
@@ -273,7 +267,7 @@ def finish(directory: Path, result: dict[str, Any]) -> None:
 
 
 def _run(
-    child: "subprocess.Popen[str] | Fork",
+    child: Process,
     log: Path,
     on_progress: Callable[[dict[str, Any]], None],
     on_notable_line: Callable[[str], None],

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from tasks.jobs.dataset import Examples
+from tasks.jobs.network import DTYPES
 from tasks.jobs.settings import SftSettings
 
 GB = 1e9
@@ -107,9 +108,8 @@ def _bytes_there(device: torch.device, settings: SftSettings) -> float:
 
 def _seconds(settings: SftSettings, precision: str, device: torch.device, parameters: int, examples: Examples) -> float:
     """All epochs: six operations a parameter and token, at half the speed at which this device multiplies matrices."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     side = 4096 if device.type == "cuda" else 512
-    square = torch.ones(side, side, device=device, dtype=dtype)
+    square = torch.ones(side, side, device=device, dtype=DTYPES[precision])
     fastest = float("inf")
     for _ in range(4):
         started = time.perf_counter()

@@ -178,6 +178,9 @@ class Fork:
         return message
 
 
+Process = subprocess.Popen[str] | Fork  # of a job
+
+
 def _serve(control: socket.socket, preloaded: list[str]) -> NoReturn:
     """The warm process: import, then fork once for each message, and tell the fork's number and then its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks, and for the job
