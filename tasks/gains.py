@@ -17,8 +17,6 @@ from tasks.selection import loss_per_token, mean_score, relative_to_teacher
 
 STUDENT, INK = "#2f7ed8", "#7a828e"  # a blue; a grey that reads on white and on black
 MOST = 10  # examples shown
-BY_ITERATION = alt.X("iteration:O", title="iteration (0: before training)", axis=alt.Axis(labelAngle=0))
-NOT_FROM_ZERO = alt.Scale(zero=False, padding=14)
 Described = tuple[str, str, alt.Chart | alt.LayerChart]  # title, how to read it, the chart
 
 IMPROVED = f"""
@@ -141,9 +139,11 @@ def _bounds(interval: Interval, scale: float) -> dict[str, float]:
 
 
 def _with_bounds(points: list[dict[str, Any]], title: str, *, joined: bool = False) -> alt.LayerChart:
-    base = alt.Chart(alt.Data(values=points)).encode(x=BY_ITERATION)
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("iteration:O", title="iteration (0: before training)", axis=alt.Axis(labelAngle=0))
+    )
     bars = base.mark_rule(color=STUDENT, strokeWidth=2).encode(
-        y=alt.Y("low:Q", title=title, scale=NOT_FROM_ZERO), y2="high:Q"
+        y=alt.Y("low:Q", title=title, scale=alt.Scale(zero=False, padding=14)), y2="high:Q"
     )
     dots = base.mark_point(color=STUDENT, filled=True, size=60).encode(y="value:Q")
     text = base.mark_text(dx=8, dy=-8, align="left", color=INK).encode(
