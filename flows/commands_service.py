@@ -2,11 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import Home, note, settle_home
+from flows.terminal import Home, Refusal, note, settle_home
 
 commands = typer.Typer()
 
@@ -20,7 +20,7 @@ def up(
 ) -> None:
     """Start a Prefect server and a worker on this machine, and register all deployments. Again: nothing twice."""
     _settle(home)
-    from flows import service
+    service = _at_the_root()
 
     note.print("Server started." if service.start_server(host) else "A server answers already.")
     deploy(home)
@@ -32,7 +32,7 @@ def up(
 def deploy(home: Home = None) -> None:
     """Bring the work pool, the deployments and the automations on the server up to date."""
     _settle(home)
-    from flows import service
+    service = _at_the_root()
 
     for name in service.register():
         note.print(f"  {name}")
@@ -46,6 +46,15 @@ def down(home: Home = None) -> None:
 
     for name in ("worker", "server"):
         note.print(f"{name} " + ("stopped" if service.stop(name) else "was not running"))
+
+
+def _at_the_root() -> Any:
+    """The service, where it can be set up: what is registered are files of a checkout, and so is what names the server."""
+    from flows import service
+
+    if not service.DEPLOYMENTS.is_file():
+        raise Refusal(f"no {service.DEPLOYMENTS} here: type this in the root of a checkout of lion-distill.")
+    return service
 
 
 def _settle(home: Path | None) -> None:

@@ -120,10 +120,8 @@ def register() -> list[str]:
     """Bring the pool, the deployments and the automations up to date; the names of all that is there now.
 
     Raises:
-        ServiceError: this is not the repository's root, or Prefect refuses.
+        ServiceError: Prefect refuses.
     """
-    if not DEPLOYMENTS.is_file():
-        raise ServiceError(f"no {DEPLOYMENTS} here: type this in the root of the checkout.")
     seen = environment()
     with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=seen["LION_WORK_POOL"], type="process"))

@@ -140,6 +140,17 @@ def test_bad_input_is_one_message_and_exit_code_two_and_writes_nothing(
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize("command", ["up", "deploy"])
+def test_outside_of_a_checkout_no_server_is_started(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.chdir(tmp_path)
+    done = lion(tmp_path / "home", command, code=2)
+    assert "type this in the root of a checkout" in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
 def test_settings_that_lion_config_prints_are_the_settings(tmp_path: Path) -> None:
     from flows.config import resolve
 
