@@ -1,11 +1,12 @@
 """Commands about money: estimate says what a run will cost, spend what runs have cost."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.terminal import (
     AsJson,
@@ -54,11 +55,7 @@ def estimate(
     if not lines:
         out.print("Nothing in this run is paid for: all of its models are of this machine.")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("", "stage", "model"):
-        table.add_column(name, no_wrap=True)
-    for name in ("requests", "paid before", "tokens in", "out", "dollars"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table(("", "stage", "model"), ("requests", "paid before", "tokens in", "out", "dollars"))
     for line in lines:
         counts = (line.requests, line.answered, line.prompt_tokens, line.completion_tokens)
         usd = "free" if line.usd is None else f"{line.usd:,.4f}"
@@ -97,9 +94,7 @@ def spend(
     if not lines:
         out.print("Nothing was paid for in this home.")
         return
-    table = Table("run", "", "role", "model", "day", box=None, padding=(0, 2, 0, 0))
-    for name in ("requests", "tokens in", "out", "dollars"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table(("run", "", "role", "model", "day"), ("requests", "tokens in", "out", "dollars"))
     for line in lines:
         where = str(line.iteration) if line.iteration else "start"
         counts = (f"{count:,}" for count in (line.requests, line.prompt_tokens, line.completion_tokens))
@@ -110,3 +105,10 @@ def spend(
         out.print(
             f"At most {lost:,.4f} more may have been billed for {sum(line.lost_requests for line in lines)} lost answers."
         )
+
+
+def _table(texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table whose texts are folded where the terminal is narrow, so that no number is ever cut."""
+    folded = [Column(name, overflow="fold") for name in texts]
+    whole = [Column(name, justify="right", no_wrap=True) for name in numbers]
+    return Table(*folded, *whole, box=None, padding=(0, 2, 0, 0))

@@ -228,3 +228,15 @@ def test_a_full_disk_is_told_in_one_line(
         cli._main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {home}: No space left on device\n"
+
+
+def test_a_narrow_terminal_cuts_no_figure_of_an_estimate(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.commands_cost import estimate
+    from flows.terminal import out
+
+    monkeypatch.setattr(out, "_width", 70)
+    estimate(preset="lion-7b", home=home)
+    told = capsys.readouterr().out
+    assert "Total: " in told and "…" not in told
