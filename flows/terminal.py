@@ -18,6 +18,8 @@ from rich.table import Table
 
 out = Console(highlight=False, emoji=False)
 note = Console(stderr=True, highlight=False, emoji=False)
+if not out.is_terminal and "COLUMNS" not in os.environ:
+    out.width = 10_000  # a table is as wide as its rows: whoever reads a pipe looks for an id on one line
 
 Home = Annotated[Path | None, typer.Option("--home", help="Where everything is kept. [LION_HOME, default ./.lion]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -78,6 +78,14 @@ def test_a_line_of_csv_ends_as_lines_do_here(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "id\na\n", "what a shell takes from it can be given to another command"
 
 
+def test_a_table_that_is_piped_has_a_row_a_line(ran: Path) -> None:
+    unset = {name: value for name, value in environment(ran).items() if name != "COLUMNS"}
+    done = subprocess.run([*COMMAND, "runs"], capture_output=True, text=True, env=unset, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if "completed" in line]
+    assert shown(ran)["run_id"] in line
+    assert "\x1b" not in done.stdout
+
+
 def test_gc_finds_nothing_to_take_from_a_finished_run_but_its_job_folders(ran: Path) -> None:
     lines = lion(ran, "gc").stdout.splitlines()
     assert all("/jobs/" in line for line in lines[:-1])
