@@ -1,5 +1,6 @@
 """The images and the compose file, as far as they can be checked where no container runs."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 DOCKER = Path(__file__).parents[1] / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
@@ -42,6 +44,16 @@ def test_images_are_built_as_the_dockerfile_says_and_run_without_root() -> None:
     for target in targets:
         assert "\nUSER 10001\n" in named[target] and "HEALTHCHECK" in named[target]
     assert "torch" not in named["orchestrator"].split("RUN", 1)[1].split("\n", 1)[0]
+
+
+def test_a_change_of_the_code_installs_no_dependency_anew() -> None:
+    for stage in (DOCKER / "Dockerfile").read_text().split("FROM ")[1:]:
+        before, code, after = stage.partition("\nCOPY --chown=lion . .\n")
+        assert "COPY --chown=lion flows" not in stage and (not code or after.startswith("RUN pip install --no-deps"))
+        for step in re.findall(r"RUN (python -c .+?) > ", before):  # what is asked of pip is what pyproject.toml says
+            done = subprocess.run(step, shell=True, cwd=DOCKER.parent, capture_output=True, text=True, check=True)
+            assert ("torch==" in done.stdout) == stage.startswith("base AS trainer")
+            assert all(Requirement(line) for line in done.stdout.splitlines())
 
 
 def test_nothing_is_open_to_the_network_unless_asked_and_no_secret_is_written_down() -> None:
