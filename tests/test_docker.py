@@ -56,6 +56,14 @@ def test_a_change_of_the_code_installs_no_dependency_anew() -> None:
             assert all(Requirement(line) for line in done.stdout.splitlines())
 
 
+@pytest.mark.skipif(not (DOCKER.parent / ".git").exists(), reason="needs a checkout")
+def test_git_does_not_see_the_secrets_that_the_compose_file_asks_for() -> None:
+    asked = [COMPOSE["secrets"]["postgres_password"]["file"], ".env"]
+    command = ["git", "check-ignore", *asked]
+    done = subprocess.run(command, cwd=DOCKER, capture_output=True, text=True)
+    assert done.stdout.split() == asked
+
+
 def test_nothing_is_open_to_the_network_unless_asked_and_no_secret_is_written_down() -> None:
     for service in COMPOSE["services"].values():
         for port in service.get("ports", []):
