@@ -133,7 +133,7 @@ def key_of(model: OpenAIModel) -> str:
         return "none"
     if not (key := os.environ.get(model.api_key_env, "").strip()):
         reason = f"there is no API key: the environment variable {model.api_key_env} is not set"
-        way_out = f"Set it where the stage runs (export {model.api_key_env}=...), or name another one in api_key_env"
+        way_out = f"Set it where the stage runs (export {model.api_key_env}=...), or name another one in api_key_env (null: none is needed)"
         raise FatalEndpointError(model.base_url, model.model, reason, way_out)
     return key
 

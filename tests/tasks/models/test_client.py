@@ -19,7 +19,7 @@ from storage.journal import Journal
 from tasks.models.budget import Account, Budget, Limits
 from tasks.models.chat import Reply, Request, Sampling, Status
 from tasks.models.client import answer_all, check_access
-from tasks.models.endpoint import OpenAIModel
+from tasks.models.endpoint import OpenAIModel, key_of
 from tasks.models.errors import BudgetReached, FatalEndpointError, TooManyFailures, UnknownPrice, scrubbed
 from tasks.models.pacing import Pace, Throttle, asked_wait
 from tasks.models.prices import Price
@@ -646,3 +646,10 @@ def test_an_endpoint_without_a_list_of_models_is_given_the_benefit_of_the_doubt(
     with FakeOpenAI() as server:
         check_access(OpenAIModel(model="m", base_url=server.url + "/elsewhere"))
     check_access(OpenAIModel(model="m", base_url="http://127.0.0.1:9/v1"))
+
+
+def test_an_endpoint_without_a_key_is_told_how_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(FatalEndpointError, match=r"api_key_env \(null: none is needed\)"):
+        key_of(OpenAIModel(model="m"))
+    assert key_of(OpenAIModel(model="m", api_key_env=None)) == "none"
