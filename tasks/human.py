@@ -114,7 +114,7 @@ def find_study(study_id: str | None) -> HumanStudy:
     files = sorted((home() / "human").glob(f"{study_id or ''}*/study.json"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise HumanEvalError(
-            f"no human evaluation {study_id or ''} in {home()}. Make one: lion human-eval new --questions FILE --answers A B"
+            f"no human evaluation {f'{study_id} ' if study_id else ''}in {home()}. Make one: lion human-eval new --questions FILE --answers A B"
         )
     return HumanStudy.model_validate_json(files[-1].read_text())
 

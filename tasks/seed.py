@@ -1,6 +1,6 @@
 """Seed instructions: read a file of any usual form, write the first pool and the held-out set.
 
-lion run --seeds my_tasks.jsonl
+lion run --preset offline --seeds my_tasks.jsonl
 """
 
 import csv
