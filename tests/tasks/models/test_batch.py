@@ -277,10 +277,10 @@ def test_answers_that_are_gone_are_named_and_given_up_only_where_one_says_so() -
 def test_a_batch_that_another_process_hands_in_meanwhile_and_leaves_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    resumed = batch_module._Batches._resumed
+    resumed = batch_module.Batches._resumed
     seen: list[list[Batch]] = [[]]  # at the first look it is not there yet
     with FakeOpenAI() as server:
         dies_at("_collected", crash, server, monkeypatch)
-        monkeypatch.setattr(batch_module._Batches, "_resumed", lambda batches: seen.pop() if seen else resumed(batches))
+        monkeypatch.setattr(batch_module.Batches, "_resumed", lambda batches: seen.pop() if seen else resumed(batches))
         assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
         assert server.bill()["twice"] == {} and server.received == 0
