@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -237,6 +238,15 @@ def _terminated(*_: Any) -> None:
     sys.exit(128 + signal.SIGTERM)
 
 
+def _hung_up(terminals: list[int], *_: Any) -> None:
+    """The terminal is gone, with a connection perhaps: what would be written there goes nowhere, and the command ends as
+    it does after SIGTERM."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in terminals:
+        os.dup2(nowhere, stream)
+    signal.raise_signal(signal.SIGTERM)
+
+
 def main() -> None:
     """Run the command line. Bad input ends in one clear message and exit code 2."""
     code = [1]
@@ -261,6 +271,8 @@ def _main() -> None:
     from tasks.models.errors import BudgetReached, FatalEndpointError, ModelError, UnknownPrice
 
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, partial(_hung_up, [stream for stream in (1, 2) if os.isatty(stream)]))
     try:
         app()
     except (ValueError, StorageError, FatalEndpointError, UnknownPrice) as error:

@@ -1,8 +1,13 @@
 """The loop with teacher, referee and generator behind an API: paid once, within the budget, and no key anywhere."""
 
+import fcntl
 import json
 import os
+import pty
 import random
+import select
+import subprocess
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.fake_openai import FakeOpenAI
-from tests.lion import arguments, digests, kill_after, lion, shown
+from tests.lion import COMMAND, arguments, digests, environment, kill_after, lion, shown
 
 KEY = "sk-test-0123456789abcdef"
 KILLS = int(os.environ.get("LION_TEST_KILLS", "4"))
@@ -72,6 +77,26 @@ def test_killed_again_and_again_a_paid_run_ends_the_same_and_buys_nothing_twice(
         rows: list[dict[str, Any]] = json.loads(lion(tmp_path / "killed", "spend", "--json").stdout)
         assert {row["role"] for row in rows} == {"teacher", "referee", "generator"}
         assert sum(row["requests"] for row in rows) == len(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_gone_costs_no_answer(tmp_path: Path, tiny_model: Path) -> None:
+    ours, theirs = pty.openpty()
+    with FakeOpenAI(key=KEY, latency=1.0) as server:
+        child = subprocess.Popen(
+            [*COMMAND, *paid(server, tiny_model)], env=environment(tmp_path), stdin=theirs, stdout=theirs, stderr=theirs,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(theirs)
+        while server.received < 10:
+            if select.select([ours], [], [], 0.02)[0]:
+                os.read(ours, 4096)
+        os.close(ours)  # as when the connection to the machine breaks
+        assert child.wait(timeout=60) == 143
+        bought = server.bill()["requests"]
+    rows = json.loads(lion(tmp_path, "spend", "--json").stdout)
+    assert sum(row["requests"] for row in rows) == bought and not any(row["lost_requests"] for row in rows)
+    assert shown(tmp_path)["state"] == "interrupted"
 
 
 def _no_key_in(place: Path, *texts: str) -> None:
