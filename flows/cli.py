@@ -319,9 +319,10 @@ def _print_run(manifest: Any) -> None:
         )
     out.print(table)
     if measured := lines[0]["measured"]:
+        scored = dict.fromkeys(str(line["scored"]) for line in lines if line["measured"])
         out.print(
             f"Loss: nats per token of the teacher's answers to {measured} of {lines[0]['heldout']} held-out instructions. "
-            f"Score: 1 to 10, of {', '.join(str(line['scored']) for line in lines if line['measured'])} answers."
+            f"Score: 1 to 10, mean of {' or '.join(scored)} answers."
         )
     if judged:
         out.print(

@@ -49,7 +49,12 @@ def distill(config: DistillConfig) -> str:
         first = len(manifest.iterations) + 1
         for iteration in range(first, first + config.iterations):
             if not pools.train.rows:
-                break  # nothing new was found to learn from; the manifest's notes say why
+                warn(
+                    manifest,
+                    f"Iteration {iteration} has nothing to learn from: the one before accepted no new instruction. Its "
+                    "notes say why. Start again with more seeds, another generator, or a higher generate.max_similarity.",
+                )
+                break
             run.config = approval.before(config, manifest, iteration, pools, run.unanswered_in(pools))
             if approval.is_over:
                 break

@@ -96,7 +96,7 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     if (hint := headers.get("retry-after-ms")) and (seconds := _number(hint)) is not None:
         return seconds / 1000
     if hint := headers.get("retry-after"):
-        return _retry_after(hint)
+        return _retry_after(hint, headers.get("date"))
     resets = []
     for what in ("-requests", "-tokens", ""):
         exhausted = headers.get(f"x-ratelimit-remaining{what}", "0").strip() in {"0", ""}
@@ -105,12 +105,13 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     return max((seconds for seconds in resets if seconds is not None), default=None)
 
 
-def _retry_after(hint: str) -> float | None:
-    """Seconds as a number, or the date at which to come back."""
+def _retry_after(hint: str, date: str | None) -> float | None:
+    """Seconds as a number, or the date at which to come back, by the endpoint's clock if it tells it: ours may be wrong."""
     if (seconds := _number(hint)) is not None:
         return seconds
     try:
-        return max(0.0, parsedate_to_datetime(hint).timestamp() - time.time())
+        there = parsedate_to_datetime(date).timestamp() if date else time.time()
+        return max(0.0, parsedate_to_datetime(hint).timestamp() - there)
     except ValueError:
         return None
 

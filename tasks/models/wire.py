@@ -22,7 +22,8 @@ QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_
 FILTER_CODES = {"content_filter", "content_policy_violation", "invalid_prompt"}
 TOO_LONG_CODES = {"context_length_exceeded", "string_above_max_length"}
 FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output")
-TOO_LONG_WORDS = ("maximum context length", "context size", "context window")  # of servers that have no code for it
+# Of servers that have no code for it.
+TOO_LONG_WORDS = ("maximum context length", "context size", "context window", "prompt is too long")
 TEMPERATURE_WORDS = ("unsupported", "not support", "only the default")
 TOKENS_AROUND_A_MESSAGE = 16  # role and separators; real templates take 3 to 8
 

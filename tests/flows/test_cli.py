@@ -99,6 +99,16 @@ def test_a_changed_threshold_reruns_discrimination_and_what_follows_alone(ran: P
     assert not cached["discriminate"]
 
 
+def test_a_run_that_goes_on_where_no_new_instruction_was_found_says_so(ran: Path, tiny_model: Path) -> None:
+    command = arguments(tiny_model, "--set", "generate.sampling.max_tokens=1")  # no candidate is long enough
+    said = lion(ran, *command, "--set", "iterations=1").stderr
+    assert "nothing to learn from" not in said
+    goes_on = lion(ran, *command, "--set", "iterations=1", "--set", f"start_from=run:{shown(ran)['run_id']}").stderr
+    assert "Iteration 2 has nothing to learn from" in goes_on
+    (warning,) = shown(ran)["warnings"]
+    assert "Iteration 2 has nothing to learn from" in warning
+
+
 def test_a_lost_and_a_damaged_object_are_made_again_and_nothing_else(ran: Path, tiny_model: Path) -> None:
     command = arguments(tiny_model, "--set", "iterations=1")
     (run_id,) = re.findall(r"runs/([\w-]+)/report", lion(ran, *command).stdout)

@@ -105,7 +105,9 @@ def test_a_candidate_near_one_accepted_before_it_is_rejected(generated: Any) -> 
 
 def test_the_same_instruction_is_never_accepted_twice(generated: Any) -> None:
     known = [SEEDS[0], "Name the tallest mountain in the whole solar system.", "Say what a comet is made of."]
-    result = generated(lambda request: known[hash(request.id) % 3], pool_of(SEEDS), hard=4, max_similarity=1.0)
+    result = generated(
+        lambda request: known[zlib.crc32(request.id.encode()) % 3], pool_of(SEEDS), hard=4, max_similarity=1.0
+    )
     accepted = [row["instruction"] for row in read_rows(result.candidates) if row["rejection"] is None]
     assert accepted == known[2:]
 
