@@ -58,8 +58,15 @@ class Refusal(ValueError):
 
 
 def settle_home(home: Path | None) -> None:
-    """Settle where everything is kept."""
-    os.environ["LION_HOME"] = str((home or Path(os.environ.get("LION_HOME") or ".lion")).resolve())
+    """Settle where everything is kept.
+
+    Raises:
+        Refusal: DuckDB could not open a catalog there.
+    """
+    settled = str((home or Path(os.environ.get("LION_HOME") or ".lion")).resolve())
+    if "?" in settled or "\\" in settled:
+        raise Refusal(f"{settled}: DuckDB opens nothing in a folder with ? or \\ in its path. Name another home.")
+    os.environ["LION_HOME"] = settled
 
 
 def use_home(home: Path | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from flows.terminal import print_rows
+from flows.terminal import Refusal, print_rows, settle_home
 from tests.lion import COMMAND, arguments, digests, environment, lion, shown
 
 
@@ -207,6 +207,12 @@ def test_ctrl_c_in_a_terminal_ends_a_run_at_once_and_it_goes_on(tmp_path: Path, 
     assert shown(tmp_path)["state"] == "interrupted"
     lion(tmp_path, *arguments(tiny_model, "--set", "iterations=1"))
     assert shown(tmp_path)["state"] == "completed"
+
+
+@pytest.mark.parametrize("name", ["what?", "a\\b"])
+def test_a_home_that_duckdb_cannot_open_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Refusal, match="Name another home"):
+        settle_home(tmp_path / name)
 
 
 @pytest.mark.parametrize("preset", ["offline", "smoke", "lion-7b"])
