@@ -28,7 +28,7 @@ def test_better_is_what_the_runs_own_measure_says(home: Path, measure: str, said
 def test_a_gain_that_may_be_none_is_not_called_better(home: Path) -> None:
     run = with_student(record_run(), ("Lava.", 10.0, 6.0), ("5", 31.0, 3.0))
     assert verdict(run) == (
-        "That the student got better is not sure (loss: +0.950 nats per token, 95 % interval -0.100 to +2.000)."
+        "That the student got better is not sure (gain in loss: +0.950 nats per token, 95 % interval -0.100 to +2.000)."
     )
 
 
