@@ -117,7 +117,7 @@ def verdict(manifest: Manifest) -> str:
         said = "That the student got better is not sure"
     else:
         said = "The student got better"
-    return f"{said} (gain in {measure}: {told(gain, measure)})."
+    return f"{said} ({told(gain, measure)})."
 
 
 def charts(manifest: Manifest) -> list[dict[str, str]]:

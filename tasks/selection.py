@@ -115,8 +115,8 @@ def is_stalled(stop: StopConfig, comparisons: Sequence[Comparison]) -> bool:
 
 
 def told(gain: Interval | None, measure: Measure) -> str:
-    """A gain in words, for notes: `loss +0.312 (+0.250 to +0.370)`; a gain in loss is a loss that fell."""
+    """A gain in words; a gain in loss is a loss that fell."""
     if gain is None:
-        return f"{measure}: no figure"
+        return f"gain in {measure}: no figure"
     unit = "nats per token" if measure == "loss" else "points"
-    return f"{gain.value:+.3f} {unit}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
+    return f"gain in {measure}: {gain.value:+.3f} {unit}, 95 % interval {gain.low:+.3f} to {gain.high:+.3f}"

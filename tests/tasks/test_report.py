@@ -22,7 +22,7 @@ def with_student(manifest: Manifest, *rows: tuple[str, float, float], **changed:
 )
 def test_better_is_what_the_runs_own_measure_says(home: Path, measure: str, said: str) -> None:
     run = with_student(record_run("r", None, f"stop.measure={measure}"), ("Lava.", 40.0, 6.0), ("5", 40.0, 3.0))
-    assert verdict(run).startswith(f"{said} ({measure}: ")
+    assert verdict(run).startswith(f"{said} (gain in {measure}: ")
 
 
 def test_a_gain_that_may_be_none_is_not_called_better(home: Path) -> None:
