@@ -68,7 +68,7 @@ def finetune(
 @diff.command()
 def make(
     base: Base,
-    tuned: Annotated[Path, typer.Option("--tuned", help="The tuned model's folder.")],
+    tuned: Annotated[Path, typer.Option("--tuned", exists=True, file_okay=False, help="The tuned model's folder.")],
     to: NewFolder,
     home: Home = None,
 ) -> None:
@@ -83,7 +83,9 @@ def make(
 @diff.command()
 def recover(
     base: Base,
-    difference: Annotated[Path, typer.Option("--diff", help="The folder that `lion diff make` wrote.")],
+    difference: Annotated[
+        Path, typer.Option("--diff", exists=True, file_okay=False, help="The folder that `lion diff make` wrote.")
+    ],
     to: NewFolder,
     home: Home = None,
 ) -> None:

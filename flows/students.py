@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.terminal import Refusal, find_run
+from flows.terminal import Refusal, find_run, note
 from storage.files import Checkpoint
 from storage.runs import Manifest, list_manifests
 from tasks.models.local import LocalModel
@@ -76,6 +76,9 @@ def find_student(name: str | None) -> Student:
         for number, checkpoint in manifest.students():
             if checkpoint.path == Path(name).expanduser().resolve():
                 return Student(f"{manifest.run_id}/{number}", checkpoint, manifest, number)
+    if manifests and name != "embedded" and not Path(name).expanduser().is_dir():
+        there = ", ".join(manifest.run_id for manifest in manifests)
+        note.print(f"{name} is no run here (there are: {there}) and no folder: taken for a model's name.", soft_wrap=True)
     return Student(name, base_model(LocalModel(model_name_or_path=name)))
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from storage.runs import Manifest
+from tasks.prepare import ModelNotFound
 from tasks.report import write_report
 from tests.recorded import SEEDS, record_run
 
@@ -33,6 +34,11 @@ def test_the_card_tells_data_method_scores_with_intervals_terms_and_limits(run: 
     for part in ("## Data", "## Training", "`learning_rate`: 0.001", "## Licence", "## Limits", "arXiv 2305.12870"):
         assert part in card
     assert "trained on 2 of 3 rows; 1 hard, 1 easy, 1 undecided" in card
+
+
+def test_a_name_that_is_no_run_is_taken_for_a_model_with_the_runs_that_there_are(run: Manifest) -> None:
+    done = CliRunner().invoke(app, ["card", "--to", "card.md", "./nope"])
+    assert f"no run here (there are: {run.run_id})" in done.output and isinstance(done.exception, ModelNotFound)
 
 
 def test_without_a_token_push_only_says_what_would_go(run: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
