@@ -78,7 +78,9 @@ def find_student(name: str | None) -> Student:
                 return Student(f"{manifest.run_id}/{number}", checkpoint, manifest, number)
     if manifests and name != "embedded" and not Path(name).expanduser().is_dir():
         there = ", ".join(manifest.run_id for manifest in manifests)
-        note.print(f"{name} is no run here (there are: {there}) and no folder: taken for a model's name.", soft_wrap=True)
+        note.print(
+            f"{name} is no run here (there are: {there}) and no folder: taken for a model's name.", soft_wrap=True
+        )
     return Student(name, base_model(LocalModel(model_name_or_path=name)))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.jobs.engine import Engine, NoRoom
-from tasks.jobs.launch import finish, report_progress
+from tasks.jobs.launch import REFUSED, finish, report_progress
 from tasks.jobs.network import UnsupportedModel
 from tasks.jobs.process import free_port
 from tasks.jobs.quantization import NotInstalled
@@ -135,7 +135,9 @@ def main(job_file: Path) -> None:
     """Run one job: see the module's docstring."""
     try:
         result = run(json.loads(job_file.read_text()), job_file.parent)
-    except (NoRoom, NotInstalled, UnsupportedModel, ServerError) as error:
+    except (NoRoom, NotInstalled, UnsupportedModel) as error:
+        sys.exit(f"{REFUSED}{error}")
+    except ServerError as error:
         sys.exit(f"error: {error}")
     finish(job_file.parent, result)
 

@@ -30,6 +30,7 @@ from storage.files import Checkpoint, digest_of, digest_of_model, home, locked, 
 from tasks.jobs.process import ENVIRONMENT, Process, can_fork, gpus, start, start_fork, stop
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
+REFUSED = "refused: "  # and one that starts so, its last, says what is wrong with what it was given
 NOTABLE = re.compile(r"error|warning|\bnan\b|out of memory", re.IGNORECASE)
 TAIL_LINES = 15
 SECONDS_BETWEEN_LINES = 2
@@ -64,6 +65,14 @@ class JobError(RuntimeError):
         )
 
 
+class JobRefused(JobError, ValueError):
+    """What a job was given cannot be used: it would end in the same way each time."""
+
+    def __str__(self) -> str:
+        reason = next(line for line in self.tail.split("\n") if line.startswith(REFUSED))
+        return f"{reason.removeprefix(REFUSED)}\nWhole log: {Path(self.directory) / 'log.txt'}"
+
+
 def run_job(
     module: str,
     job: dict[str, Any],
@@ -88,7 +97,8 @@ def run_job(
         on_notable_line: called with each line that speaks of an error, a warning, NaN or memory.
 
     Raises:
-        JobError: the program ended without a result.
+        JobRefused: the program cannot do what it was given.
+        JobError: it ended without a result for another reason.
     """
     result = directory / "result.json"
     if not result.exists():
@@ -101,7 +111,8 @@ def run_job(
                 on_start(child)
                 returncode, tail = _run(child, directory / "log.txt", on_progress, on_notable_line)
                 if not result.exists():
-                    raise JobError(module, str(directory), returncode, tail)
+                    kind = JobRefused if any(line.startswith(REFUSED) for line in tail.split("\n")) else JobError
+                    raise kind(module, str(directory), returncode, tail)
                 if returncode != 0:  # a library's threads can bring a rank down as it leaves
                     on_notable_line(f"{module} ended with exit code {returncode}, after its result was written")
     return json.loads(result.read_text())
@@ -274,7 +285,8 @@ def _run(
 ) -> tuple[int, str]:
     """Exit code and last lines of a process whose output goes to `log`.
 
-    The program's own last word, a line that begins with "error: ", is among them even where a launcher says more.
+    The program's own last word, a line that begins with "error: " or REFUSED, is among them even where a launcher says
+    more.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     last_word = ""
@@ -287,7 +299,7 @@ def _run(
                     continue
                 file.write(line)
                 tail.append(line.rstrip())
-                if line.startswith("error: "):
+                if line.startswith(("error: ", REFUSED)):
                     last_word = line.rstrip()
                 if NOTABLE.search(line):
                     on_notable_line(line.rstrip())

@@ -36,7 +36,7 @@ from tasks.jobs.distributed import (
     gather_weights,
     training_arguments,
 )
-from tasks.jobs.launch import finish
+from tasks.jobs.launch import REFUSED, finish
 from tasks.jobs.network import DTYPES
 from tasks.jobs.preflight import advice, estimate
 from tasks.jobs.process import die_with_parent
@@ -220,7 +220,9 @@ def one_clear_last_line(job: dict[str, Any]) -> Iterator[None]:
     """End the process with one line that says what is wrong and what to do, where we know."""
     try:
         yield
-    except (DataError, NotInstalled, SettingsError, TrainingError) as error:
+    except (DataError, NotInstalled, SettingsError) as error:
+        sys.exit(f"{REFUSED}{error}")
+    except TrainingError as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
         told = str(error).lower()

@@ -13,7 +13,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from tasks.jobs.launch import finish
+from tasks.jobs.launch import REFUSED, finish
 
 
 def main(job_file: Path) -> None:
@@ -22,7 +22,7 @@ def main(job_file: Path) -> None:
     tasks = TaskManager(include_path=job["include"])
     known = set(tasks.all_tasks)
     if unknown := [name for name in job["suites"] if name not in known]:
-        raise SystemExit(f"error: lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
+        raise SystemExit(f"{REFUSED}lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
     found: dict[str, Any] = simple_evaluate(
         model="hf",
         model_args={"pretrained": job["model"], "dtype": "auto"},

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from tests.lion import lion
@@ -37,3 +38,13 @@ def test_a_file_without_answers_is_refused_by_its_place(tmp_path: Path, tiny_mod
     (tmp_path / "rows.json").write_text('[{"instruction": "Say it."}]')
     done = lion(tmp_path, "finetune", "--preset", "smoke", f"--data={tmp_path / 'rows.json'}", code=2)
     assert "rows.json, item 1: no answer to train on (found: instruction)" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
+def test_a_setting_that_only_the_trainer_can_judge_is_refused_as_any_other(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[3:]))
+    student = f"--set=student.model.model_name_or_path={tiny_model}"
+    settings = [student, "--set=finetune.training.precision=fp16", f"--data={tmp_path / 'rows.json'}"]
+    done = lion(tmp_path, "finetune", "--preset", "smoke", *settings, code=2)
+    assert done.stderr.count("error: precision: fp16 needs a GPU; on this CPU take auto, bf16 or fp32") == 1
+    assert "goes on from here" not in done.stderr

@@ -133,7 +133,7 @@ def test_weights_in_few_bits_without_bitsandbytes_are_refused_in_one_line(
     monkeypatch.setattr("tasks.jobs.quantization.is_bitsandbytes_available", lambda: False)
     (tmp_path / "job.json").write_text(json.dumps(job_in(tmp_path, tiny_model, quantization="4bit")))
     with pytest.raises(
-        SystemExit, match=r"^error: weights in 4bit need bitsandbytes: pip install 'lion-distill\[gpu\]'$"
+        SystemExit, match=r"^refused: weights in 4bit need bitsandbytes: pip install 'lion-distill\[gpu\]'$"
     ):
         main(tmp_path / "job.json")
 
@@ -146,14 +146,14 @@ def test_a_model_that_the_engine_does_not_compute_is_refused_in_one_line(tmp_pat
     config.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
     (tmp_path / "job.json").write_text(json.dumps(job_in(tmp_path, tmp_path)))
-    with pytest.raises(SystemExit, match=r"^error: a model of the type llama .* linear_attention. Have it served"):
+    with pytest.raises(SystemExit, match=r"^refused: a model of the type llama .* linear_attention. Have it served"):
         main(tmp_path / "job.json")
 
 
 def test_answers_as_long_as_the_context_are_refused_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
     job = job_in(tmp_path, tiny_model, max_tokens=512)  # the context
     (tmp_path / "job.json").write_text(json.dumps(job))
-    with pytest.raises(SystemExit, match=r"^error: max_tokens 512 leaves no room .* 512 tokens"):
+    with pytest.raises(SystemExit, match=r"^refused: max_tokens 512 leaves no room .* 512 tokens"):
         main(tmp_path / "job.json")
     assert run(job | {"requests": None}, tmp_path)["replies"] == 0  # where nothing is asked nothing is amiss
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from storage.pools import write_snapshot
 from tasks.jobs.dataset import DataError, Examples, Order, encode_rows, order_of_rows, packed, padded
 from tasks.jobs.distributed import SettingsError
-from tasks.jobs.launch import JobError, run_job
+from tasks.jobs.launch import JobRefused, run_job
 from tasks.jobs.preflight import estimate
 from tasks.jobs.settings import SftSettings, launcher_command
 from tasks.jobs.sft import one_clear_last_line, train
@@ -466,7 +466,7 @@ class TestProcesses:
 
     def test_a_failure_is_told_in_one_clear_last_line(self, home: Path, tiny_model: Path) -> None:
         data = write_rows("Yes.", ask="word " * 400)
-        with pytest.raises(JobError, match=r"\nerror: none of 1 rows has a label.*$"):
+        with pytest.raises(JobRefused, match=r"^none of 1 rows has a label.*\nWhole log: .*log.txt$"):
             run_job("tasks.jobs.sft", make_job(tiny_model, data, max_length=64), home / "job")
 
 
