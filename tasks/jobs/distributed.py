@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 
 from tasks.jobs.network import DTYPES, best_precision
@@ -82,10 +84,27 @@ def training_arguments(
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=torch.float32)
         arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
     if settings.zero_stage:  # on a CPU nobody else tells DeepSpeed of the process group
+        drop_dead_build_locks(psutil.Process(os.getppid()).create_time())
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
     return arguments
+
+
+def drop_dead_build_locks(began: float) -> None:
+    """Remove the lock files of compilations that were killed: whoever compiles the same next would wait for ever.
+
+    Torch marks a compilation under way by a file, which outlives a kill (`torch.utils.file_baton`); its compiler works in
+    the folder of that file.
+
+    Args:
+        began: seconds since 1970 when this training did: a later file is of another of its processes.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    at_work = {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
+    for lock in root.glob("**/lock"):
+        if str(lock.parent) not in at_work and lock.exists() and lock.stat().st_mtime < began:
+            lock.unlink(missing_ok=True)
 
 
 def _fsdp_config(settings: SftSettings) -> dict[str, Any]:
