@@ -23,7 +23,7 @@ from tasks.jobs.distributed import SettingsError
 from tasks.jobs.launch import JobRefused, run_job
 from tasks.jobs.preflight import estimate
 from tasks.jobs.settings import SftSettings, launcher_command
-from tasks.jobs.sft import one_clear_last_line, train
+from tasks.jobs.sft import one_clear_last_line, raise_unless_saved, train
 from tasks.jobs.template import end_of_turn
 from tasks.jobs.trainer import TrainingError, complete_checkpoints, model_inputs, read_history
 
@@ -468,6 +468,38 @@ class TestProcesses:
         data = write_rows("Yes.", ask="word " * 400)
         with pytest.raises(JobRefused, match=r"^none of 1 rows has a label.*\nWhole log: .*log.txt$"):
             run_job("tasks.jobs.sft", make_job(tiny_model, data, max_length=64), home / "job")
+
+
+@pytest.mark.parametrize(
+    ("reloaded", "trained", "precision", "dtype"),
+    [
+        (2.0739, 2.0119, "bf16", torch.bfloat16),  # weights rounded by chance
+        (0.031, 0.020, "bf16", torch.bfloat16),  # and where next to nothing is left to learn
+        (1.5, 2.0, "bf16", torch.bfloat16),
+        (2.03, 2.0, "bf16", torch.float32),
+        (2.0005, 2.0, "fp32", torch.float32),
+    ],
+)
+def test_what_rounding_costs_is_no_fault_of_saving(
+    reloaded: float, trained: float, precision: str, dtype: torch.dtype
+) -> None:
+    raise_unless_saved(reloaded, trained, precision, dtype)
+
+
+@pytest.mark.parametrize(
+    ("reloaded", "precision", "dtype"),
+    [
+        (4.0, "bf16", torch.bfloat16),
+        (2.2, "bf16", torch.float32),
+        (2.1, "fp32", torch.float32),
+        (float("nan"), "bf16", torch.bfloat16),
+    ],
+)
+def test_something_else_than_what_was_trained_is_no_student(
+    reloaded: float, precision: str, dtype: torch.dtype
+) -> None:
+    with pytest.raises(TrainingError, match="the saved model has a higher loss"):
+        raise_unless_saved(reloaded, 2.0, precision, dtype)
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
