@@ -27,15 +27,14 @@ def evaluate_on_suites(
 
     Raises:
         Refusal: lm-eval is not installed, or the folder is none.
-        JobError: it ended without a result, for example since it knows no such task.
+        JobRefused: it knows no such task.
+        JobError: it ended without a result.
     """
     if find_spec("lm_eval") is None:
         raise Refusal("suites need the extra: pip install 'lion-distill[suites]'")
     if include is not None and not include.is_dir():
         raise Refusal(f"{include}: no such folder. Name the one that holds your task files.")
-    files = (
-        sorted(path for path in include.rglob("*") if path.is_file()) if include else []
-    )  # as lm-eval looks for them
+    files = sorted(path for path in include.rglob("*") if path.is_file()) if include else []  # where lm-eval looks
     own = {str(path.relative_to(include)): digest_of_file(path) for path in files} if include else {}
     settings = {"suites": suites, "limit": limit, "seed": seed, "lm_eval": version("lm_eval"), "own_tasks": own}
     digest = digest_of([student.checkpoint.digest, settings])

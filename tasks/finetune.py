@@ -1,6 +1,5 @@
 """Imitation: choose what is worth training on, then fine-tune the student in a process of its own."""
 
-import json
 import shlex
 import shutil
 from collections import Counter
@@ -13,7 +12,7 @@ from storage.files import Checkpoint, Snapshot
 from storage.pools import by_id, read_rows, write_snapshot
 from tasks.jobs.launch import checkpoint_folder, make_checkpoint
 from tasks.jobs.settings import SftSettings, launcher_command
-from tasks.models.chat import Status, conversation, storable
+from tasks.models.chat import NOT_STORABLE, Status, conversation, is_storable
 from tasks.policies import identity, stage
 from tasks.progress import progress, tell
 
@@ -154,11 +153,8 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
                 f"{where}: `input` must be a text, and `messages` a list of a `role` ({', '.join(ROLES)}) and a text as "
                 "`content` each"
             )
-        said = json.dumps([asked, answer], ensure_ascii=False)
-        if storable(said) != said:
-            raise NothingToTrainOn(
-                f"{where}: half of a character is in it (a lone surrogate). Write it whole, or remove it."
-            )
+        if not is_storable([asked, answer]):
+            raise NothingToTrainOn(f"{where}: {NOT_STORABLE}")
         named = next((str(known[key]) for key in ("instruction_id", "id") if known.get(key) is not None), where)
         rows.append({"instruction_id": named, "messages": asked, "response": answer, "whole": known.get("whole", True)})
     if not rows:

@@ -105,8 +105,8 @@ def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
 
 def verdict(manifest: Manifest) -> str:
     """Whether the student to use is better than the one before training, by the measure that the run goes by."""
-    start, best = manifest.baseline.evaluation, manifest.best()
-    now = manifest.iterations[best[0] - 1].evaluation if best and best[0] else start
+    evaluations, best = manifest.evaluations(), manifest.best()
+    start, now = evaluations.get(0), evaluations.get(best[0] if best else 0)
     if start is None or now is None or not manifest.iterations:
         return ""
     measure = manifest.config["stop"]["measure"]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.files import OPERATIONAL, Snapshot, StorageError, digest_of, digest_of_file
 from storage.pools import instruction_id, read_parquet, write_snapshot
 from tasks.contamination import find_near
-from tasks.models.chat import storable
+from tasks.models.chat import NOT_STORABLE, is_storable
 from tasks.policies import stage
 
 VERSION = 2
@@ -308,9 +308,8 @@ def read_row(record: Any, where: str) -> dict[str, Any]:
     for key in ("instruction", "input", "output", "category"):
         if key in record and not isinstance(record[key], str):
             raise SeedError(f"{where}: `{key}` must be a text, found {_kind(record[key])}.")
-    said = json.dumps(record, ensure_ascii=False, default=str)
-    if storable(said) != said:
-        raise SeedError(f"{where}: half of a character is in it (a lone surrogate). Write it whole, or remove it.")
+    if not is_storable(record):
+        raise SeedError(f"{where}: {NOT_STORABLE}")
     if "\0" in "".join(text for text in record.values() if isinstance(text, str)):
         raise SeedError(f"{where}: a NUL is in it. A file in UTF-16 is made UTF-8 with: iconv -f utf-16 -t utf-8")
     if not record["instruction"].strip():

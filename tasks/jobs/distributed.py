@@ -5,6 +5,7 @@ so that no second file can disagree.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ def drop_dead_build_locks(began: float) -> None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     at_work = {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
     for lock in root.glob("**/lock"):
-        if str(lock.parent) not in at_work and lock.exists() and lock.stat().st_mtime < began:
-            lock.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another of our processes was first
+            if str(lock.parent) not in at_work and lock.stat().st_mtime < began:
+                lock.unlink()
 
 
 def _fsdp_config(settings: SftSettings) -> dict[str, Any]:

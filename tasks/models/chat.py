@@ -3,6 +3,7 @@
 Every model, a local checkpoint or an endpoint far away, takes requests and gives replies of these types.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -76,6 +77,15 @@ def status_of(text: str | None, finish_reason: str | None) -> Status:
     if not (text or "").strip():
         return Status.EMPTY
     return Status.TRUNCATED if str(finish_reason).lower() in CUT else Status.OK
+
+
+NOT_STORABLE = "half of a character is in it (a lone surrogate). Write it whole, or remove it."
+
+
+def is_storable(said: Any) -> bool:
+    """Whether every file can hold all texts of something JSON-like, as it is: see `storable`."""
+    text = json.dumps(said, ensure_ascii=False, default=str)
+    return storable(text) == text
 
 
 def storable(text: str) -> str:
