@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tasks.jobs.process import gpus
+
 os.environ |= {
     "LION_HOME": tempfile.mkdtemp(prefix="lion-tests-"),  # of a test that names no home; nobody's own is touched
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -14,6 +16,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "PREFECT_PROFILES_PATH": os.devnull,  # a server of the tests' own, not the one that prefect.toml leads to
 }
+if not gpus():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels of a GPU run as they can; read where they are defined
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -5,13 +5,12 @@ row and its row's pages, which is all that attention asks: a token's key and val
 lies there up to itself. Rows of any length share the memory; nothing is moved when one ends.
 
 Works with every model that lets its attention be chosen (transformers' `AttentionInterface`): `attend_in_model` is
-what such a model calls. On a CPU in fp32 or bf16 a single token is `kernels.attend`'s, and a run of several tokens of
-one row torch's; elsewhere all is torch's, as many rows at once as can be.
+what such a model calls. In fp32 or bf16 a single token is `kernels.attend`'s, and a run of several tokens of one row
+torch's; elsewhere all is torch's. On a GPU a step brings attention of its own (`tasks.jobs.gpu`).
 """
 
 import math
 import mmap
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,10 +31,15 @@ PIECE = 128  # positions of a run whose queries are multiplied by the same keys,
 
 
 class Pages:
-    """The cache of one engine's lane. Page 0 is nobody's: tokens that only fill up a step are written there."""
+    """The cache of one engine's lane. Page 0 is nobody's: tokens that only fill up a step are written there.
 
-    def __init__(self, count: int):
-        self.count = count
+    Args:
+        count: pages.
+        width: how many of them a row has at most.
+    """
+
+    def __init__(self, count: int, width: int):
+        self.count, self.width = count, width
         self.free = list(range(count - 1, 0, -1))
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -148,23 +152,29 @@ def attend_in_model(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    step: Step,
+    step: Any,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; `step` reaches it through the arguments of the model's forward."""
+    """What transformers calls in every layer; `step` reaches it through the arguments of the model's forward.
+
+    On a GPU it is a step that attends by itself (`tasks.jobs.gpu.GpuStep`), elsewhere a `Step`.
+    """
     if s_aux is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention with sinks is not supported")
     (heads, tokens, size), kv_heads = query.shape[1:], key.shape[1]
     keys, values = step.cache.of_layer(module.layer_idx, kv_heads, size, key)
-    if query.device.type == "cpu" and kernels.can_attend(query.dtype, size) and not softcap:
-        qkv = torch.cat([query[0], key[0], value[0]]).transpose(0, 1).reshape(tokens, -1)
-        output = attend_on_cpu(qkv, keys, values, step, scaling, sliding_window or 0)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    window = sliding_window or 0
+    if not isinstance(step, Step):
+        output = step.attend(q, k, v, keys, values, scaling, window, softcap)
+    elif kernels.can_attend(query.dtype, size) and not softcap:
+        qkv = torch.cat([q, k, v], 1).reshape(tokens, -1)
+        output = attend_on_cpu(qkv, keys, values, step, scaling, window)
     else:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        output = attend_in_torch(q * scaling, k, v, keys, values, step, sliding_window or 0, softcap)
+        output = attend_in_torch(q * scaling, k, v, keys, values, step, window, softcap)
     return output.view(1, tokens, heads, size), None
 
 
@@ -220,42 +230,36 @@ def attend_in_torch(
     window: int,
     softcap: float | None = None,
 ) -> Tensor:
-    """As `attend_on_cpu`, for any device and type: (tokens, heads, size). On a GPU runs of one length are computed together.
+    """As `attend_on_cpu`, for any type: (tokens, heads, size).
 
     query (tokens, heads, size), already scaled; key and value (tokens, kv heads, size); softcap bounds the scores
     (Gemma 2, arXiv 2408.00118).
     """
-    device = query.device
-    pages = torch.from_numpy(step.pages).to(device, torch.long)
-    positions = torch.from_numpy(step.positions).to(device, torch.long)
+    pages, positions = torch.from_numpy(step.pages).long(), torch.from_numpy(step.positions).long()
     page, place = pages.gather(1, positions[:, None] // PAGE)[:, 0], positions % PAGE
     keys[page, :, :, place], values[page, :, place] = key, value
     output = torch.zeros_like(query)
-    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for number, (begin, end) in enumerate(step.runs):
-        alike[end - begin, number if device.type == "cpu" else 0].append(begin)
-    for (length, _), begins in alike.items():
-        tokens = torch.tensor(begins, device=device)[:, None] + torch.arange(length, device=device)  # (rows, length)
-        end = int(step.positions[[begin + length - 1 for begin in begins]].max()) + 1
-        table = pages[tokens[:, 0], : pages_for(end)]
-        output[tokens] = _attend_alike(query[tokens], keys[table], values[table], positions[tokens], window, softcap)
+    for begin, end in step.runs:
+        table = pages[begin, : pages_for(int(step.positions[end - 1]) + 1)]
+        run = slice(begin, end)
+        output[run] = _attend_row(query[run], keys[table], values[table], positions[run], window, softcap)
     return output
 
 
-def _attend_alike(
+def _attend_row(
     query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int, softcap: float | None
 ) -> Tensor:
-    """query (rows, length, heads, size); keys and values (rows, pages, kv heads, ...); positions (rows, length)."""
-    rows, length, heads, size = query.shape
-    kv_heads = keys.shape[2]
-    keys = keys.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, size, -1)
-    values = values.permute(0, 2, 1, 3, 4).reshape(rows, kv_heads, -1, size)
-    seen = _seen(positions, keys.shape[3], window)
-    # (rows, kv heads, group x length, size): what shares its keys is multiplied at once
-    grouped = query.view(rows, length, kv_heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, size)
-    scores = (grouped @ keys).view(rows, kv_heads, -1, length, keys.shape[3])
+    """query (length, heads, size); keys and values (pages, kv heads, ...); positions (length)."""
+    length, heads, size = query.shape
+    kv_heads = keys.shape[1]
+    keys = keys.permute(1, 2, 0, 3).reshape(kv_heads, size, -1)
+    values = values.permute(1, 0, 2, 3).reshape(kv_heads, -1, size)
+    seen = _seen(positions, keys.shape[2], window)
+    # (kv heads, group x length, size): what shares its keys is multiplied at once
+    grouped = query.view(length, kv_heads, -1, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
+    scores = (grouped @ keys).view(kv_heads, -1, length, keys.shape[2])
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = torch.softmax(scores.masked_fill(~seen[:, None, None], -torch.inf), -1, dtype=torch.float32)
-    found = weights.to(values.dtype).flatten(2, 3) @ values
-    return found.view(rows, kv_heads, -1, length, size).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, size)
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1, dtype=torch.float32)
+    found = weights.to(values.dtype).flatten(1, 2) @ values
+    return found.view(kv_heads, -1, length, size).permute(2, 0, 1, 3).reshape(length, heads, size)

@@ -36,8 +36,11 @@ from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_t
 from tasks.jobs.tiles import Lane, Queue, Row, Settle, Statistics, Wanted
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
+ROWS_OF_A_CORE, ROWS_OF_A_GPU = 128, 256
+TOKENS_ON_A_CPU = 65_536
 FEWEST_ROWS = 8  # of a lane: another core is not worth its steps for less
 SCORED_ROWS = 16  # at once: all their tokens are known, so a few rows fill a step
+LOSSES_AT_ONCE = 128  # in fp32 they take twice the memory that logits do, or more
 SHORTEST_PREFIX = 8  # tokens; computing fewer for each row costs less than looking them up
 
 
@@ -51,8 +54,9 @@ class Engine:
     Args:
         path: folder of the model, with its tokenizer.
         precision: bf16, fp16, fp32, or auto: the fastest that this machine itself computes in.
-        max_batch_rows: rows held in the cache together by a GPU, or by a core of the processor.
-        max_batch_tokens: tokens, prompt and answer, held in the cache for all rows together.
+        max_batch_rows: rows held in the cache together by a GPU (256 by default), or by a core of the processor (128).
+        max_batch_tokens: tokens, prompt and answer, held in the cache for all rows together; by default 65,536, and on a
+            GPU what its free memory holds.
         quantization: none, or how the weights of linear layers are held: 8bit or 4bit (bitsandbytes).
 
     Raises:
@@ -63,8 +67,8 @@ class Engine:
         self,
         path: Path,
         precision: str = "auto",
-        max_batch_rows: int = 128,
-        max_batch_tokens: int = 65_536,
+        max_batch_rows: int | None = None,
+        max_batch_tokens: int | None = None,
         quantization: str = "none",
     ):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,11 +76,12 @@ class Engine:
         if self.on_cpu:
             keep_freed_memory()
         self.precision = best_precision(device) if precision == "auto" else precision
-        self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self.lanes = torch.get_num_threads() if self.on_cpu else 1
         self.statistics = Statistics()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.network = load(path, self.precision, device, quantization)
+        self.max_batch_rows = max_batch_rows or (ROWS_OF_A_CORE if self.on_cpu else ROWS_OF_A_GPU)
+        self.max_batch_tokens = max_batch_tokens or (TOKENS_ON_A_CPU if self.on_cpu else self.network.tokens_that_fit())
         self.context = context_of(self.network.config)
         self.stop_tokens = stop_tokens_of(self.network, self.tokenizer)
         self.prefix = self._template_prefix()
@@ -276,7 +281,8 @@ def losses_of(logits: Tensor, targets: list[int]) -> list[float]:
     if logits.device.type == "cpu" and logits.dtype in kernels.DTYPES:
         return kernels.losses(kernels.bits(logits), np.array(targets)).tolist()
     wanted = torch.tensor(targets, device=logits.device)
-    return functional.cross_entropy(logits.float(), wanted, reduction="none").tolist()
+    parts = zip(logits.split(LOSSES_AT_ONCE), wanted.split(LOSSES_AT_ONCE))
+    return torch.cat([functional.cross_entropy(x.float(), y, reduction="none") for x, y in parts]).tolist()
 
 
 def stop_tokens_of(model: Any, tokenizer: Any) -> frozenset[int]:

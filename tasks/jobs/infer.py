@@ -30,6 +30,7 @@ from tasks.jobs.tiles import Statistics
 
 DURABLE_SECONDS = 5  # what a power cut may cost at most, beside the rows in flight; a kill costs those alone
 PROGRESS_SECONDS = 1
+SERVED_ROWS = 256  # asked of a server at once
 
 
 class Lines:
@@ -123,7 +124,7 @@ def _load(job: dict[str, Any]) -> Engine:
 def _serve(job: dict[str, Any]) -> Served:
     port = free_port()
     command = serve_command(job["model"], port, job["serve"], job["precision"], job["tensor_parallel"])
-    return Served(command, port, job["model"], job["max_batch_rows"])
+    return Served(command, port, job["model"], job["max_batch_rows"] or SERVED_ROWS)
 
 
 def _read(directory: Path, name: str | None) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """One step of tokens through a causal language model: logits of all of them.
 
-`load` picks the way. `TransformersNetwork` is transformers' own model with our attention, for any architecture on any
-device. `LlamaNetwork` is the same computation for models of Llama's shape on a CPU, written out: a third of the time
+`load` picks the way. `TransformersNetwork` is transformers' own model with our attention, for any architecture on a CPU,
+and `tasks.jobs.gpu` the same on a GPU. `LlamaNetwork` is the same computation for models of Llama's shape on a CPU, written out: a third of the time
 of a step goes to a hundred small operations a layer in the former, and Python that keeps other threads waiting.
 """
 
@@ -22,7 +22,6 @@ from tasks.jobs.quantization import quantized
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_TILE = 512  # made of several such sizes: a layer's weights are read from memory once for all of them
-GPU_TILE = 256
 LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork computes
 FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # that do not change with the length of a text
 ATTENDED_LAYERS = {"full_attention", "sliding_attention"}
@@ -69,7 +68,11 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
         if not widened and is_llama_like(model):
             return LlamaNetwork(model)
         return TransformersNetwork(model, alike_tiles([*widened, *pack_linear_layers(model)]))
-    return TransformersNetwork(model, [TILE if device.type == "cpu" else GPU_TILE])
+    if device.type == "cuda":
+        from tasks.jobs.gpu import GpuNetwork  # which needs Triton
+
+        return GpuNetwork(model)
+    return TransformersNetwork(model, [TILE])
 
 
 def check_can_run(config: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tasks.jobs import kernels
 
+GPU_ROWS = 256  # drawn at once, never fewer: how a GPU sums up a row depends on the number of rows
 TOP_P_CANDIDATES = 512  # the nucleus is looked for among these; a row that needs more is sorted whole
 
 
@@ -25,25 +26,37 @@ class Sampling:
 
 def draw_tokens(logits: Tensor, chances: Sequence[float], sampling: Sampling) -> list[int]:
     """The next token of each row: where its chance, from 0 to 1, falls in the summed probabilities."""
-    plain = sampling.temperature > 0 and sampling.top_p >= 1
     if logits.device.type == "cpu" and logits.dtype in kernels.DTYPES:
         if sampling.temperature == 0:
             return kernels.likeliest(kernels.bits(logits)).tolist()
-        if plain:
+        if sampling.top_p >= 1:
             return kernels.draw(kernels.bits(logits), np.array(chances), sampling.temperature).tolist()
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
+    if logits.device.type == "cpu":
+        return _draw_in_torch(logits, chances, sampling).tolist()
+    drawn: list[int] = []
+    for begin, some in zip(range(0, len(logits), GPU_ROWS), logits.split(GPU_ROWS)):
+        those = list(chances[begin : begin + GPU_ROWS])
+        missing = GPU_ROWS - len(some)
+        filled = torch.cat([some, some[:1].expand(missing, -1)])
+        drawn += _draw_in_torch(filled, [*those, *those[:1] * missing], sampling).tolist()[: len(some)]
+    return drawn
+
+
+def _draw_in_torch(logits: Tensor, chances: Sequence[float], sampling: Sampling) -> Tensor:
     probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
     uniform = torch.tensor(chances, device=logits.device)[:, None]
-    if plain:
-        return _invert(probabilities, uniform).tolist()
+    if sampling.top_p >= 1:
+        return _invert(probabilities, uniform)
     top, tokens = probabilities.topk(min(TOP_P_CANDIDATES, probabilities.shape[1]))
     drawn = _from_nucleus(top, tokens, uniform, sampling.top_p)
     flat = top.sum(-1) < sampling.top_p  # a row whose nucleus is larger
     if flat.any():
-        top, tokens = probabilities[flat].sort(descending=True, stable=True)
-        drawn[flat] = _from_nucleus(top, tokens, uniform[flat], sampling.top_p)
-    return drawn.tolist()
+        ordered = flat if logits.device.type == "cpu" else torch.ones_like(flat)  # on a GPU as many as ever
+        top, tokens = probabilities[ordered].sort(descending=True, stable=True)
+        drawn[flat] = _from_nucleus(top, tokens, uniform[ordered], sampling.top_p)[flat[ordered]]
+    return drawn
 
 
 def _from_nucleus(top: Tensor, tokens: Tensor, uniform: Tensor, top_p: float) -> Tensor:

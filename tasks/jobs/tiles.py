@@ -126,8 +126,9 @@ class Lane:
     ):
         self.network, self.statistics, self.rows = network, statistics, rows
         self.longest_run = min(RUN, network.tiles[-1])
-        pages = min(rows * pages_for(longest), max(tokens // PAGE, pages_for(longest)))
-        self.cache = Pages(1 + pages_for(len(prefix)) + pages)
+        width = pages_for(longest)
+        pages = min(rows * width, max(tokens // PAGE, width))
+        self.cache = Pages(1 + pages_for(len(prefix)) + pages, width)
         self.prefix = Row("", list(prefix))
         self.prefix.pages = self.cache.take(len(prefix))
 

@@ -16,7 +16,7 @@ from tasks.jobs.launch import RUNNER, run_together
 from tasks.jobs.process import gpus
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
 
-ENGINE_VERSION = 5  # raise it when the engine gives other tokens for the same request
+ENGINE_VERSION = 6  # raise it when the engine gives other tokens for the same request
 
 
 class LocalModel(BaseModel):
@@ -46,17 +46,18 @@ class LocalModel(BaseModel):
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="How the weights are held at inference; 8bit and 4bit need bitsandbytes."
     )
-    max_batch_rows: int = Field(
-        128,
+    max_batch_rows: int | None = Field(
+        None,
         ge=1,
         le=4096,
-        description="Rows in flight on a GPU, or on each core of a processor. More is faster, until memory is full.",
+        description="Rows in flight on a GPU (256 by default), or on each core of a processor (128).",
         json_schema_extra=OPERATIONAL,
     )
-    max_batch_tokens: int = Field(
-        65_536,
+    max_batch_tokens: int | None = Field(
+        None,
         ge=256,
-        description="Tokens, prompt and answer, held in memory for all rows in flight together.",
+        description="Tokens, prompt and answer, held in memory for all rows in flight together. By default 65,536, and on "
+        "a GPU what its free memory holds.",
         json_schema_extra=OPERATIONAL,
     )
     shards: int | None = Field(

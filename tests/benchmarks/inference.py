@@ -30,6 +30,7 @@ from tasks.jobs.sampling import Sampling
 from tasks.jobs.template import encode_example, encode_prompt
 
 PROMPTS, MAX_TOKENS = 256, 128
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = Path(__file__).parents[2] / "tasks" / "data" / "seeds.jsonl"
 
 
@@ -55,8 +56,9 @@ def generate_plainly(model: Any, tokenizer: Any, requests: Sequence[dict[str, An
     for start in range(0, len(prompts), batch):
         rows = prompts[start : start + batch]
         width = max(map(len, rows))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        padded = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
+        ids = torch.tensor(padded, device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
         output = model.generate(ids, attention_mask=mask, max_new_tokens=MAX_TOKENS, do_sample=False)[:, width:]
         for row in output.tolist():
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
@@ -71,7 +73,8 @@ def score_plainly(model: Any, tokenizer: Any, items: Sequence[dict[str, Any]]) -
     for item in items:
         example = encode_example(tokenizer, item["messages"], item["answer"], whole=True, max_length=8192)
         labels = [-100] * example.prompt_length + example.input_ids[example.prompt_length :]
-        losses.append(model(torch.tensor([example.input_ids]), labels=torch.tensor([labels])).loss.item())
+        tokens, targets = (torch.tensor([ids], device=model.device) for ids in (example.input_ids, labels))
+        losses.append(model(tokens, labels=targets).loss.item())
     return losses
 
 
@@ -104,7 +107,7 @@ def run() -> list[dict[str, Any]]:
         plain: dict[str, float] = {}
         plain_scoring: dict[str, float] = {}
         for precision in ("fp32", "bf16"):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).eval()
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).eval().to(DEVICE)
             generate_plainly(model, engine.tokenizer, requests[:1], 1)  # warm up
             for batch, subset in ((1, requests[::32]), (32, requests[:64])):
                 took, count = seconds(partial(generate_plainly, model, engine.tokenizer, subset, batch))

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -35,11 +36,19 @@ def main(only: str | None) -> None:
 
 
 def machine() -> str:
-    """Processor and number of cores: enough to know which lines can be compared."""
+    """Processor, number of cores, and GPUs: enough to know which lines can be compared."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {os.cpu_count()} cores"
+    return ", ".join([model, f"{os.cpu_count()} cores", *gpu_names()])
+
+
+def gpu_names() -> list[str]:
+    """What the driver calls them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return asked.stdout.splitlines()
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from tasks.jobs.network import best_precision
 from tasks.jobs.process import free_port
 from tasks.jobs.sampling import Sampling
 from tasks.jobs.served import DTYPES, Served, serve_command
-from tests.benchmarks.inference import MAX_TOKENS, PROMPTS, make_requests, seconds
+from tests.benchmarks.inference import DEVICE, MAX_TOKENS, PROMPTS, make_requests, seconds
 
-PRECISION = best_precision(torch.device("cpu"))
+PRECISION = best_precision(torch.device(DEVICE))
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
 AT = "--host 127.0.0.1 --port {port}"
 # vLLM would leave a core, and take nearly all the memory.
@@ -41,7 +41,7 @@ SERVERS = (  # what it is called, requests at once, every which prompt, the mode
         64,
         4,
         "safetensors",
-        f"{TRANSFORMERS} serve {{model}} {AT} --device cpu --dtype {DTYPES[PRECISION]} --continuous-batching",
+        f"{TRANSFORMERS} serve {{model}} {AT} --device {DEVICE} --dtype {DTYPES[PRECISION]} --continuous-batching",
     ),
     (
         "vllm serve",

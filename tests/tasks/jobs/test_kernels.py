@@ -55,7 +55,7 @@ def test_heads_turn_by_their_position_and_the_others_stay(dtype: torch.dtype) ->
 
 def a_step() -> Step:
     """A row of 100 tokens of which 20 come now, three rows of which one comes, and one token that only makes up a tile."""
-    cache = Pages(12)
+    cache = Pages(12, 4)
     tables = [cache.take(100), cache.take(70), cache.take(1), cache.take(150)]
     runs = [(0, 20), (20, 21), (21, 22), (22, 23)]
     positions = np.array([*range(80, 100), 69, 0, 130, 0], np.int32)

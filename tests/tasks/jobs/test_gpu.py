@@ -1,0 +1,147 @@
+"""What a GPU computes. Without one its kernels run in Triton's interpreter, slowly, and nothing is recorded."""
+
+
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("triton", reason="needs Triton, which there is for Linux")
+
+from tasks.jobs.attention import ATTENTION, PAGE, Pages, Step, attend_in_torch
+from tasks.jobs.engine import Engine
+from tasks.jobs.gpu import GpuNetwork
+from tasks.jobs.gpu_kernels import PIECE, Places, attend
+from tasks.jobs.sampling import Sampling, draw_tokens
+from tests.tasks.jobs.test_engine import REQUESTS, answers, logits_after, prompts_of
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
+CLOSE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "window", "softcap", "dtype"),
+    [
+        (4, 2, 16, 0, None, torch.float32),
+        (9, 3, 64, 0, None, torch.float32),
+        (4, 2, 20, 70, 0.5, torch.float32),
+        (4, 2, 16, 8, None, torch.float32),
+        (11, 1, 32, 0, None, torch.float32),
+        (16, 1, 32, 0, None, torch.float16),
+        pytest.param(9, 3, 64, 0, None, torch.bfloat16, marks=needs_gpu),  # Triton's interpreter does not know it
+        pytest.param(32, 8, 128, 0, None, torch.bfloat16, marks=needs_gpu),
+        pytest.param(8, 4, 256, 100, 50.0, torch.bfloat16, marks=needs_gpu),
+        pytest.param(8, 4, 256, 0, None, torch.float32, marks=needs_gpu),
+    ],
+)
+def test_a_query_finds_what_is_in_its_rows_pages_up_to_itself(heads, kv_heads, size, window, softcap, dtype) -> None:
+    begins_and_lengths = [(0, 40), (5, 1), (130, 1), (64, 20), (0, 2), (63, 1), (64, 1)]
+    tokens = sum(length for _, length in begins_and_lengths) + 3  # that only make up a tile
+    cache = Pages(1 + 3 * len(begins_and_lengths), 3)
+    pages, positions = np.zeros((tokens, 3), np.int32), np.zeros(tokens, np.int32)
+    alone, pieces = torch.zeros(tokens, 2, dtype=torch.int32), torch.zeros(tokens // 2, 2, dtype=torch.int32)
+    alone[:, 0] = torch.arange(tokens)
+    runs, cut, at = [], [], 0
+    for begin, length in begins_and_lengths:
+        run = slice(at, at + length)
+        pages[run], positions[run] = cache.take(3 * PAGE), range(begin, begin + length)
+        runs.append((at, at + length))
+        alone[at, 1] = int(length == 1)
+        cut += [(i, min(PIECE, run.stop - i)) for i in range(at, run.stop, PIECE) if length > 1]
+        at = run.stop
+    pieces[: len(cut)] = torch.tensor(cut)
+    torch.manual_seed(0)
+    query = torch.randn(tokens, heads, size).to(dtype)
+    key, value = torch.randn(2, tokens, kv_heads, size).to(dtype)
+    keys = torch.randn(cache.count, kv_heads, size, PAGE).to(dtype)
+    values = torch.randn(cache.count, kv_heads, PAGE, size).to(dtype)
+    scaling = size**-0.5
+
+    step = Step(np.zeros(tokens, np.int32), positions, pages, runs, cache, [])
+    wide = (x.float() for x in (query.float() * scaling, key, value, keys, values))
+    expected = attend_in_torch(*wide, step, window, softcap)
+    places = Places(*(torch.as_tensor(x).to(DEVICE) for x in (positions, pages, alone, pieces)))
+    there = (x.to(DEVICE) for x in (query, key, value, keys, values))
+    found = attend(*there, places, scaling, window, softcap).cpu().float()
+
+    assert (found - expected).abs().max() < CLOSE[dtype] * expected.abs().max()
+    assert not found[at:].any()
+
+
+@pytest.fixture(scope="module")
+def on_a_gpu(tiny_model: Path) -> Engine:
+    """An engine of the tiny model in fp32 that computes as on a GPU."""
+    engine = Engine(tiny_model, "fp32")
+    if not HAS_GPU:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=ATTENTION)
+        engine.network, engine.lanes = GpuNetwork(model.eval(), [32, 64]), 1
+    return engine
+
+
+def test_logits_are_those_of_transformers(tiny_model: Path, on_a_gpu: Engine) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    prompts = prompts_of(on_a_gpu)[-3:-1]
+    ours = logits_after(on_a_gpu, prompts).cpu()
+    for i, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt])).logits[0, -1]
+        assert (ours[i] - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_a_row_answers_the_same_in_any_company(on_a_gpu: Engine) -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=3, seed=7)
+    together = answers(on_a_gpu, REQUESTS[:3], sampling)
+    alone = {id: reply for request in REQUESTS[:3] for id, reply in answers(on_a_gpu, [request], sampling).items()}
+    assert alone == together
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_is_recorded_gives_the_same_to_the_last_bit(tiny_model: Path, precision: str) -> None:
+    engine = Engine(tiny_model, precision)
+    prompts = prompts_of(engine)
+    recorded = logits_after(engine, prompts)
+    assert engine.network._can_record
+    engine.network._can_record, engine.network._cache = False, None
+    assert torch.equal(logits_after(engine, prompts), recorded)
+
+
+@needs_gpu
+def test_a_model_of_experts_answers_without_a_recording(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = transformers.MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, eos_token_id=2, pad_token_id=2, bos_token_id=None,
+        initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = Engine(tmp_path, "fp32")
+    prompts = prompts_of(engine)[:4]
+    ours = logits_after(engine, prompts).cpu()
+    print("recorded:", engine.network._can_record)
+    for i, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt])).logits[0, -1]
+        assert (ours[i] - theirs).abs().max() < 1e-3 * theirs.abs().max()
+
+
+@needs_gpu
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_a_row_draws_the_same_beside_others(top_p: float) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(600, 50_000)).bfloat16().to(DEVICE)
+    logits[::7] = 0  # flat
+    chances = torch.rand(600).tolist()
+    sampling = Sampling(temperature=1.0, top_p=top_p)
+    together = draw_tokens(logits, chances, sampling)
+    assert [draw_tokens(logits[i : i + 1], chances[i : i + 1], sampling)[0] for i in range(60)] == together[:60]
+    assert draw_tokens(logits.flip(0), chances[::-1], sampling)[::-1] == together
