@@ -4,7 +4,8 @@ What a row answers depends on its prompt and its own random numbers alone, not o
 (see `tasks.jobs.tiles`).
 
 On a CPU each core is a *lane* that takes rows from the common queue and computes steps of its own: operations this
-small lose more by waiting for each other than they win by two cores. On a GPU there is one lane.
+small lose more by waiting for each other than they win by two cores. On a GPU there are two, so that it computes one's
+step while the other's tokens are looked at.
 
 Knows nothing of jobs, files of requests or progress: `tasks.jobs.infer` does.
 
@@ -17,6 +18,7 @@ import ctypes
 import random
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -38,7 +40,8 @@ from tasks.jobs.tiles import Lane, Queue, Row, Settle, Statistics, Wanted
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 ROWS_OF_A_CORE, ROWS_OF_A_GPU = 128, 256
 TOKENS_ON_A_CPU = 65_536
-FEWEST_ROWS = 8  # of a lane: another core is not worth its steps for less
+FEWEST_ROWS = 8  # of a lane on a CPU: another core is not worth its steps for less
+FEWEST_ON_A_GPU = 384  # two lanes with fewer would leave much of their steps empty
 SCORED_ROWS = 16  # at once: all their tokens are known, so a few rows fill a step
 LOSSES_AT_ONCE = 128  # in fp32 they take twice the memory that logits do, or more
 SHORTEST_PREFIX = 8  # tokens; computing fewer for each row costs less than looking them up
@@ -54,7 +57,8 @@ class Engine:
     Args:
         path: folder of the model, with its tokenizer.
         precision: bf16, fp16, fp32, or auto: the fastest that this machine itself computes in.
-        max_batch_rows: rows held in the cache together by a GPU (256 by default), or by a core of the processor (128).
+        max_batch_rows: rows held in the cache together by each of a GPU's two lanes (256 by default), or by a core of the
+            processor (128).
         max_batch_tokens: tokens, prompt and answer, held in the cache for all rows together; by default 65,536, and on a
             GPU what its free memory holds.
         quantization: none, or how the weights of linear layers are held: 8bit or 4bit (bitsandbytes).
@@ -76,7 +80,7 @@ class Engine:
         if self.on_cpu:
             keep_freed_memory()
         self.precision = best_precision(device) if precision == "auto" else precision
-        self.lanes = torch.get_num_threads() if self.on_cpu else 1
+        self.lanes, self.fewest_rows = (torch.get_num_threads(), FEWEST_ROWS) if self.on_cpu else (2, FEWEST_ON_A_GPU)
         self.statistics = Statistics()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.network = load(path, self.precision, device, quantization)
@@ -213,7 +217,7 @@ class Engine:
         # Longest first: too little memory shows at once.
         waiting = Queue(sorted(rows, key=lambda row: len(row.given), reverse=True))
         longest = max(len(row.given) + row.room for row in rows)
-        count = min(self.lanes, -(-len(rows) // FEWEST_ROWS))
+        count = min(self.lanes, -(-len(rows) // self.fewest_rows))
         at_once = min(most, -(-len(rows) // count))
         at_once_tokens = self.max_batch_tokens // count
         done: SimpleQueue[list[dict[str, Any]] | BaseException | None] = SimpleQueue()
@@ -231,11 +235,12 @@ class Engine:
                     tokens=at_once_tokens,
                     longest=longest,
                 )
-                for replies in lane.run(waiting, settle):
-                    if ended.is_set():
-                        return
-                    if replies:
-                        done.put(replies)
+                with nullcontext() if self.on_cpu else torch.cuda.stream(torch.cuda.Stream()):
+                    for replies in lane.run(waiting, settle):
+                        if ended.is_set():
+                            return
+                        if replies:
+                            done.put(replies)
             except BaseException as error:
                 done.put(error)
             finally:

@@ -1,50 +1,62 @@
 """A causal language model on a GPU: a step is recorded once as a CUDA graph, and replayed with other tokens.
 
 transformers' forward launches some thousand kernels a step, which takes the processor longer than it takes the GPU to
-run them; a graph launches all of them at once. It wants the same shapes each time, which tiles have.
+run them; a graph launches all of them at once. It wants the same shapes each time, which tiles have. `GpuLlama` has a
+third of the kernels, for models of Llama's shape.
 """
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, proxy
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+from tasks.jobs import gpu_kernels
 from tasks.jobs.attention import PAGE, Pages, Step
-from tasks.jobs.gpu_kernels import PIECE, Places, attend
+from tasks.jobs.gpu_kernels import PIECE, Places, add_norm, gate, rotate
 
 TILES = (256, 512, 1024)  # tokens of a step, where they give the same
 TRIED = 32  # tokens of each row by which that is tried out
 CACHE_SHARE = 0.8  # of the memory that a model leaves free
 
 
-class GpuNetwork:
-    """transformers' own forward on a GPU, recorded; attention comes from `tasks.jobs.gpu_kernels`."""
+# ids, positions and what is wanted (tokens), and the step: logits (wanted, vocabulary)
+Compute = Callable[[Tensor, Tensor, Tensor, "GpuStep"], Tensor]
 
-    def __init__(self, model: Any, tiles: Sequence[int] = TILES):
+
+class GpuNetwork:
+    """A model's steps, recorded. Each lane has recordings of its own, which live as long as its cache."""
+
+    def __init__(self, model: Any, compute: Compute | None = None, tiles: Sequence[int] = TILES):
         self.model, self.config, self.generation_config = model, model.config, model.generation_config
-        self._cache: Pages | None = None
-        self._steps: dict[int, GpuStep] = {}
-        self._pool: Any = None
+        self._compute = compute or self._by_transformers
+        self._steps: WeakKeyDictionary[Pages, dict[int, GpuStep]] = WeakKeyDictionary()
+        self._recording = threading.Lock()
         self._can_record = False  # what is only tried out is not worth it
         self.tiles = tiles
         self.tiles = self._alike(tiles)
         self._can_record = model.device.type == "cuda"
 
     def forward(self, step: Step) -> Iterator[Tensor]:
-        """Logits of the tokens wanted; they hold until the next step."""
-        if step.cache is not self._cache:  # what was recorded writes into another
-            self._steps.clear()
-            self._cache = step.cache
-            self._pool = torch.cuda.graph_pool_handle() if self._can_record else None
-        tile = len(step.tokens)
-        if tile not in self._steps:
-            self._steps[tile] = GpuStep(self.model, step.cache, tile)
-            self._can_record = self._can_record and self._steps[tile].record(self._pool)
-        logits = self._steps[tile].logits(step)
+        """Logits of the tokens wanted; they hold until the lane's next step."""
+        steps, tile = self._steps.setdefault(step.cache, {}), len(step.tokens)
+        if tile not in steps:
+            steps[tile] = GpuStep(self._compute, step.cache, tile, self.model.device)
+            with self._recording:
+                self._can_record = self._can_record and steps[tile].record()
+        logits = steps[tile].logits(step)
         if step.wanted:
             yield logits[: len(step.wanted)]
+
+    def _by_transformers(self, ids: Tensor, positions: Tensor, wanted: Tensor, step: "GpuStep") -> Tensor:
+        done = self.model(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=wanted, step=step
+        )
+        return done.logits[0]
 
     def tokens_that_fit(self) -> int:
         """How many tokens' keys and values the GPU's free memory holds, with room left for a step."""
@@ -80,16 +92,16 @@ class GpuNetwork:
 
 
 class GpuStep:
-    """A step of a number of tokens through a model, as a CUDA graph whose inputs are written over each time.
+    """A step of a number of tokens, as a CUDA graph whose inputs are written over each time.
 
-    Attention finds it in the place of `Step`, with a cache and `attend`.
+    Attention finds it in the place of a `Step`, with a cache and `attend`.
     """
 
-    def __init__(self, model: Any, cache: Pages, tokens: int):
-        self.model, self.cache, self.tokens = model, cache, tokens
+    def __init__(self, compute: Compute, cache: Pages, tokens: int, device: torch.device):
+        self._compute, self.cache, self.tokens = compute, proxy(cache), tokens
         parts = {"ids": tokens, "wanted": tokens, "positions": tokens, "alone": 2 * tokens, "pieces": tokens}
         lengths = [*parts.values(), tokens * cache.width]
-        self._inputs = torch.zeros(sum(lengths), dtype=torch.int32, device=model.device)
+        self._inputs = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
         self._ids, self._wanted, positions, alone, pieces, tables = self._inputs.split(lengths)
         self.places = Places(positions, tables.view(tokens, -1), alone.view(-1, 2), pieces.view(-1, 2))
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -103,17 +115,13 @@ class GpuStep:
         self._graph.replay()
         return self._logits
 
-    def record(self, pool: Any) -> bool:
-        """Record the graph; false where the model looks at what it computes, as with experts, which no graph can."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels and makes the pages
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
+    def record(self) -> bool:
+        """Record the graph; false where the model looks at what it computes, which no graph can."""
+        for _ in range(2):  # compiles kernels and makes the pages
+            self._run()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other lanes go on
                 self._logits = self._run()
         except RuntimeError:
             torch.cuda.synchronize()
@@ -130,20 +138,14 @@ class GpuStep:
         values: Tensor,
         scaling: float,
         window: int,
-        softcap: float | None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """See `tasks.jobs.gpu_kernels.attend`."""
-        return attend(query, key, value, keys, values, self.places, scaling, window, softcap)
+        """Put the tokens' keys and values into their pages; what each query finds there (tokens, heads, size)."""
+        gpu_kernels.store(key, value, keys, values, self.places)
+        return gpu_kernels.attend(query, keys, values, self.places, scaling, window, softcap)
 
     def _run(self) -> Tensor:
-        done = self.model(
-            input_ids=self._ids.long()[None],
-            position_ids=self.places.positions.long()[None],
-            use_cache=False,
-            logits_to_keep=self._wanted.long(),
-            step=self,
-        )
-        return done.logits[0]
+        return self._compute(self._ids.long(), self.places.positions.long(), self._wanted.long(), self)
 
     def _packed(self, step: Step) -> np.ndarray:
         """What `_inputs` holds for a step."""
@@ -158,3 +160,64 @@ class GpuStep:
         pieces[: len(cut)] = cut or 0
         tables[:, : step.pages.shape[1]] = step.pages
         return np.concatenate([step.tokens, wanted, step.positions, *(x.ravel() for x in (alone, pieces, tables))])
+
+
+class GpuLlama:
+    """Llama's layers with one kernel for what lies between two products, as `LlamaNetwork` has it on a CPU.
+
+    Takes the model apart. What runs through the layers is kept in fp32, whatever the precision of the weights.
+    """
+
+    def __init__(self, model: Any, cosines: Tensor, sines: Tensor, windows: Sequence[int]):
+        config = model.config
+        self.epsilon, self.kv_heads = config.rms_norm_eps, config.num_key_value_heads
+        self.embedding, self.head = model.get_input_embeddings(), Linear(model.lm_head)
+        self.norm = model.model.norm.weight.detach()
+        self.cosines, self.sines = cosines, sines
+        self.layers = []
+        for index, (layer, window) in enumerate(zip(model.model.layers, windows)):
+            self.layers.append(GpuLlamaLayer(layer, window))
+            model.model.layers[index] = nn.Identity()  # its weights are free
+
+    def __call__(self, ids: Tensor, positions: Tensor, wanted: Tensor, step: GpuStep) -> Tensor:
+        change = self.embedding(ids)
+        stream = torch.zeros(change.shape, dtype=torch.float32, device=change.device)
+        for index, layer in enumerate(self.layers):
+            normed = add_norm(stream, change, layer.input_norm, self.epsilon)
+            qkv = layer.qkv(normed)
+            heads = qkv.shape[1] // layer.size - 2 * self.kv_heads
+            rotate(qkv, heads + self.kv_heads, layer.size, self.cosines, self.sines, step.places.positions)
+            query, key, value = qkv.view(len(qkv), -1, layer.size).split([heads, self.kv_heads, self.kv_heads], 1)
+            keys, values = step.cache.of_layer(index, self.kv_heads, layer.size, qkv)
+            found = step.attend(query, key, value, keys, values, layer.scaling, layer.window)
+            change = layer.output(found.flatten(1))
+            normed = add_norm(stream, change, layer.attention_norm, self.epsilon)
+            change = layer.down(gate(layer.gate_and_up(normed)))
+        return self.head(add_norm(stream, change, self.norm, self.epsilon)[wanted])
+
+
+class GpuLlamaLayer:
+    """The weights of one layer: projections of the same input as one matrix."""
+
+    def __init__(self, layer: Any, window: int):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.size, self.scaling, self.window = attention.head_dim, attention.scaling, window
+        self.input_norm = layer.input_layernorm.weight.detach()
+        self.attention_norm = layer.post_attention_layernorm.weight.detach()
+        self.qkv = Linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = Linear(attention.o_proj)
+        self.gate_and_up = Linear(mlp.gate_proj, mlp.up_proj)
+        self.down = Linear(mlp.down_proj)
+
+
+class Linear:
+    """Linear layers of one input, side by side."""
+
+    def __init__(self, *layers: nn.Linear):
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        weights = [layer.weight.detach() for layer in layers]
+        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self.bias = torch.cat(biases) if biases else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)

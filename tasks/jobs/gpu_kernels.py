@@ -1,8 +1,8 @@
-"""Attention over pages on a GPU, in Triton: the tokens of a step, of any rows, at once.
+"""What a GPU computes beside linear layers, in Triton: for a token, or a few of one row, by themselves.
 
-Each program computes a *piece*, a few tokens of one row and the heads that share a key, against that row's pages, one
-after the other from the first to the last (online softmax; FlashAttention-2, arXiv 2307.08691). So how it sums up
-depends on its own row alone. Keys and values lie as in `tasks.jobs.attention`.
+Attention over pages is computed in *pieces*, a few tokens of one row and the heads that share a key, against that row's
+pages, one after the other from the first to the last (online softmax; FlashAttention-2, arXiv 2307.08691). So how it
+sums up depends on its own row alone. Keys and values lie as in `tasks.jobs.attention`.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from tasks.jobs.attention import PAGE
 PIECE = 16  # tokens of a run that are computed by one program
 HEADS = 8  # computed by one program, at most
 FEWEST_ROWS = 16  # of a product on tensor cores
+GATED = 1024  # numbers of a token that one program gates
 ON_CHIP = 256  # bytes of a head's key, up to which pages are fetched ahead
 
 
@@ -36,6 +37,48 @@ def _store(
     its_value = tl.load(value + token * value_token + head * value_head + along, mask=inside)
     tl.store(keys + block + along * PAGE + place, its_key, mask=inside)
     tl.store(values + block + place * SIZE + along, its_value, mask=inside)
+
+
+@triton.jit
+def _rotate(
+    qkv, cosines, sines, positions, qkv_token,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn one head of a token by its position (RoPE), in place."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    along = tl.arange(0, BLOCK)
+    inside = along < HALF
+    at_turn = tl.load(positions + token) * HALF + along
+    cos = tl.load(cosines + at_turn, mask=inside)
+    sin = tl.load(sines + at_turn, mask=inside)
+    at = qkv + token * qkv_token + head * 2 * HALF + along
+    left, right = tl.load(at, mask=inside).to(tl.float32), tl.load(at + HALF, mask=inside).to(tl.float32)
+    tl.store(at, (left * cos - right * sin).to(qkv.dtype.element_ty), mask=inside)
+    tl.store(at + HALF, (right * cos + left * sin).to(qkv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_norm(stream, change, weight, normed, epsilon, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Add a token's `change` to `stream` in place; the sum over its root mean square, times the weight."""
+    along = tl.arange(0, BLOCK)
+    inside = along < SIZE
+    at = tl.program_id(0) * SIZE + along
+    x = tl.load(stream + at, mask=inside, other=0.0) + tl.load(change + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(stream + at, x, mask=inside)
+    scale = 1 / tl.sqrt(tl.sum(x * x, 0) / SIZE + epsilon)
+    result = x * scale * tl.load(weight + along, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + at, result.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate(both, gated, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(left) x right of the two halves of a token's numbers, BLOCK of them."""
+    along = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = along < SIZE
+    at = both + tl.program_id(0) * 2 * SIZE + along
+    left = tl.load(at, mask=inside).to(tl.float32)
+    result = left * tl.sigmoid(left) * tl.load(at + SIZE, mask=inside).to(tl.float32)
+    tl.store(gated + tl.program_id(0) * SIZE + along, result.to(gated.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -104,37 +147,74 @@ class Places:
     pieces: Tensor  # (pieces, 2): the first token, and how many; 0 where there is no piece
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    places: Places,
-    scaling: float,
-    window: int,
-    softcap: float | None,
-) -> Tensor:
-    """Put the tokens' keys and values into their pages; what each query finds there (tokens, heads, size).
+def store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Places) -> None:
+    """Put the tokens' keys and values (both: tokens, kv heads, size) into their pages.
 
-    query (tokens, heads, size); key and value (tokens, kv heads, size); keys (pages, kv heads, size, PAGE); values
-    (pages, kv heads, PAGE, size). A window of 0 is none. A token in no piece finds zeros.
+    keys (pages, kv heads, size, PAGE); values (pages, kv heads, PAGE, size).
     """
-    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
-    (tokens, heads, size), kv_heads = query.shape, key.shape[1]
-    block, width = triton.next_power_of_2(max(size, FEWEST_ROWS)), places.tables.stride(0)
-    shape = {"KV_HEADS": kv_heads, "SIZE": size, "BLOCK": block, "PAGE": PAGE}
-    strides = (key.stride(0), key.stride(1), value.stride(0), value.stride(1))
-    _store[tokens, kv_heads](key, value, keys, values, places.tables, places.positions, width, *strides, **shape)
-    found = torch.zeros(tokens, heads, size, dtype=query.dtype, device=query.device)
+    key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (key, value))
+    tokens, kv_heads, size = key.shape
+    _store[tokens, kv_heads](
+        key, value, keys, values, places.tables, places.positions, places.tables.stride(0),
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        KV_HEADS=kv_heads, SIZE=size, BLOCK=triton.next_power_of_2(size), PAGE=PAGE,
+    )  # fmt: skip
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, places: Places, scaling: float, window: int, softcap: float | None
+) -> Tensor:
+    """What each query (tokens, heads, size) finds in its row's pages up to itself, as much again.
+
+    A window of 0 is none; softcap bounds the scores (Gemma 2, arXiv 2408.00118). A token in no piece finds zeros.
+    """
+    query = query if query.stride(2) == 1 else query.contiguous()
+    (tokens, heads, size), kv_heads = query.shape, keys.shape[1]
+    block = triton.next_power_of_2(max(size, FEWEST_ROWS))
     group = heads // kv_heads
     at_once = max(n for n in range(1, HEADS + 1) if group % n == 0)
+    found = torch.zeros(tokens, heads, size, dtype=query.dtype, device=query.device)
     for pieces, longest in ((places.alone, 1), (places.pieces, PIECE)):
         _attend[len(pieces), heads // at_once](
-            query, keys, values, found, places.tables, places.positions, pieces, width,
-            query.stride(0), query.stride(1), found.stride(0), scaling, softcap or 0.0, window, **shape,
-            GROUP=group, HEADS=at_once, ROWS=max(FEWEST_ROWS, triton.next_power_of_2(longest * at_once)),
-            SOFTCAP=bool(softcap), PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            query, keys, values, found, places.tables, places.positions, pieces, places.tables.stride(0),
+            query.stride(0), query.stride(1), found.stride(0), scaling, softcap or 0.0, window,
+            KV_HEADS=kv_heads, GROUP=group, HEADS=at_once,
+            ROWS=max(FEWEST_ROWS, triton.next_power_of_2(longest * at_once)), SIZE=size, BLOCK=block, PAGE=PAGE,
+            SOFTCAP=bool(softcap), PRECISION=_precision(query),
             num_stages=2 if block * query.element_size() <= ON_CHIP else 1,
         )  # fmt: skip
     return found
+
+
+def _precision(x: Tensor) -> str:
+    """How fp32 is multiplied: in three parts on tensor cores, where there are such, to nearly all its digits."""
+    return "tf32x3" if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"
+
+
+def rotate(qkv: Tensor, heads: int, size: int, cosines: Tensor, sines: Tensor, positions: Tensor) -> None:
+    """Turn the first `heads` heads of each token (tokens, heads x size ...) by its position, in place.
+
+    cosines, sines: (positions, size / 2), fp32.
+    """
+    block = triton.next_power_of_2(size // 2)
+    _rotate[len(qkv), heads](qkv, cosines, sines, positions, qkv.stride(0), HALF=size // 2, BLOCK=block)
+
+
+def add_norm(stream: Tensor, change: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Add `change` to `stream` (both: tokens, size; the latter fp32) in place; the sum over its root mean square, times
+    the weight.
+    """
+    tokens, size = stream.shape
+    normed, block = torch.empty_like(change), triton.next_power_of_2(size)
+    _add_norm[(tokens,)](
+        stream, change, weight, normed, epsilon, SIZE=size, BLOCK=block, num_warps=8 if block > 1024 else 4
+    )
+    return normed
+
+
+def gate(both: Tensor) -> Tensor:
+    """silu(left) x right of the two halves of (tokens, 2 x size)."""
+    tokens, size = both.shape[0], both.shape[1] // 2
+    gated = both.new_empty(tokens, size)
+    _gate[tokens, triton.cdiv(size, GATED)](both, gated, SIZE=size, BLOCK=GATED)
+    return gated

@@ -64,15 +64,16 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
     widened = widen_at_use(model, dtype) if quantization != "none" else []
     if quantization == "none":
         model.to(device)
-    if device.type == "cpu" and can_pack(precision):
-        if not widened and is_llama_like(model):
-            return LlamaNetwork(model)
-        return TransformersNetwork(model, alike_tiles([*widened, *pack_linear_layers(model)]))
+    written_out = not widened and is_llama_like(model)
     if device.type == "cuda":
-        from tasks.jobs.gpu import GpuNetwork  # which needs Triton
+        from tasks.jobs.gpu import GpuLlama, GpuNetwork  # which need Triton
 
-        return GpuNetwork(model)
-    return TransformersNetwork(model, [TILE])
+        return GpuNetwork(model, GpuLlama(model, *rotations(model), windows(model.config)) if written_out else None)
+    if not can_pack(precision):
+        return TransformersNetwork(model, [TILE])
+    if written_out and kernels.can_attend(dtype, model.model.layers[0].self_attn.head_dim):
+        return LlamaNetwork(model)
+    return TransformersNetwork(model, alike_tiles([*widened, *pack_linear_layers(model)]))
 
 
 def check_can_run(config: Any) -> None:
@@ -148,10 +149,10 @@ class LlamaNetwork:
         self.kv_heads = config.num_key_value_heads
         self.embedding, self.head = model.get_input_embeddings(), PackedLinear(model.lm_head)
         self.norm = bits(model.model.norm.weight.detach())
-        self.cosines, self.sines = _rotations(model)
+        self.cosines, self.sines = (x.numpy() for x in rotations(model))
         self.layers = []
-        for index, layer in enumerate(model.model.layers):
-            self.layers.append(LlamaLayer(layer, _window(config, index)))
+        for index, (layer, window) in enumerate(zip(model.model.layers, windows(config))):
+            self.layers.append(LlamaLayer(layer, window))
             model.model.layers[index] = nn.Identity()  # its weights are free
         alike = alike_tiles([self.head, *self.layers[0].linear])
         self.part = alike[-1]
@@ -205,28 +206,27 @@ def _filled_up(wanted: Sequence[int], tiles: Sequence[int]) -> np.ndarray:
 
 
 def is_llama_like(model: Any) -> bool:
-    """Whether `LlamaNetwork` computes what this model does."""
+    """Whether a model's layers are Llama's, as they are written out for a CPU and for a GPU."""
     config = model.config
     if config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
         return False
-    size, rotary = model.model.layers[0].self_attn.head_dim, model.model.rotary_emb
-    turns = rotary.rope_type in FIXED_ROPES and 2 * len(rotary.inv_freq) == size
-    return turns and kernels.can_attend(model.dtype, size)
-
-
-def _window(config: Any, index: int) -> int:
-    """How many of the last keys a layer's queries see; 0 is all."""
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds[index] == "sliding_attention" if kinds else True
-    return (getattr(config, "sliding_window", None) or 0) if slides else 0
-
-
-def _rotations(model: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines (positions, size / 2) by which each position turns queries and keys."""
-    positions = torch.arange(model.config.max_position_embeddings)[None]
     rotary = model.model.rotary_emb
-    both = rotary(torch.zeros(1, dtype=torch.float32), positions)
-    cosines, sines = (x[0, :, : len(rotary.inv_freq)].contiguous().numpy() for x in both)
+    return rotary.rope_type in FIXED_ROPES and 2 * len(rotary.inv_freq) == model.model.layers[0].self_attn.head_dim
+
+
+def windows(config: Any) -> list[int]:
+    """How many of the last keys each layer's queries see; 0 is all."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or 0
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def rotations(model: Any) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (positions, size / 2) by which each position turns queries and keys, in fp32."""
+    rotary = model.model.rotary_emb
+    positions = torch.arange(model.config.max_position_embeddings, device=model.device)[None]
+    both = rotary(torch.zeros(1, dtype=torch.float32, device=model.device), positions)
+    cosines, sines = (x[0, :, : len(rotary.inv_freq)].contiguous() for x in both)
     return cosines, sines
 
 

@@ -50,7 +50,7 @@ class LocalModel(BaseModel):
         None,
         ge=1,
         le=4096,
-        description="Rows in flight on a GPU (256 by default), or on each core of a processor (128).",
+        description="Rows in flight in each of a GPU's two lanes (256 by default), or on each core of a processor (128).",
         json_schema_extra=OPERATIONAL,
     )
     max_batch_tokens: int | None = Field(

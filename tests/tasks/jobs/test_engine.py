@@ -12,7 +12,7 @@ from tasks.jobs.engine import Engine
 from tasks.jobs.network import LlamaNetwork, UnsupportedModel, best_precision, check_can_run, context_of
 from tasks.jobs.sampling import Sampling, draw_tokens
 from tasks.jobs.template import encode_example, encode_prompt
-from tasks.jobs.tiles import Row
+from tasks.jobs.tiles import Row, Statistics
 from tests.tiny import CHATML, TEXTS
 
 REQUESTS = [{"id": f"r{i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(TEXTS[::18])]
@@ -54,7 +54,7 @@ def logits_after(engine: Engine, prompts: list[list[int]]) -> torch.Tensor:
     found: dict[str, torch.Tensor] = {}
 
     def settle(wanted: Any, logits: torch.Tensor) -> list[Any]:
-        found.update({row.id: each.clone() for (row, _), each in zip(wanted, logits)})
+        found.update({row.id: each for (row, _), each in zip(wanted, logits.cpu().clone())})
         return [(row, {}) for row, _ in wanted]
 
     list(engine._share([Row(str(i), prompt) for i, prompt in enumerate(prompts)], settle, 128))
@@ -72,6 +72,7 @@ def test_logits_do_not_depend_on_the_company_to_the_last_bit(tiny_model: Path, p
     assert torch.equal(alone, together) and torch.equal(backwards, together)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU; see test_gpu.py")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_llama_written_out_is_the_llama_of_transformers(tiny_model: Path, precision: str) -> None:
     engine = Engine(tiny_model, precision)
@@ -101,15 +102,14 @@ def test_a_system_prompt_of_the_template_is_computed_once_and_changes_no_answer(
     with_preamble = Engine(tiny_model, "fp32")
     preamble = "<|im_start|>system\nExplain renewable energy in public libraries.<|im_end|>\n"
     with_preamble.tokenizer.chat_template = preamble.replace("\n", "{{ '\\n' }}") + CHATML
-    without = answers(with_preamble, REQUESTS, GREEDY)
-    positions = with_preamble.statistics.positions
+    without, before = answers(with_preamble, REQUESTS, GREEDY), with_preamble.statistics
     with_preamble.prefix = with_preamble._template_prefix()
     assert with_preamble.prefix
-    with_preamble.statistics.positions = 0
+    with_preamble.statistics = after = Statistics()
     assert {id: reply["text"] for id, reply in answers(with_preamble, REQUESTS, GREEDY).items()} == {
         id: reply["text"] for id, reply in without.items()
     }
-    assert with_preamble.statistics.positions < positions
+    assert after.positions - after.padded_positions < before.positions - before.padded_positions
 
 
 def test_another_draw_or_another_seed_is_another_answer(engine: Engine) -> None:
@@ -188,6 +188,7 @@ def test_few_tokens_of_cache_make_small_batches_and_the_same_answers(tiny_model:
     assert answers(narrow, REQUESTS, GREEDY) == answers(engine, REQUESTS, GREEDY)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU: a GPU's steps are of one size")
 def test_little_of_what_is_computed_is_padding(tiny_model: Path) -> None:
     engine = Engine(tiny_model)
     many = [{"id": f"m{i}", "messages": [{"role": "user", "content": TEXTS[i % len(TEXTS)]}]} for i in range(300)]
@@ -383,7 +384,7 @@ class TestWeightsInFewBits:
         model = model.dequantize(torch.float32).float()
         for prompt in prompts_of(few):
             with torch.inference_mode():
-                expected = model(torch.tensor([prompt])).logits[0, -1]
+                expected = model(torch.tensor([prompt], device=model.device)).logits[0, -1].cpu()
             error = (logits_after(few, [prompt])[0].float() - expected).abs().max() / expected.abs().max()
             assert error < {"fp32": 1e-5, "bf16": 0.05}[few.precision]
 

@@ -1,7 +1,5 @@
 """What a GPU computes. Without one its kernels run in Triton's interpreter, slowly, and nothing is recorded."""
 
-
-
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,9 @@ pytest.importorskip("triton", reason="needs Triton, which there is for Linux")
 
 from tasks.jobs.attention import ATTENTION, PAGE, Pages, Step, attend_in_torch
 from tasks.jobs.engine import Engine
-from tasks.jobs.gpu import GpuNetwork
-from tasks.jobs.gpu_kernels import PIECE, Places, attend
+from tasks.jobs.gpu import GpuLlama, GpuNetwork
+from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
+from tasks.jobs.network import rotations, windows
 from tasks.jobs.sampling import Sampling, draw_tokens
 from tests.tasks.jobs.test_engine import REQUESTS, answers, logits_after, prompts_of
 
@@ -67,27 +66,29 @@ def test_a_query_finds_what_is_in_its_rows_pages_up_to_itself(heads, kv_heads, s
     wide = (x.float() for x in (query.float() * scaling, key, value, keys, values))
     expected = attend_in_torch(*wide, step, window, softcap)
     places = Places(*(torch.as_tensor(x).to(DEVICE) for x in (positions, pages, alone, pieces)))
-    there = (x.to(DEVICE) for x in (query, key, value, keys, values))
-    found = attend(*there, places, scaling, window, softcap).cpu().float()
+    query, key, value, keys, values = (x.to(DEVICE) for x in (query, key, value, keys, values))
+    store(key, value, keys, values, places)
+    found = attend(query, keys, values, places, scaling, window, softcap).cpu().float()
 
     assert (found - expected).abs().max() < CLOSE[dtype] * expected.abs().max()
     assert not found[at:].any()
 
 
-@pytest.fixture(scope="module")
-def on_a_gpu(tiny_model: Path) -> Engine:
+@pytest.fixture(scope="module", params=["transformers", "written out"])
+def on_a_gpu(tiny_model: Path, request: pytest.FixtureRequest) -> Engine:
     """An engine of the tiny model in fp32 that computes as on a GPU."""
     engine = Engine(tiny_model, "fp32")
-    if not HAS_GPU:
-        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=ATTENTION)
-        engine.network, engine.lanes = GpuNetwork(model.eval(), [32, 64]), 1
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=ATTENTION)
+    model = model.eval().to(DEVICE)
+    compute = GpuLlama(model, *rotations(model), windows(model.config)) if request.param == "written out" else None
+    engine.network = GpuNetwork(model, compute) if HAS_GPU else GpuNetwork(model, compute, [32, 64])
     return engine
 
 
 def test_logits_are_those_of_transformers(tiny_model: Path, on_a_gpu: Engine) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     prompts = prompts_of(on_a_gpu)[-3:-1]
-    ours = logits_after(on_a_gpu, prompts).cpu()
+    ours = logits_after(on_a_gpu, prompts)
     for i, prompt in enumerate(prompts):
         with torch.inference_mode():
             theirs = model(torch.tensor([prompt])).logits[0, -1]
@@ -108,12 +109,12 @@ def test_what_is_recorded_gives_the_same_to_the_last_bit(tiny_model: Path, preci
     prompts = prompts_of(engine)
     recorded = logits_after(engine, prompts)
     assert engine.network._can_record
-    engine.network._can_record, engine.network._cache = False, None
+    engine.network._can_record = False
     assert torch.equal(logits_after(engine, prompts), recorded)
 
 
 @needs_gpu
-def test_a_model_of_experts_answers_without_a_recording(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_model_of_experts_is_that_of_transformers(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = transformers.MixtralConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -126,8 +127,7 @@ def test_a_model_of_experts_answers_without_a_recording(tiny_model: Path, tmp_pa
     tokenizer.save_pretrained(tmp_path)
     engine = Engine(tmp_path, "fp32")
     prompts = prompts_of(engine)[:4]
-    ours = logits_after(engine, prompts).cpu()
-    print("recorded:", engine.network._can_record)
+    ours = logits_after(engine, prompts)
     for i, prompt in enumerate(prompts):
         with torch.inference_mode():
             theirs = model(torch.tensor([prompt])).logits[0, -1]
