@@ -1,5 +1,6 @@
 """Imitation: choose what is worth training on, then fine-tune the student in a process of its own."""
 
+import os
 import shlex
 import shutil
 from collections import Counter
@@ -105,6 +106,9 @@ def train_student(settings: SftSettings, student: Checkpoint, data: Snapshot, se
         "seed": seed,
     }
     launcher = launcher_command(settings)
+    environment = {}
+    if launcher and "OMP_NUM_THREADS" not in os.environ:  # torchrun would leave each process a single thread
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // settings.processes_per_node))
     if settings.rdzv_endpoint:
         job_file = str(checkpoint_folder(TRAINER, made_from) / "job.json")
         command = shlex.join([*launcher, "-m", TRAINER, job_file])
@@ -115,6 +119,7 @@ def train_student(settings: SftSettings, student: Checkpoint, data: Snapshot, se
             job,
             made_from,
             launcher=launcher,
+            environment=environment,
             on_progress=lambda report: on_progress(report.pop("done"), report.pop("total"), report),
         )
     # The trainer's own last deed; one killed in it leaves the weights and the optimizer there, several times the model.

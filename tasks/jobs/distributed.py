@@ -24,13 +24,21 @@ class SettingsError(Exception):
 
 
 def choose_device(settings: SftSettings) -> torch.device:
-    """The device of this process; on several GPUs a single process takes the first one alone."""
+    """The device of this process; on several GPUs a single process takes the first one alone.
+
+    Raises:
+        SettingsError: there are more processes than GPUs.
+    """
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, which accelerate imports, warns that it looked for more
         return torch.device("cpu")
     if settings.strategy == "single" and torch.cuda.device_count() > 1:  # else the Trainer would take all of them
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= there:
+        raise SettingsError(f"{settings.processes_per_node} processes need as many GPUs, and here are {there}: set "
+                            f"processes_per_node to {there} (global_batch_size stays as it is)")  # fmt: skip
+    return torch.device("cuda", rank)
 
 
 def choose_precision(settings: SftSettings, device: torch.device) -> str:
@@ -52,6 +60,9 @@ def training_arguments(
     """The Trainer's arguments. Making them starts the process group; before the model is loaded, for ZeRO-3's sake."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory / "tensorboard")
     fsdp = settings.strategy == "fsdp"
+    if fsdp and settings.offload == "parameters":  # accelerate's group is of GPUs alone, and gradients are on the CPU
+        torch.cuda.set_device(device)
+        torch.distributed.init_process_group("cuda:nccl,cpu:gloo")
     arguments = TrainingArguments(
         output_dir=str(directory / "trainer"),
         per_device_train_batch_size=settings.per_device_train_batch_size,
@@ -179,7 +190,7 @@ def raise_unless_sharded(settings: SftSettings, wrapped: torch.nn.Module) -> Non
     names = {kind.__name__ for kind in type(wrapped).__mro__}
     right = {
         "single": not isinstance(wrapped, FSDPModule | DistributedDataParallel),
-        "ddp": isinstance(wrapped, DistributedDataParallel),
+        "ddp": isinstance(wrapped, DistributedDataParallel) or settings.world_size == 1,  # alone on a GPU
         "fsdp": isinstance(wrapped, FSDPModule),
         "deepspeed-zero2": "DeepSpeedEngine" in names,
         "deepspeed-zero3": "DeepSpeedEngine" in names,

@@ -120,6 +120,8 @@ def run_job(
 
 def _started(module: str, job_file: Path, launcher: Sequence[str], environment: Mapping[str, str] | None) -> Process:
     variables = {**os.environ, **ENVIRONMENT, **(environment or {})}
+    # DeepSpeed compiles with the ninja beside this Python, which need not be on the path.
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", os.defpath)])
     ours = module.startswith(__package__)  # only what a warm process can import, wherever this one found it
     if launcher or not ours or not can_fork():
         return start([*(launcher or [sys.executable]), "-m", module, str(job_file)], variables)

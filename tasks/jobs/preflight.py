@@ -95,6 +95,9 @@ def _bytes_needed(
     rows = settings.per_device_train_batch_size
     tokens = rows * int(examples.lengths.max())
     a_layer = 17 * width * tokens * config.hidden_size  # Korthikanti et al. 2022, without the attention matrix
+    if settings.peft != "none" and settings.lora_dropout:  # the inputs of the linear layers, dropped out, and what was
+        inputs = 6 * config.hidden_size + getattr(config, "intermediate_size", 4 * config.hidden_size)
+        a_layer += (width + 1) * tokens * inputs
     kept = width * tokens * config.hidden_size if settings.gradient_checkpointing else a_layer
     logits = (8 + width) * rows * int(examples.labelled.max()) * config.vocab_size
     return weights + gradients + optimizer + config.num_hidden_layers * kept + a_layer + logits

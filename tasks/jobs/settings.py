@@ -35,6 +35,12 @@ class SftSettings(BaseModel):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Of the computation; the weights that are trained are fp32. auto: what is native here."
     )
+    deterministic: bool = Field(
+        True,
+        description="On a GPU: the same training ends with the same bits, also when it was killed and went on. false: "
+        "somewhat faster, and for a model that has an operation which cannot.",
+        json_schema_extra=OPERATIONAL,
+    )
     nodes: int = Field(1, ge=1, le=1024, description="Machines. More than one need rdzv_endpoint or hostfile.")
     processes_per_node: int = Field(1, ge=1, le=64, description="Processes on each machine; one a GPU.")
     rdzv_endpoint: str | None = Field(

@@ -5,7 +5,8 @@ step (`preflight`), what each strategy asks of the Trainer (`distributed`), and 
 (`reload`).
 
 Training keeps fp32 weights. The student is saved in the precision in which its base was stored. The same job gives the
-same weights, bit for bit on one machine, also when it was killed and went on.
+same weights, bit for bit on one machine, also when it was killed and went on, but for DeepSpeed's optimizer on the CPU
+(offload): after a kill it takes its powers of beta anew, which is another rounding.
 
 In the folder: the model; `adapter/` with LoRA; `history.jsonl`, a line a step; `tensorboard/`; `trainer/`, the encoded
 rows and the checkpoints to go on from, removed at the end; `result.json`, last.
@@ -97,7 +98,8 @@ def train(job: dict[str, Any], directory: Path) -> None:
     precision = choose_precision(settings, device)
     if device.type == "cuda":  # on a CPU every operation that we use is deterministic by itself
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Only to warn of what is not would leave attention's gradients to chance.
+        torch.use_deterministic_algorithms(settings.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
     arguments = training_arguments(settings, directory, device, precision, job["seed"], sys.stdout.isatty())
     if arguments.world_size != settings.world_size:
@@ -240,6 +242,11 @@ def one_clear_last_line(job: dict[str, Any]) -> Iterator[None]:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
         told = str(error).lower()
+        if "does not have a deterministic implementation" in told:
+            operation = str(error).split(" does not have")[0]
+            sys.exit(
+                f"{REFUSED}a GPU computes {operation}, which this model has, in any order: set deterministic: false"
+            )
         if not isinstance(error, MemoryError) and "out of memory" not in told and "allocate memory" not in told:
             raise
         line = (str(error) or "of the host").split("\n")[0]

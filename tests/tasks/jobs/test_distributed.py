@@ -1,4 +1,4 @@
-"""What a training finds of those before it."""
+"""What a training finds of those before it, and what it takes its strategy for."""
 
 import os
 import subprocess
@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tasks.jobs.distributed import drop_dead_build_locks
+from tasks.jobs.distributed import SettingsError, choose_device, drop_dead_build_locks, raise_unless_sharded
+from tasks.jobs.settings import SftSettings
 
 
 def test_a_compilation_that_was_killed_keeps_no_later_training_waiting(
@@ -32,3 +34,29 @@ def test_a_compilation_that_was_killed_keeps_no_later_training_waiting(
         drop_dead_build_locks(began=now)
         compiler.communicate(b"\n")
     assert {name for name, lock in locks.items() if lock.exists()} == {"ours", "at_work"}
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    settings = SftSettings(strategy="ddp", processes_per_node=4)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device(settings) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        SettingsError, match="4 processes need as many GPUs, and here are 2: set processes_per_node to 2"
+    ):
+        choose_device(settings)
+
+
+def test_a_strategy_that_did_not_take_hold_is_refused() -> None:
+    plain = torch.nn.Linear(1, 1)
+    raise_unless_sharded(SftSettings(), plain)
+    raise_unless_sharded(SftSettings(strategy="ddp"), plain)  # alone on a GPU it is not wrapped
+    for settings in (
+        {"strategy": "ddp", "processes_per_node": 2},
+        {"strategy": "fsdp"},
+        {"strategy": "deepspeed-zero3"},
+    ):
+        with pytest.raises(SettingsError, match=f"{settings['strategy']} did not take hold; the model is a Linear"):
+            raise_unless_sharded(SftSettings(**settings), plain)

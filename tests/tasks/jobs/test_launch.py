@@ -39,6 +39,12 @@ def test_a_finished_job_is_not_run_again(program, tmp_path: Path) -> None:
     assert (tmp_path / "job" / "ran").read_text() == "x"
 
 
+def test_a_job_finds_the_programs_beside_its_python(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin")  # as of a shell that has not activated the environment
+    module = program("import shutil; finish(directory, {'ninja': shutil.which('ninja')})")
+    assert run_job(module, {}, tmp_path / "job")["ninja"] == str(Path(sys.executable).with_name("ninja"))
+
+
 def test_a_failed_job_says_its_exit_code_and_last_lines(program, tmp_path: Path) -> None:
     module = program("print('half way'); sys.exit('out of luck')")
     with pytest.raises(JobError, match=r"exit code 1(.|\n)*half way(.|\n)*out of luck") as failure:

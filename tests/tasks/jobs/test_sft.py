@@ -384,6 +384,14 @@ class TestTraining:
         losses = [loss for _, loss in result["loss_by_step"]]
         assert result["device"] == "cuda:0" and losses[-1] < losses[0] - 0.2
 
+    def test_an_operation_that_a_gpu_computes_in_any_order_is_refused_with_the_way_out(self, tiny_model: Path) -> None:
+        said = (
+            "histc_cuda does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms"
+        )
+        refused = "refused: a GPU computes histc_cuda, which this model has, in any order: set deterministic: false"
+        with pytest.raises(SystemExit, match=refused), one_clear_last_line(make_job(tiny_model, Path("none"))):
+            raise RuntimeError(said)
+
     def test_memory_that_falls_short_is_named_with_advice(self, tiny_model: Path) -> None:
         job = make_job(tiny_model, Path("none"))
         advised = r"error: out of memory \(CUDA out of memory\); to make it fit: a smaller"
