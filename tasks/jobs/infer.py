@@ -19,6 +19,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tasks.jobs.engine import Engine, NoRoom
 from tasks.jobs.launch import REFUSED, finish, report_progress
 from tasks.jobs.network import UnsupportedModel
@@ -140,6 +142,9 @@ def main(job_file: Path) -> None:
         sys.exit(f"{REFUSED}{error}")
     except ServerError as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        told = str(error).split("\n")[0]
+        sys.exit(f"error: out of memory ({told}); set max_batch_tokens or max_batch_rows lower, or quantization: 4bit")
     finish(job_file.parent, result)
 
 

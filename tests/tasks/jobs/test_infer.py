@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from tasks.jobs import infer
 from tasks.jobs.engine import Engine
 from tasks.jobs.infer import Lines, main, run
 from tasks.jobs.launch import run_job
@@ -147,6 +149,18 @@ def test_a_model_that_the_engine_does_not_compute_is_refused_in_one_line(tmp_pat
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
     (tmp_path / "job.json").write_text(json.dumps(job_in(tmp_path, tmp_path)))
     with pytest.raises(SystemExit, match=r"^refused: a model of the type llama .* linear_attention. Have it served"):
+        main(tmp_path / "job.json")
+
+
+def test_memory_that_falls_short_is_told_in_one_line_with_what_would_help(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fall_short(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(infer, "Engine", fall_short)
+    (tmp_path / "job.json").write_text(json.dumps(job_in(tmp_path, tiny_model)))
+    with pytest.raises(SystemExit, match=r"^error: out of memory \(CUDA .* 9 GiB\.\); set max_batch_tokens or"):
         main(tmp_path / "job.json")
 
 
