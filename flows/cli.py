@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from functools import partial
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +59,21 @@ app.add_typer(commands_service.commands)
 app.add_typer(commands_talk.commands)
 app.add_typer(commands_human.commands)
 app.add_typer(commands_training.commands)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lion {version('lion-distill')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def lion(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Commands to talk to a student: chat, demo, serve, and to have it answer a file."""
 
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -114,7 +115,8 @@ def serve(student: CheckpointName = None, home: Home = None) -> None:
 
 def serve_lines(path: str) -> list[str]:
     """The command of each server, to type as it is."""
-    return [f"vllm serve {path} --served-model-name student", f"transformers serve {path}"]
+    model = shlex.quote(path)
+    return [f"vllm serve {model} --served-model-name student", f"transformers serve {model}"]
 
 
 @commands.command()

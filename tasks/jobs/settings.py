@@ -37,8 +37,8 @@ class SftSettings(BaseModel):
     )
     deterministic: bool = Field(
         True,
-        description="On a GPU: the same training ends with the same bits, also when it was killed and went on. false: "
-        "somewhat faster, and for a model that has an operation which cannot.",
+        description="On a GPU: the same training ends with the same bits, also when it was killed and went on. false: for "
+        "a model that has an operation which cannot.",
         json_schema_extra=OPERATIONAL,
     )
     nodes: int = Field(1, ge=1, le=1024, description="Machines. More than one need rdzv_endpoint or hostfile.")

@@ -4,14 +4,17 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import duckdb
 import pytest
 
+from flows.commands_talk import serve_lines
 from flows.terminal import Refusal, print_rows, settle_home
 from tests.lion import COMMAND, arguments, digests, environment, lion, shown
 
@@ -264,3 +267,12 @@ def test_a_narrow_terminal_cuts_no_figure_of_an_estimate(
     estimate(preset="lion-7b", home=home)
     told = capsys.readouterr().out
     assert "Total: " in told and "…" not in told
+
+
+def test_lion_tells_its_version(tmp_path: Path) -> None:
+    assert lion(tmp_path, "--version").stdout == f"lion {version('lion-distill')}\n"
+
+
+def test_the_lines_that_serve_a_student_can_be_typed_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "my students" / "the first"
+    assert [shlex.split(line)[2] for line in serve_lines(str(folder))] == [str(folder)] * 2
