@@ -13,11 +13,12 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tasks.jobs import gpu_kernels
 from tasks.jobs.attention import PAGE, Pages, Step
 from tasks.jobs.gpu_kernels import PIECE, Places, add_norm, gate, rotate
+from tasks.jobs.linear import JoinedLinear
+from tasks.jobs.llama import LlamaLayer, rotations, windows
 
 TILES = (256, 512, 1024)  # tokens of a step, where they give the same
 TRIED = 32  # tokens of each row by which that is tried out
@@ -168,15 +169,15 @@ class GpuLlama:
     Takes the model apart. What runs through the layers is kept in fp32, whatever the precision of the weights.
     """
 
-    def __init__(self, model: Any, cosines: Tensor, sines: Tensor, windows: Sequence[int]):
+    def __init__(self, model: Any):
         config = model.config
         self.epsilon, self.kv_heads = config.rms_norm_eps, config.num_key_value_heads
-        self.embedding, self.head = model.get_input_embeddings(), Linear(model.lm_head)
+        self.embedding, self.head = model.get_input_embeddings(), JoinedLinear(model.lm_head)
         self.norm = model.model.norm.weight.detach()
-        self.cosines, self.sines = cosines, sines
+        self.cosines, self.sines = rotations(model)
         self.layers = []
-        for index, (layer, window) in enumerate(zip(model.model.layers, windows)):
-            self.layers.append(GpuLlamaLayer(layer, window))
+        for index, (layer, window) in enumerate(zip(model.model.layers, windows(config))):
+            self.layers.append(LlamaLayer(layer, window, JoinedLinear, Tensor.contiguous))
             model.model.layers[index] = nn.Identity()  # its weights are free
 
     def __call__(self, ids: Tensor, positions: Tensor, wanted: Tensor, step: GpuStep) -> Tensor:
@@ -194,30 +195,3 @@ class GpuLlama:
             normed = add_norm(stream, change, layer.attention_norm, self.epsilon)
             change = layer.down(gate(layer.gate_and_up(normed)))
         return self.head(add_norm(stream, change, self.norm, self.epsilon)[wanted])
-
-
-class GpuLlamaLayer:
-    """The weights of one layer: projections of the same input as one matrix."""
-
-    def __init__(self, layer: Any, window: int):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.size, self.scaling, self.window = attention.head_dim, attention.scaling, window
-        self.input_norm = layer.input_layernorm.weight.detach()
-        self.attention_norm = layer.post_attention_layernorm.weight.detach()
-        self.qkv = Linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = Linear(attention.o_proj)
-        self.gate_and_up = Linear(mlp.gate_proj, mlp.up_proj)
-        self.down = Linear(mlp.down_proj)
-
-
-class Linear:
-    """Linear layers of one input, side by side."""
-
-    def __init__(self, *layers: nn.Linear):
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        weights = [layer.weight.detach() for layer in layers]
-        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self.bias = torch.cat(biases) if biases else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)

@@ -36,6 +36,19 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+class JoinedLinear:
+    """Linear layers of one input on a GPU, side by side."""
+
+    def __init__(self, *layers: nn.Linear):
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self.bias = torch.cat(biases) if biases else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
 class WidenedLinear(nn.Module):
     """A linear layer of bitsandbytes, whose weights are widened for each product."""
 

@@ -1,8 +1,9 @@
 """One step of tokens through a causal language model: logits of all of them.
 
-`load` picks the way. `TransformersNetwork` is transformers' own model with our attention, for any architecture on a CPU,
-and `tasks.jobs.gpu` the same on a GPU. `LlamaNetwork` is the same computation for models of Llama's shape on a CPU, written out: a third of the time
-of a step goes to a hundred small operations a layer in the former, and Python that keeps other threads waiting.
+`load` picks the way. On a CPU `TransformersNetwork` is transformers' own model with our attention, for any architecture,
+and `LlamaNetwork` the same computation for models of Llama's shape, written out: a third of the time of a step goes to a
+hundred small operations a layer in the former, and Python that keeps other threads waiting. On a GPU it is
+`tasks.jobs.gpu`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,12 +19,11 @@ from tasks.jobs import kernels
 from tasks.jobs.attention import ATTENTION, Step, attend_on_cpu
 from tasks.jobs.kernels import bits, tensor
 from tasks.jobs.linear import TILE, PackedLinear, alike_tiles, can_pack, pack_linear_layers, widen_at_use
+from tasks.jobs.llama import LlamaLayer, is_llama_like, rotations, windows
 from tasks.jobs.quantization import quantized
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_TILE = 512  # made of several such sizes: a layer's weights are read from memory once for all of them
-LLAMA_LIKE = {"llama", "mistral", "qwen2"}  # model types that LlamaNetwork computes
-FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # that do not change with the length of a text
 ATTENDED_LAYERS = {"full_attention", "sliding_attention"}
 WITH_SINKS = {"gpt_oss"}  # model types
 MISCOMPUTED = {"diffllama"}  # model types that come out wrong, though nothing says why
@@ -68,7 +68,7 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
     if device.type == "cuda":
         from tasks.jobs.gpu import GpuLlama, GpuNetwork  # which need Triton
 
-        return GpuNetwork(model, GpuLlama(model, *rotations(model), windows(model.config)) if written_out else None)
+        return GpuNetwork(model, GpuLlama(model) if written_out else None)
     if not can_pack(precision):
         return TransformersNetwork(model, [TILE])
     if written_out and kernels.can_attend(dtype, model.model.layers[0].self_attn.head_dim):
@@ -152,7 +152,7 @@ class LlamaNetwork:
         self.cosines, self.sines = (x.numpy() for x in rotations(model))
         self.layers = []
         for index, (layer, window) in enumerate(zip(model.model.layers, windows(config))):
-            self.layers.append(LlamaLayer(layer, window))
+            self.layers.append(LlamaLayer(layer, window, PackedLinear, bits))
             model.model.layers[index] = nn.Identity()  # its weights are free
         alike = alike_tiles([self.head, *self.layers[0].linear])
         self.part = alike[-1]
@@ -178,24 +178,9 @@ class LlamaNetwork:
         for begin in range(0, len(step.wanted), self.part):
             yield self.head(wanted[begin : begin + self.part])[: len(step.wanted) - begin]
 
-    def _rotate(self, layer: "LlamaLayer", qkv: Tensor, positions: np.ndarray, turned: Tensor) -> None:
+    def _rotate(self, layer: LlamaLayer, qkv: Tensor, positions: np.ndarray, turned: Tensor) -> None:
         heads = qkv.shape[1] // layer.size - self.kv_heads  # of queries and keys
         kernels.rotate(bits(qkv), heads, layer.size, positions, self.cosines, self.sines, bits(turned))
-
-
-class LlamaLayer:
-    """The weights of one layer: projections of the same input as one matrix."""
-
-    def __init__(self, layer: Any, window: int):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.size, self.scaling, self.window = attention.head_dim, attention.scaling, window
-        self.input_norm = bits(layer.input_layernorm.weight.detach())
-        self.attention_norm = bits(layer.post_attention_layernorm.weight.detach())
-        self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = PackedLinear(attention.o_proj)
-        self.gate_and_up = PackedLinear(mlp.gate_proj, mlp.up_proj)
-        self.down = PackedLinear(mlp.down_proj)
-        self.linear = [self.qkv, self.output, self.gate_and_up, self.down]
 
 
 def _filled_up(wanted: Sequence[int], tiles: Sequence[int]) -> np.ndarray:
@@ -203,31 +188,6 @@ def _filled_up(wanted: Sequence[int], tiles: Sequence[int]) -> np.ndarray:
     filled = np.zeros(next(size for size in tiles if size >= len(wanted)), np.int64)
     filled[: len(wanted)] = wanted
     return filled
-
-
-def is_llama_like(model: Any) -> bool:
-    """Whether a model's layers are Llama's, as they are written out for a CPU and for a GPU."""
-    config = model.config
-    if config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
-        return False
-    rotary = model.model.rotary_emb
-    return rotary.rope_type in FIXED_ROPES and 2 * len(rotary.inv_freq) == model.model.layers[0].self_attn.head_dim
-
-
-def windows(config: Any) -> list[int]:
-    """How many of the last keys each layer's queries see; 0 is all."""
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None) or 0
-    return [window if kind == "sliding_attention" else 0 for kind in kinds]
-
-
-def rotations(model: Any) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (positions, size / 2) by which each position turns queries and keys, in fp32."""
-    rotary = model.model.rotary_emb
-    positions = torch.arange(model.config.max_position_embeddings, device=model.device)[None]
-    both = rotary(torch.zeros(1, dtype=torch.float32, device=model.device), positions)
-    cosines, sines = (x[0, :, : len(rotary.inv_freq)].contiguous() for x in both)
-    return cosines, sines
 
 
 def best_precision(device: torch.device) -> str:

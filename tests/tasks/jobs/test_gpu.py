@@ -14,7 +14,6 @@ from tasks.jobs.attention import ATTENTION, PAGE, Pages, Step, attend_in_torch
 from tasks.jobs.engine import Engine
 from tasks.jobs.gpu import GpuLlama, GpuNetwork
 from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
-from tasks.jobs.network import rotations, windows
 from tasks.jobs.sampling import Sampling, draw_tokens
 from tests.tasks.jobs.test_engine import REQUESTS, answers, logits_after, prompts_of
 
@@ -80,7 +79,7 @@ def on_a_gpu(tiny_model: Path, request: pytest.FixtureRequest) -> Engine:
     engine = Engine(tiny_model, "fp32")
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=ATTENTION)
     model = model.eval().to(DEVICE)
-    compute = GpuLlama(model, *rotations(model), windows(model.config)) if request.param == "written out" else None
+    compute = GpuLlama(model) if request.param == "written out" else None
     engine.network = GpuNetwork(model, compute) if HAS_GPU else GpuNetwork(model, compute, [32])
     return engine
 
