@@ -21,6 +21,7 @@ from tasks.selection import compare, gain_in, judged_by_referee, told
 TEMPLATE = "report.html.jinja"
 GRID, HARD = "#8888884d", "#d9480f"
 WIDEST = 10  # score gaps shown side by side
+MOST_CATEGORIES = 15  # a chart has room for
 
 WIDEST_GAPS = """
 select v.score_gap, v.teacher_score, v.student_score, p.instruction, p.input, p.category,
@@ -35,12 +36,20 @@ limit $limit
 """
 
 HARD_SHARE = """
-select coalesce(p.category, 'none') as category,
-       count(*) filter (difficulty = 'hard') / count(*) as share,
-       count(*) filter (difficulty = 'hard') as hard, count(*) as rows
-from verdicts join pool as p using (instruction_id)
-where difficulty <> 'undecided'
-group by all
+with decided as (
+    select coalesce(p.category, 'none') as named, difficulty = 'hard' as is_hard
+    from verdicts join pool as p using (instruction_id)
+    where difficulty <> 'undecided'
+),
+counted as (
+    select named, count_if(is_hard) as hard, count(*) as rows,
+           row_number() over (order by count(*) desc, named) as place, count(*) over () as categories
+    from decided group by named
+)
+select if(place < $most or categories <= $most, named, (categories - $most + 1) || ' smaller ones') as category,
+       sum(hard) / sum(rows) as share, sum(hard)::bigint as hard, sum(rows)::bigint as rows
+from counted
+group by 1
 order by share desc, category
 """
 
@@ -178,7 +187,7 @@ def _gaps(record: IterationRecord) -> alt.LayerChart:
 
 def _hard_share(record: IterationRecord) -> alt.LayerChart:
     made = record.snapshots
-    rows = query(HARD_SHARE, verdicts=made["verdicts"], pool=made["cache_pool"])
+    rows = query(HARD_SHARE, {"most": MOST_CATEGORIES}, verdicts=made["verdicts"], pool=made["cache_pool"])
     data = alt.Data(values=[row | {"label": f"{row['hard']} of {row['rows']}"} for row in rows])
     base = alt.Chart(data).encode(
         y=alt.Y("category:N", sort="-x", title=None),

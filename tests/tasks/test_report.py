@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from storage.catalog import query
 from storage.runs import Manifest
 from tasks.gains import gain_charts
-from tasks.report import verdict, write_report
+from tasks.report import HARD_SHARE, MOST_CATEGORIES, verdict, write_report
 from tests.recorded import HELDOUT_IDS, evaluation, record_run, reviews, snapshot
 
 
@@ -74,3 +75,20 @@ def test_a_damaged_evaluation_is_named_and_keeps_no_run_from_ending(home: Path) 
     damaged.parent.mkdir(parents=True)
     damaged.write_text("{")
     assert f"Evaluations are not shown: {damaged} cannot be read" in write_report(record_run()).read_text()
+
+
+@pytest.mark.parametrize(("categories", "bars"), [(MOST_CATEGORIES, MOST_CATEGORIES), (60, MOST_CATEGORIES)])
+def test_the_hard_share_shows_the_largest_categories_and_counts_the_others(
+    home: Path, categories: int, bars: int
+) -> None:
+    named = {f"i{number}": f"category {number:02}" for number in range(categories)}
+    named |= {f"j{number}": f"category {number:02}" for number in range(9)}  # these have two
+    pool = [{"instruction_id": id, "instruction": id, "category": name, "origin": "seed"} for id, name in named.items()]
+    verdicts = [{"instruction_id": id, "difficulty": "hard" if id.startswith("j") else "easy"} for id in named]
+    made = {"verdicts": snapshot("verdicts", verdicts, "discriminate"), "pool": snapshot("instructions", pool, "seed")}
+    rows = query(HARD_SHARE, {"most": MOST_CATEGORIES}, **made)
+    assert len(rows) == bars and sum(row["rows"] for row in rows) == categories + 9
+    assert [(row["share"], row["hard"]) for row in rows[:9]] == [(0.5, 1)] * 9
+    if categories > bars:
+        others = categories - MOST_CATEGORIES + 1
+        assert {"category": f"{others} smaller ones", "share": 0, "hard": 0, "rows": others} in rows
