@@ -45,6 +45,7 @@ class Row:
     computed: int = 0  # tokens whose keys and values are in the row's pages
     pages: list[int] = field(default_factory=list)
     borrowed: int = 0  # of the pages, the first are the prefix's
+    slot: int = 0  # its line in the lane's table of pages
 
     @property
     def pending(self) -> int:
@@ -57,7 +58,7 @@ class Row:
         return len(self.given) - max(1, len(self.targets))
 
     def next_run(self, longest: int) -> int:
-        """How many of the pending tokens are computed together, and never a part of them.
+        """How many of the pending tokens are computed together, and never a part of them; 0 where none is pending.
 
         So the runs of a row are the same in any company.
         """
@@ -129,8 +130,11 @@ class Lane:
         width = pages_for(longest)
         pages = min(rows * width, max(tokens // PAGE, width))
         self.cache = Pages(1 + pages_for(len(prefix)) + pages, width)
+        self.pages = np.zeros((1 + rows, max(width, pages_for(len(prefix)))), np.int32)  # of each row, in its slot
+        self.slots = list(range(rows, 0, -1))  # free ones
         self.prefix = Row("", list(prefix))
         self.prefix.pages = self.cache.take(len(prefix))
+        self.pages[0, : len(self.prefix.pages)] = self.prefix.pages
 
     @torch.inference_mode()
     def run(self, waiting: Queue, settle: Settle) -> Iterator[list[dict[str, Any]]]:
@@ -151,6 +155,7 @@ class Lane:
             for row, _ in done:
                 active.remove(row)
                 self.cache.give_back(row.pages[row.borrowed :])
+                self.slots.append(row.slot)
             yield [reply for _, reply in done]
 
     def _fits(self, row: Row) -> bool:
@@ -165,6 +170,8 @@ class Lane:
             row.borrowed, row.computed = known // PAGE, known
         row.pages = self.prefix.pages[: row.borrowed]
         row.pages += self.cache.take(len(row.given) + row.room - row.borrowed * PAGE)
+        row.slot = self.slots.pop()
+        self.pages[row.slot, : len(row.pages)] = row.pages
         if row.computed % PAGE:
             self.cache.copy(self.prefix.pages[row.borrowed], row.pages[row.borrowed])
 
@@ -177,23 +184,37 @@ class Lane:
         """One step: tokens whose logits are wanted, and these logits, some at a time."""
         rows = sorted(active, key=lambda row: len(row.answer))
         most = self._tile(sum(row.pending for row in rows), rows[0].next_run(self.longest_run))
-        tokens, positions = np.zeros(most, np.int32), np.zeros(most, np.int32)
-        pages = np.zeros((most, max(len(row.pages) for row in rows)), np.int32)
-        runs, wanted, at = [], [], 0
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        runs, wanted, at_wanted, at = [], [], [], 0
         for row in rows:
-            while row.pending and (count := row.next_run(self.longest_run)) <= most - at:
-                end, computed = at + count, row.computed + count
-                tokens[at:end] = row.next_tokens(count)
-                positions[at:end] = range(row.computed, computed)
-                pages[at:end, : len(row.pages)] = row.pages
-                runs.append((at, end))
-                first = max(row.first_wanted, row.computed)
-                wanted += [(end - computed + place, row, place) for place in range(first, computed)]
-                row.computed, at = computed, end
+            while (count := row.next_run(self.longest_run)) and count <= most - at:
+                known, computed = row.computed, row.computed + count
+                tokens += row.next_tokens(count)
+                positions += range(known, computed)
+                slots += [row.slot] * count
+                runs.append((at, at + count))
+                for place in range(max(row.first_wanted, known), computed):
+                    wanted.append((row, place))
+                    at_wanted.append(at + place - known)
+                row.computed, at = computed, at + count
+            if at == most:
+                break
         tile = next(size for size in self.network.tiles if size >= at)
         self.statistics.add(positions=tile, padded=tile - at)
-        step = Step(tokens[:tile], positions[:tile], pages[:tile], runs, self.cache, [i for i, _, _ in wanted])
-        known = 0
+        width = max(len(row.pages) for row in rows)
+        pages = np.zeros((tile, width), np.int32)
+        pages[:at] = self.pages[slots, :width]
+        step = Step(_filled(tokens, tile), _filled(positions, tile), pages, runs, self.cache, at_wanted)
+        begin = 0
         for logits in self.network.forward(step):
-            yield [(row, place) for _, row, place in wanted[known : known + len(logits)]], logits
-            known += len(logits)
+            yield wanted[begin : begin + len(logits)], logits
+            begin += len(logits)
+
+
+def _filled(numbers: Sequence[int], tile: int) -> np.ndarray:
+    """As an array of so many, the last of them 0."""
+    filled = np.zeros(tile, np.int32)
+    filled[: len(numbers)] = numbers
+    return filled
