@@ -1,4 +1,4 @@
-"""`lion up`, `lion deploy`, `lion down`: the loop behind a Prefect server of this machine."""
+"""`lion up`, `lion deploy`, `lion worker`, `lion down`: the loop behind a Prefect server of this machine."""
 
 import os
 from pathlib import Path
@@ -36,6 +36,20 @@ def deploy(home: Home = None) -> None:
 
     for name in service.register():
         note.print(f"  {name}")
+
+
+@commands.command()
+def worker(
+    healthcheck: Annotated[
+        bool, typer.Option("--healthcheck", help="Tell by HTTP, port 8080, whether it polls.")
+    ] = False,
+    home: Home = None,
+) -> None:
+    """Run a worker alone, in the foreground, as containers do. At its end flow runs keep the answers under way."""
+    _settle(home)
+    from flows import service
+
+    raise typer.Exit(service.run_worker(healthcheck))
 
 
 @commands.command()

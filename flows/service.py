@@ -85,9 +85,23 @@ def start_worker() -> bool:
     """Start a worker for the pool; False where ours runs already."""
     if _pid("worker") is not None:
         return False
-    pool = environment()["LION_WORK_POOL"]
-    _start("worker", ["worker", "start", "--pool", pool, "--type", "process", "--install-policy", "never"])
+    _start("worker", _worker())
     return True
+
+
+def run_worker(healthcheck: bool = False) -> int:
+    """Run a worker in the foreground, as a container does; its exit code. Whatever ends the wait for it ends its runs.
+
+    Prefect's worker kills its flow runs as soon as it is told to stop. In a session of its own Ctrl-C does not tell it.
+    """
+    command = [*_prefect(), *_worker(), *(["--with-healthcheck"] if healthcheck else [])]
+    worker = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        return worker.wait()
+    finally:
+        _end_runs(worker.pid)
+        worker.terminate()
+        worker.wait()
 
 
 def ui_url() -> str:
@@ -99,12 +113,7 @@ def stop(name: str) -> bool:
     pid = _pid(name)
     if pid is None:
         return False
-    # Flow runs first: they write down what they have and keep the answers under way, for which a worker leaves no time.
-    runs = psutil.Process(pid).children()
-    for run in runs:
-        with suppress(psutil.NoSuchProcess):
-            run.terminate()
-    psutil.wait_procs(runs, timeout=STOP_SECONDS)
+    _end_runs(pid)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
@@ -199,6 +208,22 @@ def _answers() -> bool:
 
 def _prefect() -> list[str]:
     return [sys.executable, "-m", "prefect"]
+
+
+def _worker() -> list[str]:
+    pool = environment()["LION_WORK_POOL"]
+    return ["worker", "start", "--pool", pool, "--type", "process", "--install-policy", "never"]
+
+
+def _end_runs(worker: int) -> None:
+    """End a worker's flow runs, before it: they write down what they have and keep the answers under way, for which a
+    worker leaves no time."""
+    with suppress(psutil.NoSuchProcess):
+        runs = psutil.Process(worker).children()
+        for run in runs:
+            with suppress(psutil.NoSuchProcess):
+                run.terminate()
+        psutil.wait_procs(runs, timeout=STOP_SECONDS)
 
 
 def _start(name: str, arguments: list[str]) -> None:

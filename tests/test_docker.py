@@ -1,5 +1,6 @@
 """The images and the compose file, as far as they can be checked where no container runs."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from flows.service import STOP_SECONDS
 
 DOCKER = Path(__file__).parents[1] / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
@@ -54,6 +57,15 @@ def test_a_change_of_the_code_installs_no_dependency_anew() -> None:
             done = subprocess.run(step, shell=True, cwd=DOCKER.parent, capture_output=True, text=True, check=True)
             assert ("torch==" in done.stdout) == stage.startswith("base AS trainer")
             assert all(Requirement(line) for line in done.stdout.splitlines())
+
+
+def test_a_worker_that_is_stopped_has_time_to_end_its_runs_first() -> None:
+    command = (DOCKER / "Dockerfile").read_text().rpartition("CMD ")[2]
+    assert json.loads(command) == ["lion", "worker", "--healthcheck"]
+    for name in ("worker", "trainer"):
+        service = COMPOSE["services"][name]
+        assert service["build"]["target"] == "trainer" and not {"command", "entrypoint"} & set(service)
+        assert service["init"] and int(service["stop_grace_period"].removesuffix("s")) >= STOP_SECONDS + 10
 
 
 @pytest.mark.skipif(not (DOCKER.parent / ".git").exists(), reason="needs a checkout")

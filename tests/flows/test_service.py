@@ -1,7 +1,9 @@
 """The loop on a real Prefect server with a real worker: nights, cancelling, questions, a dead machine, no key."""
 
 import json
+import signal
 import sqlite3
+import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
+from flows.service import STOP_SECONDS
 from tests.fake_openai import FakeOpenAI
 from tests.flows.conftest import KEY
-from tests.lion import digests, lion, shown
-from tests.service import Service, kill, process_of_flow
+from tests.lion import COMMAND, digests, lion, shown
+from tests.service import ROOT, Service, kill, process_of_flow
 
 pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=1), pytest.mark.timeout(600)]
 LONG = {
@@ -153,6 +156,34 @@ def test_a_paid_run_asks_first_and_leaves_no_key_on_the_server(service: Service)
     assert "gpt-test" in dumped and KEY not in dumped
     for file in [*database.parent.rglob("*"), *service.home.glob("runs/*/*"), *service.home.glob("results/*")]:
         assert file.is_dir() or KEY.encode() not in file.read_bytes(), f"the key is in {file}"
+
+
+def test_a_worker_that_is_stopped_lets_its_runs_keep_the_answers_under_way(service: Service) -> None:
+    pool = {"LION_WORK_POOL": "stopped"}  # of this worker alone
+    worker = subprocess.Popen([*COMMAND, "worker"], cwd=ROOT, env=service.environment | pool)
+    try:
+        while not service.api.get("/work_pools/stopped").is_success:
+            time.sleep(0.2)
+        smoke = service.api.get("/deployments/name/distill/smoke").json()
+        same = {key: smoke[key] for key in ("flow_id", "entrypoint", "pull_steps", "parameters")}
+        service.post("/deployments/", name="stopped", work_pool_name="stopped", **same)
+        with FakeOpenAI(key=KEY, latency=2) as endpoint:
+            slow = f"slow-{endpoint.port}"
+            model = {"kind": "openai", "model": slow, "base_url": endpoint.url, "price": "free", "max_concurrency": 2}
+            run = service.start("stopped", name="stopped", seed=3, teacher={"model": model})
+            while endpoint.received < 2:
+                time.sleep(0.05)
+            worker.terminate()
+            assert worker.wait(timeout=STOP_SECONDS + 10) == 128 + signal.SIGTERM
+            assert endpoint.bill()["requests"] == endpoint.received
+            rows = json.loads(lion(service.home, "spend", "--json").stdout)
+            (spent,) = (row for row in rows if row["model"] == slow)
+            assert (spent["requests"], spent["lost_requests"]) == (endpoint.received, 0)
+        assert service.state(run)["name"] == "Crashed", "as it said itself: it can be retried"
+        assert shown(service.home, "stopped")["state"] == "interrupted"
+    finally:
+        worker.terminate()
+        worker.wait()
 
 
 def test_a_question_nobody_answers_ends_the_run_and_the_same_run_asks_again(service: Service) -> None:
