@@ -6,6 +6,7 @@ so that no second file can disagree.
 
 import os
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import TrainingArguments
 
 from tasks.jobs.network import DTYPES, best_precision
 from tasks.jobs.settings import SftSettings
+
+DDP_TIMEOUT = 1800  # seconds; `TrainingArguments` has it as its default
 
 
 class SettingsError(Exception):
@@ -62,7 +65,8 @@ def training_arguments(
     fsdp = settings.strategy == "fsdp"
     if fsdp and settings.offload == "parameters":  # accelerate's group is of GPUs alone, and gradients are on the CPU
         torch.cuda.set_device(device)
-        torch.distributed.init_process_group("cuda:nccl,cpu:gloo")
+        # Others wait for the first one, which encodes the rows and saves: as long as they do in a group of accelerate's.
+        torch.distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=timedelta(seconds=DDP_TIMEOUT))
     arguments = TrainingArguments(
         output_dir=str(directory / "trainer"),
         per_device_train_batch_size=settings.per_device_train_batch_size,

@@ -4,12 +4,20 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from tasks.jobs.distributed import SettingsError, choose_device, drop_dead_build_locks, raise_unless_sharded
+from tasks.jobs.distributed import (
+    SettingsError,
+    choose_device,
+    drop_dead_build_locks,
+    raise_unless_sharded,
+    training_arguments,
+)
 from tasks.jobs.settings import SftSettings
 
 
@@ -47,6 +55,25 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         SettingsError, match="4 processes need as many GPUs, and here are 2: set processes_per_node to 2"
     ):
         choose_device(settings)
+
+
+def test_processes_of_our_own_group_wait_as_long_as_in_accelerates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made(Exception):
+        pass
+
+    def make(*_: str, timeout: timedelta) -> None:
+        assert timeout.total_seconds() == TrainingArguments(tmp_path, use_cpu=True).ddp_timeout
+        raise Made
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", make)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    with pytest.raises(Made):
+        training_arguments(
+            SftSettings(strategy="fsdp", offload="parameters"), tmp_path, torch.device("cuda", 0), "bf16", 0, False
+        )
 
 
 def test_a_strategy_that_did_not_take_hold_is_refused() -> None:
