@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from tasks.jobs import kernels
 from tasks.jobs.network import best_precision, context_of, load
-from tasks.jobs.sampling import Sampling, draw_tokens
+from tasks.jobs.sampling import Sampling, aligned, draw_tokens
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
 from tasks.jobs.tiles import Lane, Queue, Row, Settle, Statistics, Wanted
 
@@ -287,7 +287,7 @@ def losses_of(logits: Tensor, targets: list[int]) -> list[float]:
         return kernels.losses(kernels.bits(logits), np.array(targets)).tolist()
     wanted = torch.tensor(targets, device=logits.device)
     parts = zip(logits.split(LOSSES_AT_ONCE), wanted.split(LOSSES_AT_ONCE))
-    return torch.cat([functional.cross_entropy(x.float(), y, reduction="none") for x, y in parts]).tolist()
+    return torch.cat([functional.cross_entropy(aligned(x), y, reduction="none") for x, y in parts]).tolist()
 
 
 def stop_tokens_of(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tasks.jobs import kernels
 
 GPU_ROWS = 256  # drawn at once, never fewer: how a GPU sums up a row depends on the number of rows
+GPU_READ = 4  # numbers in fp32 that a GPU reads at once
 TOP_P_CANDIDATES = 512  # the nucleus is looked for among these; a row that needs more is sorted whole
 
 
@@ -39,9 +41,18 @@ def draw_tokens(logits: Tensor, chances: Sequence[float], sampling: Sampling) ->
     for begin, some in zip(range(0, len(logits), GPU_ROWS), logits.split(GPU_ROWS)):
         those = list(chances[begin : begin + GPU_ROWS])
         missing = GPU_ROWS - len(some)
-        filled = torch.cat([some, some[:1].expand(missing, -1)])
+        filled = aligned(torch.cat([some, some[:1].expand(missing, -1)]))
         drawn += _draw_in_torch(filled, [*those, *those[:1] * missing], sampling).tolist()[: len(some)]
     return drawn
+
+
+def aligned(logits: Tensor) -> Tensor:
+    """In fp32, with tokens that are impossible added until each row begins where a GPU reads several numbers at once.
+
+    Where a row begins elsewhere, torch's softmax sums it up otherwise: vocabularies are not all divisible (GPT-2).
+    """
+    missing = -logits.shape[1] % GPU_READ
+    return functional.pad(logits.float(), (0, missing), value=-torch.inf) if missing else logits.float()
 
 
 def _draw_in_torch(logits: Tensor, chances: Sequence[float], sampling: Sampling) -> Tensor:

@@ -14,7 +14,7 @@ from tasks.jobs.attention import ATTENTION, PAGE, Pages, Step, attend_in_torch
 from tasks.jobs.engine import Engine
 from tasks.jobs.gpu import GpuLlama, GpuNetwork
 from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
-from tasks.jobs.sampling import Sampling, draw_tokens
+from tasks.jobs.sampling import Sampling, _draw_in_torch, aligned, draw_tokens
 from tests.tasks.jobs.test_engine import REQUESTS, answers, logits_after, prompts_of
 
 HAS_GPU = torch.cuda.is_available()
@@ -100,6 +100,19 @@ def test_a_row_answers_the_same_in_any_company(on_a_gpu: Engine) -> None:
     together = answers(on_a_gpu, REQUESTS[:2], sampling)
     alone = {id: reply for request in REQUESTS[:2] for id, reply in answers(on_a_gpu, [request], sampling).items()}
     assert alone == together
+
+
+def test_rows_of_any_vocabulary_begin_where_a_gpu_reads_several_numbers_at_once() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5001)
+    wide = aligned(logits.half())
+    assert wide.shape[1] % 4 == 0 and wide.dtype == torch.float32
+    assert aligned(logits[:, :5000]).shape[1] == 5000
+    for top_p in (1.0, 0.9):
+        sampling, chances = Sampling(temperature=1.0, top_p=top_p), [0.0, 0.5, 1.0]
+        drawn = _draw_in_torch(wide, chances, sampling).tolist()
+        assert drawn == _draw_in_torch(logits.half(), chances, sampling).tolist()
+        assert max(drawn) < 5001
 
 
 @needs_gpu
