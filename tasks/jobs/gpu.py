@@ -13,12 +13,14 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 import torch
 from torch import Tensor, nn
+from triton.runtime.errors import OutOfResources
 
 from tasks.jobs import gpu_kernels
 from tasks.jobs.attention import PAGE, Pages, Step
 from tasks.jobs.gpu_kernels import PIECE, Places, add_norm, gate, rotate
 from tasks.jobs.linear import JoinedLinear
 from tasks.jobs.llama import LlamaLayer, rotations, windows
+from tasks.jobs.network import unsupported
 
 TILES = (256, 512, 1024)  # tokens of a step, where they give the same
 TRIED = 32  # tokens of each row by which that is tried out
@@ -30,7 +32,11 @@ Compute = Callable[[Tensor, Tensor, Tensor, "GpuStep"], Tensor]
 
 
 class GpuNetwork:
-    """A model's steps, recorded. Each lane has recordings of its own, which live as long as its cache."""
+    """A model's steps, recorded. Each lane has recordings of its own, which live as long as its cache.
+
+    Raises:
+        UnsupportedModel: its attention does not fit on this GPU.
+    """
 
     def __init__(self, model: Any, compute: Compute | None = None, tiles: Sequence[int] = TILES):
         self.model, self.config, self.generation_config = model, model.config, model.generation_config
@@ -39,7 +45,10 @@ class GpuNetwork:
         self._recording = threading.Lock()
         self._can_record = False  # what is only tried out is not worth it
         self.tiles = tiles
-        self.tiles = self._alike(tiles)
+        try:
+            self.tiles = self._alike(tiles)
+        except OutOfResources as error:
+            raise unsupported(self.config, f"its heads are too large for this GPU ({error})") from None
         self._can_record = model.device.type == "cuda"
 
     def forward(self, step: Step) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from tasks.jobs.attention import PAGE
 
@@ -101,7 +102,8 @@ def _attend(
         first_page = 0
         if window > 0:
             first_page = tl.maximum(tl.load(positions + begin) - window + 1, 0) // PAGE
-        end_page = tl.load(positions + begin + count - 1) // PAGE + 1
+        last = tl.load(positions + begin + count - 1)
+        end_page = last // PAGE + 1
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         summed = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -121,9 +123,12 @@ def _attend(
             known = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
             weights = tl.exp(scores - known[:, None])
             kept = tl.exp(highest - known)
+            # What a former row left behind may be infinite, and 0 x inf is NaN.
+            written = number * PAGE + places <= last
             its_values = tl.load(
-                values + block + places[:, None] * SIZE + along[None, :], mask=inside[None, :], other=0.0
-            )
+                values + block + places[:, None] * SIZE + along[None, :],
+                mask=written[:, None] & inside[None, :], other=0.0,
+            )  # fmt: skip
             total = total * kept + tl.sum(weights, 1)
             summed = summed * kept[:, None] + tl.dot(
                 weights.to(its_values.dtype), its_values, input_precision=PRECISION
@@ -167,28 +172,54 @@ def attend(
     """What each query (tokens, heads, size) finds in its row's pages up to itself, as much again.
 
     A window of 0 is none; softcap bounds the scores (Gemma 2, arXiv 2408.00118). A token in no piece finds zeros.
+
+    Raises:
+        OutOfResources: not even one head's keys and values fit on this GPU's chip.
     """
     query = query if query.stride(2) == 1 else query.contiguous()
     (tokens, heads, size), kv_heads = query.shape, keys.shape[1]
-    block = triton.next_power_of_2(max(size, FEWEST_ROWS))
     group = heads // kv_heads
-    at_once = max(n for n in range(1, HEADS + 1) if group % n == 0)
     found = torch.zeros(tokens, heads, size, dtype=query.dtype, device=query.device)
-    for pieces, longest in ((places.alone, 1), (places.pieces, PIECE)):
+    for at_once in (n for n in range(min(HEADS, group), 0, -1) if group % n == 0):
+        try:
+            _attend_by(at_once, query, keys, values, found, places, scaling, window, softcap)
+            break
+        except OutOfResources:  # told before anything is launched; GPUs of one generation differ by half
+            if at_once == 1:
+                raise
+    return found
+
+
+def _attend_by(
+    at_once: int,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    found: Tensor,
+    places: Places,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+) -> None:
+    """`attend`, with so many heads in one program."""
+    (_, heads, size), kv_heads = query.shape, keys.shape[1]
+    block = triton.next_power_of_2(max(size, FEWEST_ROWS))
+    for pieces, longest in ((places.pieces, PIECE), (places.alone, 1)):
         _attend[len(pieces), heads // at_once](
             query, keys, values, found, places.tables, places.positions, pieces, places.tables.stride(0),
             query.stride(0), query.stride(1), found.stride(0), scaling, softcap or 0.0, window,
-            KV_HEADS=kv_heads, GROUP=group, HEADS=at_once,
+            KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEADS=at_once,
             ROWS=max(FEWEST_ROWS, triton.next_power_of_2(longest * at_once)), SIZE=size, BLOCK=block, PAGE=PAGE,
             SOFTCAP=bool(softcap), PRECISION=_precision(query),
             num_stages=2 if block * query.element_size() <= ON_CHIP else 1,
         )  # fmt: skip
-    return found
 
 
 def _precision(x: Tensor) -> str:
-    """How fp32 is multiplied: in three parts on tensor cores, where there are such, to nearly all its digits."""
-    return "tf32x3" if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"
+    """How fp32 is multiplied: in three parts on NVIDIA's tensor cores, to nearly all its digits; else as it is."""
+    if not x.is_cuda or torch.version.hip:  # Triton refuses the former for AMD
+        return "ieee"
+    return "tf32x3" if torch.cuda.get_device_capability(x.device) >= (8, 0) else "ieee"
 
 
 def rotate(qkv: Tensor, heads: int, size: int, cosines: Tensor, sines: Tensor, positions: Tensor) -> None:

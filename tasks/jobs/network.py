@@ -97,9 +97,14 @@ def check_can_run(config: Any) -> None:
         why = "its settings do not say how long a text may be"
     else:
         return
-    raise UnsupportedModel(
-        f"a model of the type {text.model_type} is nothing for `engine: transformers`: {why}. Have it served: "
-        "`engine: vllm`, or `engine: openai` with a command in `serve`"
+    raise unsupported(config, why)
+
+
+def unsupported(config: Any, why: str) -> UnsupportedModel:
+    """What is told of a model that this engine does not compute."""
+    return UnsupportedModel(
+        f"a model of the type {config.get_text_config().model_type} is nothing for `engine: transformers`: {why}. "
+        "Have it served: `engine: vllm`, or `engine: openai` with a command in `serve`"
     )
 
 

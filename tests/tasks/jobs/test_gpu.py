@@ -1,6 +1,8 @@
 """What a GPU computes. Without one its kernels run in Triton's interpreter, slowly, and nothing is recorded."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux")
 
+from triton.backends.amd.compiler import HIPOptions
+from triton.backends.nvidia.compiler import CUDAOptions
+from triton.runtime.errors import OutOfResources
+
+from tasks.jobs import gpu_kernels
 from tasks.jobs.attention import ATTENTION, PAGE, Pages, Step, attend_in_torch
 from tasks.jobs.engine import Engine
 from tasks.jobs.gpu import GpuLlama, GpuNetwork
 from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
+from tasks.jobs.network import UnsupportedModel
 from tasks.jobs.sampling import Sampling, _draw_in_torch, aligned, draw_tokens
 from tests.tasks.jobs.test_engine import REQUESTS, answers, logits_after, prompts_of
 
@@ -73,6 +81,62 @@ def test_a_query_finds_what_is_in_its_rows_pages_up_to_itself(heads, kv_heads, s
     assert not found[at:].any()
 
 
+def one_row(positions: int, heads: int, kv_heads: int, size: int) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of a row's last token, in two pages; those of its own are ones."""
+    torch.manual_seed(0)
+    query = torch.randn(1, heads, size)
+    keys, values = torch.randn(3, kv_heads, size, PAGE), torch.ones(3, kv_heads, PAGE, size)
+    int32 = {"dtype": torch.int32}
+    places = Places(
+        torch.tensor([positions - 1], **int32), torch.tensor([[1, 2]], **int32), torch.tensor([[0, 1]], **int32),
+        torch.zeros(1, 2, **int32),
+    )  # fmt: skip
+    places = Places(*(x.to(DEVICE) for x in (places.positions, places.tables, places.alone, places.pieces)))
+    return *(x.to(DEVICE) for x in (query, keys, values)), places
+
+
+def test_what_a_former_row_left_in_a_page_does_no_harm() -> None:
+    query, keys, values, places = one_row(PAGE + 9, 4, 2, 16)
+    values[2, :, 9:], keys[2, :, :, 9:] = torch.inf, torch.nan
+    assert attend(query, keys, values, places, 1.0, 0, None).cpu().numpy() == pytest.approx(1, abs=1e-5)
+
+
+def test_heads_that_do_not_fit_on_the_chip_together_are_computed_by_more_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    query, keys, values, places = one_row(PAGE + 9, 12, 2, 16)
+    values = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = attend(query, keys, values, places, 1.0, 0, None)
+    kernel, asked = gpu_kernels._attend, []
+
+    class Small:
+        most = 2
+
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            def launch(*arguments: Any, HEADS: int, **others: Any) -> None:
+                asked.append(HEADS)
+                if self.most < HEADS:
+                    raise OutOfResources(163_840, 101_376, "shared memory")
+                kernel[grid](*arguments, HEADS=HEADS, **others)
+
+            return launch
+
+    monkeypatch.setattr(gpu_kernels, "_attend", Small())
+    assert torch.allclose(attend(query, keys, values, places, 1.0, 0, None), expected, atol=1e-6)
+    assert asked == [6, 3, 2, 2]
+    monkeypatch.setattr(Small, "most", 0)
+    with pytest.raises(OutOfResources):
+        attend(query, keys, values, places, 1.0, 0, None)
+
+
+def test_fp32_is_multiplied_as_triton_can_for_each_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))  # an MI300, and nearly an H100
+    on_gpu: Any = SimpleNamespace(is_cuda=True, device=None)
+    assert gpu_kernels._precision(on_gpu) in CUDAOptions.allowed_dot_input_precisions
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert gpu_kernels._precision(on_gpu) in HIPOptions.allowed_dot_input_precisions
+
+
 @pytest.fixture(scope="module", params=["transformers", "written out"])
 def on_a_gpu(tiny_model: Path, request: pytest.FixtureRequest) -> Engine:
     """An engine of the tiny model in fp32 that computes as on a GPU."""
@@ -100,6 +164,16 @@ def test_a_row_answers_the_same_in_any_company(on_a_gpu: Engine) -> None:
     together = answers(on_a_gpu, REQUESTS[:2], sampling)
     alone = {id: reply for request in REQUESTS[:2] for id, reply in answers(on_a_gpu, [request], sampling).items()}
     assert alone == together
+
+
+def test_a_model_whose_heads_do_not_fit_is_refused(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any) -> None:
+        raise OutOfResources(81_920, 65_536, "shared memory")
+
+    monkeypatch.setattr(gpu_kernels, "attend", too_large)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=ATTENTION)
+    with pytest.raises(UnsupportedModel, match=r"its heads are too large for this GPU .*Required: 81920"):
+        GpuNetwork(model.eval(), tiles=[32])
 
 
 def test_rows_of_any_vocabulary_begin_where_a_gpu_reads_several_numbers_at_once() -> None:
