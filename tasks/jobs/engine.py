@@ -35,7 +35,7 @@ from tasks.jobs import kernels
 from tasks.jobs.network import best_precision, context_of, load
 from tasks.jobs.sampling import Sampling, aligned, draw_tokens
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
-from tasks.jobs.tiles import Lane, Queue, Row, Settle, Statistics, Wanted
+from tasks.jobs.tiles import LANES_OF_A_GPU, Lane, Queue, Row, Settle, Statistics, Wanted
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 ROWS_OF_A_CORE, ROWS_OF_A_GPU = 128, 256
@@ -80,7 +80,9 @@ class Engine:
         if self.on_cpu:
             keep_freed_memory()
         self.precision = best_precision(device) if precision == "auto" else precision
-        self.lanes, self.fewest_rows = (torch.get_num_threads(), FEWEST_ROWS) if self.on_cpu else (2, FEWEST_ON_A_GPU)
+        self.lanes, self.fewest_rows = (
+            (torch.get_num_threads(), FEWEST_ROWS) if self.on_cpu else (LANES_OF_A_GPU, FEWEST_ON_A_GPU)
+        )
         self.statistics = Statistics()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.network = load(path, self.precision, device, quantization)

@@ -7,6 +7,7 @@ third of the kernels, for models of Llama's shape.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
 
@@ -21,10 +22,13 @@ from tasks.jobs.gpu_kernels import PIECE, Places, add_norm, gate, rotate
 from tasks.jobs.linear import JoinedLinear
 from tasks.jobs.llama import LlamaLayer, rotations, windows
 from tasks.jobs.network import unsupported
+from tasks.jobs.sampling import GPU_ROWS
+from tasks.jobs.tiles import LANES_OF_A_GPU
 
 TILES = (256, 512, 1024)  # tokens of a step, where they give the same
 TRIED = 32  # tokens of each row by which that is tried out
-CACHE_SHARE = 0.8  # of the memory that a model leaves free
+CACHE_SHARE = 0.8  # of the memory that a model leaves free, at most
+DRAWN_BYTES = 16  # for each logit from which tokens are drawn: it in fp32, its probability, and sums of them
 
 
 # ids, positions and what is wanted (tokens), and the step: logits (wanted, vocabulary)
@@ -49,7 +53,9 @@ class GpuNetwork:
             self.tiles = self._alike(tiles)
         except OutOfResources as error:
             raise unsupported(self.config, f"its heads are too large for this GPU ({error})") from None
-        self._can_record = model.device.type == "cuda"
+        on_gpu = model.device.type == "cuda"
+        self._largest_step = self._bytes_of_largest_step() if on_gpu else 0
+        self._can_record = on_gpu
 
     def forward(self, step: Step) -> Iterator[Tensor]:
         """Logits of the tokens wanted; they hold until the lane's next step."""
@@ -69,26 +75,50 @@ class GpuNetwork:
         return done.logits[0]
 
     def tokens_that_fit(self) -> int:
-        """How many tokens' keys and values the GPU's free memory holds, with room left for a step."""
+        """How many tokens' keys and values the GPU's free memory holds, with room left for each lane's steps and draws.
+
+        Recordings share no memory: each size of a step has its own in each lane.
+        """
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.model.device)
+        recorded = self._largest_step * sum(self.tiles) // self.tiles[-1]
+        drawn = DRAWN_BYTES * GPU_ROWS * self.config.get_text_config().vocab_size
+        room = free - LANES_OF_A_GPU * (recorded + drawn)
+        return max(0, min(int(free * CACHE_SHARE), room)) // self._bytes_of_a_token()
+
+    def _bytes_of_a_token(self) -> int:
+        """Of its keys and values."""
         text = self.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        each = 2 * text.num_hidden_layers * heads * size * self.model.dtype.itemsize
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.model.device)
-        return int(free * CACHE_SHARE) // each
+        bytes_: int = 2 * text.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        return bytes_
+
+    def _bytes_of_largest_step(self) -> int:
+        """What it takes beside weights and pages, at most."""
+        device, most = self.model.device, self.tiles[-1]
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self._some_logits(most)
+        pages = (1 + most // TRIED) * PAGE * self._bytes_of_a_token()
+        return max(0, torch.cuda.max_memory_allocated(device) - before - pages)
 
     def _alike(self, tiles: Sequence[int]) -> list[int]:
         """The sizes of a step at which a token gets the same logits as in the smallest, to the last bit.
 
-        Libraries pick how they sum up by the shape alone, and do not say how; so it is tried out.
+        Libraries pick how they sum up by the shape alone, and do not say how; so it is tried out. A size for which there
+        is too little memory is left out.
         """
-        expected = self._some_logits(tiles[0])
-        return [tiles[0], *(size for size in tiles[1:] if torch.equal(self._some_logits(size), expected))]
+        expected, alike = self._some_logits(tiles[0]), [tiles[0]]
+        for size in tiles[1:]:
+            with suppress(torch.OutOfMemoryError):
+                if torch.equal(self._some_logits(size), expected):
+                    alike.append(size)
+        return alike
 
     @torch.inference_mode()
     def _some_logits(self, size: int) -> Tensor:
-        """(the largest tile, vocabulary): of the same tokens in steps of any size."""
+        """(the largest tile, vocabulary), on the CPU: of the same tokens in steps of any size."""
         most = self.tiles[-1]
         tokens = np.random.default_rng(0).integers(0, self.config.get_text_config().vocab_size, most, np.int32)
         positions = np.arange(size, dtype=np.int32) % TRIED
@@ -97,7 +127,7 @@ class GpuNetwork:
         logits = []
         for some in tokens.reshape(-1, size):
             pages = np.repeat(cache.take(len(runs) * PAGE), TRIED).astype(np.int32)[:, None]
-            logits += [part.clone() for part in self.forward(Step(some, positions, pages, runs, cache, range(size)))]
+            logits += [part.cpu() for part in self.forward(Step(some, positions, pages, runs, cache, range(size)))]
         return torch.cat(logits)
 
 
@@ -129,12 +159,19 @@ class GpuStep:
         """Record the graph; false where the model looks at what it computes, which no graph can."""
         for _ in range(2):  # compiles kernels and makes the pages
             self._run()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other lanes go on
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other lanes go on
                 self._logits = self._run()
         except RuntimeError:
+            # Torch leaves the thread in the stream of the recording, and the allocator as if it went on: it would free
+            # nothing for anybody any more.
+            torch.cuda.set_stream(stream)
+            with suppress(RuntimeError):  # it did end
+                torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+                torch._C._cuda_releasePool(stream.device_index, pool)
             torch.cuda.synchronize()
+            self._logits = None
             return False
         self._graph = graph
         return True

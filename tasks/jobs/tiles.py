@@ -24,6 +24,7 @@ from tasks.jobs.attention import PAGE, Pages, Step, pages_for
 from tasks.jobs.network import Network
 
 STEP_TOKENS = 64  # what a step costs beside its tokens, as if it were so many of them
+LANES_OF_A_GPU = 2
 RUN = 256  # tokens of a row whose attention is computed in one piece
 
 

@@ -1,5 +1,7 @@
 """What a GPU computes. Without one its kernels run in Triton's interpreter, slowly, and nothing is recorded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +21,10 @@ from triton.runtime.errors import OutOfResources
 from tasks.jobs import gpu_kernels
 from tasks.jobs.attention import ATTENTION, PAGE, Pages, Step, attend_in_torch
 from tasks.jobs.engine import Engine
-from tasks.jobs.gpu import GpuLlama, GpuNetwork
+from tasks.jobs.gpu import DRAWN_BYTES, GpuLlama, GpuNetwork
 from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
 from tasks.jobs.network import UnsupportedModel
-from tasks.jobs.sampling import Sampling, _draw_in_torch, aligned, draw_tokens
+from tasks.jobs.sampling import GPU_ROWS, Sampling, _draw_in_torch, aligned, draw_tokens
 from tests.tasks.jobs.test_engine import REQUESTS, answers, logits_after, prompts_of
 
 HAS_GPU = torch.cuda.is_available()
@@ -166,14 +168,77 @@ def test_a_row_answers_the_same_in_any_company(on_a_gpu: Engine) -> None:
     assert alone == together
 
 
-def test_a_model_whose_heads_do_not_fit_is_refused(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(*_: Any) -> None:
-        raise OutOfResources(81_920, 65_536, "shared memory")
+@pytest.mark.skipif(HAS_GPU, reason="pretends to have one")
+class TestPretended:
+    """What torch would do on a GPU is said in its place."""
 
-    monkeypatch.setattr(gpu_kernels, "attend", too_large)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=ATTENTION)
-    with pytest.raises(UnsupportedModel, match=r"its heads are too large for this GPU .*Required: 81920"):
-        GpuNetwork(model.eval(), tiles=[32])
+    def test_a_recording_that_fails_leaves_nothing_behind(
+        self, on_a_gpu: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        did: list[Any] = []
+
+        @contextmanager
+        def graph(*arguments: Any, **_: Any) -> Iterator[None]:
+            assert (0, 7) in arguments
+            yield
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+        stream = SimpleNamespace(device_index=0)
+        for name, value in {
+            "CUDAGraph": object,
+            "current_stream": lambda: stream,
+            "graph_pool_handle": lambda: (0, 7),
+            "graph": graph,
+            "set_stream": did.append,
+            "synchronize": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda *given, name=name: did.append((name, *given)), raising=False)
+        monkeypatch.setattr(on_a_gpu.network, "_can_record", True)
+        together = answers(on_a_gpu, REQUESTS[:1], Sampling(max_tokens=1))
+        assert did == [stream, ("_cuda_endAllocateToPool", 0, (0, 7)), ("_cuda_releasePool", 0, (0, 7))]
+        assert not on_a_gpu.network._can_record  # once is enough
+        assert answers(on_a_gpu, REQUESTS[:1], Sampling(max_tokens=1)) == together
+
+    def test_a_step_that_does_not_fit_into_memory_is_not_taken(
+        self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        compute = GpuNetwork._by_transformers
+
+        def little_memory(network: GpuNetwork, ids: torch.Tensor, *others: Any) -> torch.Tensor:
+            if len(ids) > 32:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return compute(network, ids, *others)
+
+        monkeypatch.setattr(GpuNetwork, "_by_transformers", little_memory)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=ATTENTION)
+        assert GpuNetwork(model.eval(), tiles=[32, 64]).tiles == [32]
+
+    def test_the_cache_leaves_room_for_what_lanes_compute(
+        self, on_a_gpu: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        network: GpuNetwork = on_a_gpu.network
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(network, "tiles", [256, 512, 1024])
+        drawn = DRAWN_BYTES * GPU_ROWS * network.config.vocab_size
+        for free, step, left in (
+            (100e9, 1e9, 80e9),  # most of a large GPU is the cache's
+            (8e9, 1e9, 8e9 - 2 * (1.75e9 + drawn)),
+            (2e9, 1e9, 0),
+        ):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), int(free)))
+            monkeypatch.setattr(network, "_largest_step", int(step))
+            assert network.tokens_that_fit() == int(left) // network._bytes_of_a_token()
+
+    def test_a_model_whose_heads_do_not_fit_is_refused(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def too_large(*_: Any) -> None:
+            raise OutOfResources(81_920, 65_536, "shared memory")
+
+        monkeypatch.setattr(gpu_kernels, "attend", too_large)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=ATTENTION)
+        with pytest.raises(UnsupportedModel, match=r"its heads are too large for this GPU .*Required: 81920"):
+            GpuNetwork(model.eval(), tiles=[32])
 
 
 def test_rows_of_any_vocabulary_begin_where_a_gpu_reads_several_numbers_at_once() -> None:
