@@ -167,7 +167,7 @@ class GpuStep:
             # Torch leaves the thread in the stream of the recording, and the allocator as if it went on: it would free
             # nothing for anybody any more.
             torch.cuda.set_stream(stream)
-            with suppress(RuntimeError):  # it did end
+            with suppress(RuntimeError, AttributeError):  # it did end, or another torch has them elsewhere
                 torch._C._cuda_endAllocateToPool(stream.device_index, pool)
                 torch._C._cuda_releasePool(stream.device_index, pool)
             torch.cuda.synchronize()

@@ -26,7 +26,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_TILE = 512  # made of several such sizes: a layer's weights are read from memory once for all of them
 ATTENDED_LAYERS = {"full_attention", "sliding_attention"}
 WITH_SINKS = {"gpt_oss"}  # model types
-MISCOMPUTED = {"diffllama", "doge"}  # model types that come out wrong, though nothing says why
+MISCOMPUTED = {
+    "diffllama",
+    "doge",
+    "nemotron",
+}  # model types that come out wrong, or not at all, though nothing says why
 
 
 class UnsupportedModel(Exception):

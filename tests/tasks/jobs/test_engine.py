@@ -279,11 +279,12 @@ def test_other_architectures_answer_as_in_transformers(architecture: str, tiny_m
         (lambda: transformers.CodeGenConfig(), "its attention cannot be replaced"),
         (lambda: transformers.DiffLlamaConfig(), "its attention cannot be replaced"),
         (lambda: transformers.DogeConfig(), "its attention cannot be replaced"),  # its values choose what is seen
+        (lambda: transformers.NemotronConfig(), "its attention cannot be replaced"),
         (lambda: transformers.DeepseekV3Config(), "its values have another size"),
         (lambda: transformers.GptOssConfig(), "its attention has sinks"),
         (lambda: transformers.MambaConfig(), "its attention cannot be replaced"),
     ],
-    ids=["lfm2", "llama4", "codegen", "diffllama", "doge", "deepseek", "gpt-oss", "mamba"],
+    ids=["lfm2", "llama4", "codegen", "diffllama", "doge", "nemotron", "deepseek", "gpt-oss", "mamba"],
 )
 def test_a_model_that_would_be_computed_wrong_is_refused(config: Any, why: str) -> None:
     with pytest.raises(UnsupportedModel, match=why):
