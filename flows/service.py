@@ -29,6 +29,7 @@ from storage.files import home, write_atomic
 DEPLOYMENTS = Path("deployments/prefect.yaml")  # in the repository's root
 AUTOMATIONS = Path("deployments/automations.yaml")
 START_SECONDS, STOP_SECONDS = 120, 20
+WORKER_SECONDS = 5  # in which a worker ends that has no runs any more
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 AUTH, SERVER_AUTH = "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"  # the clients', the server's
 
@@ -101,7 +102,11 @@ def run_worker(healthcheck: bool = False) -> int:
     finally:
         _end_runs(worker.pid)
         worker.terminate()
-        worker.wait()
+        try:
+            worker.wait(WORKER_SECONDS)
+        except subprocess.TimeoutExpired:  # at times it does not hear, and would take the next run
+            worker.kill()
+            worker.wait()
 
 
 def ui_url() -> str:
