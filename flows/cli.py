@@ -69,7 +69,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def lion(
-    version: Annotated[
+    asked_for_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:

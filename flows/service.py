@@ -25,11 +25,11 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from storage.files import home, write_atomic
+from tasks.jobs.process import stop as end
 
 DEPLOYMENTS = Path("deployments/prefect.yaml")  # in the repository's root
 AUTOMATIONS = Path("deployments/automations.yaml")
 START_SECONDS, STOP_SECONDS = 120, 20
-WORKER_SECONDS = 5  # in which a worker ends that has no runs any more
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 AUTH, SERVER_AUTH = "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"  # the clients', the server's
 
@@ -101,12 +101,7 @@ def run_worker(healthcheck: bool = False) -> int:
         return worker.wait()
     finally:
         _end_runs(worker.pid)
-        worker.terminate()
-        try:
-            worker.wait(WORKER_SECONDS)
-        except subprocess.TimeoutExpired:  # at times it does not hear, and would take the next run
-            worker.kill()
-            worker.wait()
+        end(worker)  # at times it does not hear, and would take the next run
 
 
 def ui_url() -> str:
@@ -221,8 +216,10 @@ def _worker() -> list[str]:
 
 
 def _end_runs(worker: int) -> None:
-    """End a worker's flow runs, before it: they write down what they have and keep the answers under way, for which a
-    worker leaves no time."""
+    """End a worker's flow runs, before it.
+
+    They write down what they have and keep the answers under way, for which a worker leaves no time.
+    """
     with suppress(psutil.NoSuchProcess):
         runs = psutil.Process(worker).children()
         for run in runs:

@@ -81,6 +81,13 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
+def filled(numbers: Sequence[int], size: int) -> np.ndarray:
+    """Numbers as an array of so many, the last of them 0."""
+    array = np.zeros(size, np.int32)
+    array[: len(numbers)] = numbers
+    return array
+
+
 @dataclass(frozen=True)
 class Step:
     """Tokens that go through the network together."""

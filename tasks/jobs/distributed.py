@@ -19,8 +19,6 @@ from transformers import TrainingArguments
 from tasks.jobs.network import DTYPES, best_precision
 from tasks.jobs.settings import SftSettings
 
-DDP_TIMEOUT = 1800  # seconds; `TrainingArguments` has it as its default
-
 
 class SettingsError(Exception):
     """The settings ask for something that this machine or this model cannot do."""
@@ -66,7 +64,9 @@ def training_arguments(
     if fsdp and settings.offload == "parameters":  # accelerate's group is of GPUs alone, and gradients are on the CPU
         torch.cuda.set_device(device)
         # Others wait for the first one, which encodes the rows and saves: as long as they do in a group of accelerate's.
-        torch.distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=timedelta(seconds=DDP_TIMEOUT))
+        torch.distributed.init_process_group(
+            "cuda:nccl,cpu:gloo", timeout=timedelta(seconds=TrainingArguments.ddp_timeout)
+        )
     arguments = TrainingArguments(
         output_dir=str(directory / "trainer"),
         per_device_train_batch_size=settings.per_device_train_batch_size,

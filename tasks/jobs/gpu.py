@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from triton.runtime.errors import OutOfResources
 
 from tasks.jobs import gpu_kernels
-from tasks.jobs.attention import PAGE, Pages, Step
+from tasks.jobs.attention import PAGE, Pages, Step, filled
 from tasks.jobs.gpu_kernels import PIECE, Places, add_norm, gate, rotate
 from tasks.jobs.linear import JoinedLinear
 from tasks.jobs.llama import LlamaLayer, rotations, windows
@@ -196,8 +196,7 @@ class GpuStep:
 
     def _packed(self, step: Step) -> np.ndarray:
         """What `_inputs` holds for a step."""
-        wanted, alone = np.zeros(self.tokens, np.int32), np.zeros((self.tokens, 2), np.int32)
-        wanted[: len(step.wanted)] = step.wanted
+        wanted, alone = filled(step.wanted, self.tokens), np.zeros((self.tokens, 2), np.int32)
         alone[:, 0] = range(self.tokens)
         alone[step.alone, 1] = 1
         pieces, tables = np.zeros((self.tokens // 2, 2), np.int32), np.zeros((self.tokens, self.cache.width), np.int32)

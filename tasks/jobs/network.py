@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from tasks.jobs import kernels
-from tasks.jobs.attention import ATTENTION, Step, attend_on_cpu
+from tasks.jobs.attention import ATTENTION, Step, attend_on_cpu, filled
 from tasks.jobs.kernels import bits, tensor
 from tasks.jobs.linear import TILE, PackedLinear, alike_tiles, can_pack, pack_linear_layers, widen_at_use
 from tasks.jobs.llama import LlamaLayer, is_llama_like, rotations, windows
@@ -183,7 +183,7 @@ class LlamaNetwork:
                 normed = kernels.add_norm(stream[part], bits(change), layer.attention_norm, self.epsilon)
                 changes[i] = layer.down(tensor(kernels.gate(bits(layer.gate_and_up(tensor(normed))))))
         normed = tensor(kernels.add_norm(stream, bits(torch.cat(changes)), self.norm, self.epsilon))
-        wanted = normed[torch.from_numpy(_filled_up(step.wanted, self.tiles))]
+        wanted = normed[torch.from_numpy(_filled_up(step.wanted, self.tiles)).long()]
         for begin in range(0, len(step.wanted), self.part):
             yield self.head(wanted[begin : begin + self.part])[: len(step.wanted) - begin]
 
@@ -194,9 +194,7 @@ class LlamaNetwork:
 
 def _filled_up(wanted: Sequence[int], tiles: Sequence[int]) -> np.ndarray:
     """The tokens whose logits are wanted, and the first one as often as it takes to be so many as in a tile."""
-    filled = np.zeros(next(size for size in tiles if size >= len(wanted)), np.int64)
-    filled[: len(wanted)] = wanted
-    return filled
+    return filled(wanted, next(size for size in tiles if size >= len(wanted)))
 
 
 def best_precision(device: torch.device) -> str:

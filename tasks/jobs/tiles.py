@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.jobs.attention import PAGE, Pages, Step, pages_for
+from tasks.jobs.attention import PAGE, Pages, Step, filled, pages_for
 from tasks.jobs.network import Network
 
 STEP_TOKENS = 64  # what a step costs beside its tokens, as if it were so many of them
@@ -207,15 +207,8 @@ class Lane:
         width = max(len(row.pages) for row in rows)
         pages = np.zeros((tile, width), np.int32)
         pages[:at] = self.pages[slots, :width]
-        step = Step(_filled(tokens, tile), _filled(positions, tile), pages, runs, self.cache, at_wanted)
+        step = Step(filled(tokens, tile), filled(positions, tile), pages, runs, self.cache, at_wanted)
         begin = 0
         for logits in self.network.forward(step):
             yield wanted[begin : begin + len(logits)], logits
             begin += len(logits)
-
-
-def _filled(numbers: Sequence[int], tile: int) -> np.ndarray:
-    """As an array of so many, the last of them 0."""
-    filled = np.zeros(tile, np.int32)
-    filled[: len(numbers)] = numbers
-    return filled
