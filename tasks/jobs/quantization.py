@@ -1,4 +1,4 @@
-"""Models whose linear layers bitsandbytes holds in 8 or 4 bit: how they are loaded, trained on, and made whole again."""
+"""Models whose linear layers bitsandbytes holds in 8 or 4 bit: how they are loaded and trained on."""
 
 import logging
 from collections.abc import Iterator
@@ -44,13 +44,6 @@ def keep_layout(model: nn.Module) -> None:
     """On a CPU bitsandbytes lays 4 bit out anew at the first evaluation, as training cannot read it: it shall not."""
     for layer in _in_4_bit(model):
         layer.support_avx512bf16_for_cpu = False
-
-
-def made_whole(model: Any) -> Any:
-    """A model that was loaded in 4 bit with its weights, as rounded as they are, in fp32."""
-    for layer in _in_4_bit(model):
-        layer.weight.quant_state.dtype = torch.float32  # else they would be rounded once more
-    return model.dequantize(torch.float32).float()
 
 
 def _in_4_bit(model: nn.Module) -> Iterator[Any]:

@@ -6,6 +6,8 @@ since in the trainer's own every model that is loaded would be sharded as well.
 
 With a folder `adapter` in FOLDER, the adapter is first merged into its base and the result saved into FOLDER. HELD is
 what the base was widened to in training where it was held in 4 bit, else None.
+
+Who trains on one GPU may have little memory beside it: the model is here once, as it is stored, and never whole in fp32.
 """
 
 import json
@@ -13,14 +15,16 @@ import os
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tasks.jobs.dataset import padded
-from tasks.jobs.quantization import made_whole, quantized
+from tasks.jobs.quantization import quantized
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 PART = 2**24  # elements that are rounded at once
@@ -38,6 +42,8 @@ def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     An update by less than half of what two numbers of that type are apart would be undone by rounding to the nearest,
     and most updates of a short training are that small (stochastic rounding: Gupta et al. 2015).
     """
+    if weight.dtype == dtype:
+        return weight.contiguous()
     whole = weight.float().contiguous()
     if dtype == torch.float32:
         return whole
@@ -77,18 +83,37 @@ def merge_adapter(folder: Path, held: torch.dtype | None) -> None:
     from peft import PeftModel
 
     base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    dtype = stored_dtype(base)
     in_4_bit = quantized("4bit", held, torch.device("cpu")) if held else {}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=held or torch.float32, **in_4_bit)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=held or dtype, **in_4_bit)
     if held:
-        model = made_whole(model)
-    merged = PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload()
-    save_model(merged.state_dict(), merged, stored_dtype(base), folder)
+        model = model.dequantize(held)  # as training widened it
+    adapted = PeftModel.from_pretrained(model, str(folder / "adapter"))
+    for layers in list(_adapted_layers(adapted)):
+        inner = layers[0].get_base_layer().float()
+        for layer in layers:
+            layer.merge()
+        for weight in inner.parameters():
+            weight.data = rounded(weight.data, dtype)
+    merged = adapted.unload()
+    save_model(merged.state_dict(), merged, dtype, folder)
+
+
+def _adapted_layers(module: nn.Module) -> Iterator[list[Any]]:
+    """The layers with an adapter; of experts, whose weights have an adapter each, all that are around one layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for child in module.children():
+        if isinstance(child, BaseTunerLayer):
+            yield [part for part in child.modules() if isinstance(part, BaseTunerLayer)]
+        else:
+            yield from _adapted_layers(child)
 
 
 @torch.no_grad()
 def loss_of_saved(folder: Path, rows: list[dict[str, Any]]) -> float:
-    """Mean loss a labelled token, by a model just read from disk, computed in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """Mean loss a labelled token, by a model just read from disk, computed in the precision in which it is stored."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     AutoTokenizer.from_pretrained(folder)  # it must be there, and readable
     batch = padded(rows)
     names = ("input_ids", "attention_mask", "logits_to_keep", "labels", "shift_labels")

@@ -4,11 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 from tasks.jobs import reload
-from tasks.jobs.reload import rounded, save_model
+from tasks.jobs.reload import merge_adapter, rounded, save_model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -55,3 +63,30 @@ def test_what_was_not_trained_is_saved_as_it_is(tmp_path: Path) -> None:
     (found,) = [tensor for name, tensor in saved.items() if name.endswith("e_score_correction_bias")]
     assert torch.equal(found, bias)
     assert saved["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MixtralConfig])
+def test_an_adapter_is_merged_as_into_a_model_of_fp32_and_rounded_once(
+    kind: type[PretrainedConfig], tmp_path: Path
+) -> None:
+    config = kind(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    base, ours, theirs = tmp_path / "base", tmp_path / "ours", tmp_path / "theirs"
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapted.save_pretrained(ours / "adapter")
+    merge_adapter(ours, None)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(whole, str(ours / "adapter")).merge_and_unload()
+    save_model(merged.state_dict(), merged, torch.bfloat16, theirs)
+    before, found, expected = (load_file(folder / "model.safetensors") for folder in (base, ours, theirs))
+    assert found.keys() == expected.keys() == before.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    changed = {name for name in before if not torch.equal(found[name], before[name])}
+    assert changed == {name for name in before if "layers." in name and "norm" not in name}
