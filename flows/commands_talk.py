@@ -28,7 +28,7 @@ def chat(
     use_home(home)
     from flows.students import find_student
     from tasks.models.chat import Sampling, opening
-    from tasks.models.session import Session
+    from tasks.models.session import ConversationTooLong, Session
 
     found = find_student(student)
     said = begun = opening(system or found.system_prompt)
@@ -39,14 +39,18 @@ def chat(
             if line == "/new":
                 said = begun
             elif line:
-                said = [*said, {"role": "user", "content": line}]
+                asked = [*said, {"role": "user", "content": line}]
                 answer = ""
-                for piece in session.answer(said, sampling):
-                    answer += piece
-                    out.print(piece, end="", markup=False, soft_wrap=True)
-                    out.file.flush()
+                try:
+                    for piece in session.answer(asked, sampling):
+                        answer += piece
+                        out.print(piece, end="", markup=False, soft_wrap=True)
+                        out.file.flush()
+                except ConversationTooLong as error:
+                    note.print(f"{error}: /new")
+                    continue
                 out.print()
-                said.append({"role": "assistant", "content": answer})
+                said = [*asked, {"role": "assistant", "content": answer}]
 
 
 @commands.command()

@@ -4,6 +4,7 @@ Nothing is fetched from elsewhere, and a page may not even try: its content poli
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from pydantic import BaseModel
 
 from tasks.human import HumanEvalError, HumanStudy, Vote, cast, items_as_json
+from tasks.models.session import SessionError
 
 PAGES = Path(__file__).parent / "pages"
 POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -53,7 +55,12 @@ def demo_app(answers: Mapping[str, Answer], names: dict[str, str]) -> FastAPI:
 
     @app.post("/api/answer/{who}")
     def answer(who: Literal["student", "teacher"], talk: Talk) -> StreamingResponse:
-        return StreamingResponse(answers[who](talk.messages), media_type="text/plain; charset=utf-8")
+        pieces = answers[who](talk.messages)
+        try:
+            first = next(pieces, "")  # an answer that begins is no longer a refusal
+        except SessionError as error:
+            raise HTTPException(409, str(error)) from None
+        return StreamingResponse(chain([first], pieces), media_type="text/plain; charset=utf-8")
 
     return app
 

@@ -22,9 +22,9 @@ def environment(home: Path) -> dict[str, str]:
     return os.environ | {"LION_HOME": str(home), "COLUMNS": "160"}
 
 
-def lion(home: Path, *args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and check its exit code."""
-    done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, env=environment(home))
+def lion(home: Path, *args: str, code: int = 0, typed: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with what a person types into it, and check its exit code."""
+    done = subprocess.run([*COMMAND, *args], input=typed, capture_output=True, text=True, env=environment(home))
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

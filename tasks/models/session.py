@@ -20,6 +20,10 @@ class SessionError(RuntimeError):
     """The model's process ended, or could not answer."""
 
 
+class ConversationTooLong(SessionError):
+    """More was said than the model's context holds; a shorter conversation can be answered."""
+
+
 class Session:
     """A model in a process of its own that answers one conversation at a time. Start it in the main thread: it
     dies with the thread that started it."""
@@ -47,7 +51,8 @@ class Session:
         """The answer, a few words at a time. Whoever comes while another answer is being given waits.
 
         Raises:
-            SessionError: the process ended, or the conversation is too long for the model.
+            ConversationTooLong: before a word of the answer.
+            SessionError: the process ended.
         """
         assert self._child.stdin is not None
         asked = {"messages": list(messages), **sampling.model_dump(include={"temperature", "top_p", "max_tokens"})}
@@ -62,7 +67,7 @@ class Session:
                 for said in self._lines():
                     finished = "finish_reason" in said or "error" in said
                     if "error" in said:
-                        raise SessionError(said["error"])
+                        raise ConversationTooLong(said["error"])
                     if finished:
                         return
                     if "text" in said:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.web import demo_app, human_app
 from tasks.human import HumanStudy, Item, new_study, results, votes_of
+from tasks.models.session import ConversationTooLong
 from tasks.report import write_report
 from tests.browser import by_itself, needs_chromium, picture, served
 from tests.recorded import record_run
@@ -106,6 +107,8 @@ def test_the_demo_streams_student_and_teacher_side_by_side(page: "Page", tmp_pat
     seen = threading.Event()  # the first word is on the page
 
     def answer(words: str, messages: Sequence[dict[str, str]]) -> Iterator[str]:
+        if len(messages) > 3:
+            raise ConversationTooLong("it is too long")
         first, *others = f"{words} to turn {len(messages)}".split()
         yield first + " "
         seen.wait(60)
@@ -129,6 +132,9 @@ def test_the_demo_streams_student_and_teacher_side_by_side(page: "Page", tmp_pat
         page.keyboard.press("Enter")
         says(page, "#student", "Small answer to turn 3")
         page.wait_for_function("() => busy === 0")
+        page.keyboard.type("And then?")
+        page.keyboard.press("Enter")
+        says(page, "#teacher", "No answer: it is too long")
         picture(page, "demo", tmp_path)
         assert page.locator("#name-student").text_content() == "mine/2"
 

@@ -7,7 +7,7 @@ import pytest
 from storage.files import Checkpoint
 from tasks.models.chat import Request, Sampling
 from tasks.models.local import LocalModel, answer_locally
-from tasks.models.session import Session, SessionError
+from tasks.models.session import ConversationTooLong, Session, SessionError
 
 GREEDY = Sampling(temperature=0, max_tokens=24)
 ASKED = [{"role": "user", "content": "Explain the water cycle."}]
@@ -24,7 +24,7 @@ def test_an_answer_comes_in_pieces_and_is_the_one_that_the_engine_gives(checkpoi
         # Whoever stops listening does not leave the rest of the answer to the next one.
         next(session.answer(ASKED, GREEDY))
         assert "".join(session.answer(ASKED, GREEDY)) == reply.text
-        with pytest.raises(SessionError, match="more than the model's context holds"):
+        with pytest.raises(ConversationTooLong, match="more than the model's context holds"):
             list(session.answer([{"role": "user", "content": "water " * 600}], GREEDY))
         assert "".join(session.answer(ASKED, GREEDY)) == reply.text
 
