@@ -57,6 +57,11 @@ class Pages:
             self._layers[layer] = keys, _zeros((self.count, kv_heads, PAGE, size), like)
         return self._layers[layer]
 
+    def bytes_of_a_token(self) -> int:
+        """Of its keys and values in all layers that were computed; a model's layers may differ (Gemma 4)."""
+        held = sum(each.nbytes for both in self._layers.values() for each in both)
+        return held // (self.count * PAGE)
+
     def copy(self, source: int, target: int) -> None:
         """One page's keys and values of all layers into another."""
         for keys, values in self._layers.values():

@@ -48,6 +48,7 @@ class GpuNetwork:
         self._steps: WeakKeyDictionary[Pages, dict[int, GpuStep]] = WeakKeyDictionary()
         self._recording = threading.Lock()
         self._can_record = False  # what is only tried out is not worth it
+        self._bytes_of_a_token = 0  # of its keys and values, as seen where steps are tried out
         self.tiles = tiles
         try:
             self.tiles = self._alike(tiles)
@@ -84,15 +85,7 @@ class GpuNetwork:
         recorded = self._largest_step * sum(self.tiles) // self.tiles[-1]
         drawn = DRAWN_BYTES * GPU_ROWS * self.config.get_text_config().vocab_size
         room = free - LANES_OF_A_GPU * (recorded + drawn)
-        return max(0, min(int(free * CACHE_SHARE), room)) // self._bytes_of_a_token()
-
-    def _bytes_of_a_token(self) -> int:
-        """Of its keys and values."""
-        text = self.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        bytes_: int = 2 * text.num_hidden_layers * heads * size * self.model.dtype.itemsize
-        return bytes_
+        return max(0, min(int(free * CACHE_SHARE), room)) // self._bytes_of_a_token
 
     def _bytes_of_largest_step(self) -> int:
         """What it takes beside weights and pages, at most."""
@@ -100,7 +93,7 @@ class GpuNetwork:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         self._some_logits(most)
-        pages = (1 + most // TRIED) * PAGE * self._bytes_of_a_token()
+        pages = (1 + most // TRIED) * PAGE * self._bytes_of_a_token
         return max(0, torch.cuda.max_memory_allocated(device) - before - pages)
 
     def _alike(self, tiles: Sequence[int]) -> list[int]:
@@ -128,6 +121,7 @@ class GpuNetwork:
         for some in tokens.reshape(-1, size):
             pages = np.repeat(cache.take(len(runs) * PAGE), TRIED).astype(np.int32)[:, None]
             logits += [part.cpu() for part in self.forward(Step(some, positions, pages, runs, cache, range(size)))]
+        self._bytes_of_a_token = cache.bytes_of_a_token()
         return torch.cat(logits)
 
 

@@ -168,6 +168,31 @@ def test_a_row_answers_the_same_in_any_company(on_a_gpu: Engine) -> None:
     assert alone == together
 
 
+def test_a_model_whose_layers_have_heads_of_other_sizes_is_that_of_transformers(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = transformers.Gemma4TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, global_head_dim=32, sliding_window=8, hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=len(tokenizer),
+        eos_token_id=2, pad_token_id=2, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = Engine(tmp_path, "fp32")
+    if not HAS_GPU:
+        engine.network = GpuNetwork(engine.network.model, tiles=[32])
+    (prompt,) = prompts_of(engine)[:1]
+    (ours,) = logits_after(engine, [prompt])
+    with torch.inference_mode():
+        theirs = model(torch.tensor([prompt])).logits[0, -1]
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert engine.network._bytes_of_a_token == 2 * 4 * 2 * (16 + 32)  # key and value, in fp32, of two heads
+
+
 @pytest.mark.skipif(HAS_GPU, reason="pretends to have one")
 class TestPretended:
     """What torch would do on a GPU is said in its place."""
@@ -229,7 +254,7 @@ class TestPretended:
         ):
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), int(free)))
             monkeypatch.setattr(network, "_largest_step", int(step))
-            assert network.tokens_that_fit() == int(left) // network._bytes_of_a_token()
+            assert network.tokens_that_fit() == int(left) // network._bytes_of_a_token
 
     def test_a_model_whose_heads_do_not_fit_is_refused(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def too_large(*_: Any) -> None:
