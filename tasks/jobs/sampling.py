@@ -11,6 +11,7 @@ from torch.nn import functional
 from tasks.jobs import kernels
 
 GPU_ROWS = 256  # drawn at once, never fewer: how a GPU sums up a row depends on the number of rows
+SORTED_ROWS = 32  # at once, and on a GPU never fewer: sorting takes ten times the memory that the probabilities do
 GPU_READ = 4  # numbers in fp32 that a GPU reads at once
 TOP_P_CANDIDATES = 512  # the nucleus is looked for among these; a row that needs more is sorted whole
 
@@ -62,11 +63,13 @@ def _draw_in_torch(logits: Tensor, chances: Sequence[float], sampling: Sampling)
         return _invert(probabilities, uniform)
     top, tokens = probabilities.topk(min(TOP_P_CANDIDATES, probabilities.shape[1]))
     drawn = _from_nucleus(top, tokens, uniform, sampling.top_p)
-    flat = top.sum(-1) < sampling.top_p  # a row whose nucleus is larger
-    if flat.any():
-        ordered = flat if logits.device.type == "cpu" else torch.ones_like(flat)  # on a GPU as many as ever
-        top, tokens = probabilities[ordered].sort(descending=True, stable=True)
-        drawn[flat] = _from_nucleus(top, tokens, uniform[ordered], sampling.top_p)[flat[ordered]]
+    flat = (top.sum(-1) < sampling.top_p).nonzero()[:, 0]  # rows whose nucleus is larger
+    for begin in range(0, len(flat), SORTED_ROWS):
+        some = flat[begin : begin + SORTED_ROWS]
+        missing = 0 if logits.device.type == "cpu" else SORTED_ROWS - len(some)
+        rows = torch.cat([some, some[:1].expand(missing)])
+        top, tokens = probabilities[rows].sort(descending=True, stable=True)
+        drawn[some] = _from_nucleus(top, tokens, uniform[rows], sampling.top_p)[: len(some)]
     return drawn
 
 

@@ -24,7 +24,7 @@ from tasks.jobs.engine import Engine
 from tasks.jobs.gpu import DRAWN_BYTES, GpuLlama, GpuNetwork
 from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
 from tasks.jobs.network import UnsupportedModel
-from tasks.jobs.sampling import GPU_ROWS, Sampling, _draw_in_torch, aligned, draw_tokens
+from tasks.jobs.sampling import GPU_ROWS, SORTED_ROWS, Sampling, _draw_in_torch, aligned, draw_tokens
 from tests.tasks.jobs.test_engine import REQUESTS, answers, logits_after, prompts_of
 
 HAS_GPU = torch.cuda.is_available()
@@ -277,6 +277,23 @@ def test_rows_of_any_vocabulary_begin_where_a_gpu_reads_several_numbers_at_once(
         drawn = _draw_in_torch(wide, chances, sampling).tolist()
         assert drawn == _draw_in_torch(logits.half(), chances, sampling).tolist()
         assert max(drawn) < 5001
+
+
+def test_rows_are_sorted_a_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sort, rows = torch.Tensor.sort, []
+
+    def counted(x: torch.Tensor, **how: Any) -> Any:
+        rows.append(len(x))
+        return sort(x, **how)
+
+    monkeypatch.setattr(torch.Tensor, "sort", counted)
+    logits = torch.zeros(3 * SORTED_ROWS - 1, 2000)  # flat, but for a few
+    logits[::9, 7] = 50
+    chances, sampling = torch.linspace(0, 1, len(logits)).tolist(), Sampling(temperature=1.0, top_p=0.5)
+    drawn = draw_tokens(logits.half().to(DEVICE), chances, sampling)
+    flat = sum(token != 7 for token in drawn)
+    assert rows == ([SORTED_ROWS] * 3 if HAS_GPU else [SORTED_ROWS, SORTED_ROWS, flat - 2 * SORTED_ROWS])
+    assert draw_tokens(logits.half()[::9].to(DEVICE), chances[::9], sampling) == [7] * 11  # nothing to sort
 
 
 @needs_gpu
