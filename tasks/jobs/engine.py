@@ -19,7 +19,7 @@ import random
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -225,7 +225,7 @@ class Engine:
         done: SimpleQueue[list[dict[str, Any]] | BaseException | None] = SimpleQueue()
         ended = threading.Event()
 
-        def run() -> None:
+        def run(place: int) -> None:
             try:
                 if self.on_cpu:
                     torch.set_num_threads(1)  # of this lane
@@ -237,7 +237,7 @@ class Engine:
                     tokens=at_once_tokens,
                     longest=longest,
                 )
-                with nullcontext() if self.on_cpu else torch.cuda.stream(torch.cuda.Stream()):
+                with nullcontext() if self.on_cpu else torch.cuda.stream(stream_of_lane(place)):
                     for replies in lane.run(waiting, settle):
                         if ended.is_set():
                             return
@@ -248,7 +248,7 @@ class Engine:
             finally:
                 done.put(None)
 
-        threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
+        threads = [threading.Thread(target=run, args=[place], daemon=True) for place in range(count)]
         for thread in threads:
             thread.start()
         try:
@@ -273,6 +273,12 @@ class Engine:
         a, b = (encode_prompt(self.tokenizer, [{"role": "user", "content": text}]) for text in ("a", "b"))
         length = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0)
         return a[:length] if length >= SHORTEST_PREFIX else []
+
+
+@cache
+def stream_of_lane(place: int) -> Any:
+    """Its own on a GPU. Torch deals out 32 again and again, and a lane shall not get the one in which another records."""
+    return torch.cuda.Stream()
 
 
 def keep_freed_memory() -> None:

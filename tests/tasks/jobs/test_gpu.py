@@ -1,7 +1,7 @@
 """What a GPU computes. Without one its kernels run in Triton's interpreter, slowly, and nothing is recorded."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 
 from tasks.jobs import gpu_kernels
 from tasks.jobs.attention import ATTENTION, PAGE, Pages, Step, attend_in_torch
-from tasks.jobs.engine import Engine
+from tasks.jobs.engine import Engine, stream_of_lane
 from tasks.jobs.gpu import DRAWN_BYTES, GpuLlama, GpuNetwork
 from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
 from tasks.jobs.network import UnsupportedModel
@@ -225,6 +225,18 @@ class TestPretended:
         assert did == [stream, ("_cuda_endAllocateToPool", 0, (0, 7)), ("_cuda_releasePool", 0, (0, 7))]
         assert not on_a_gpu.network._can_record  # once is enough
         assert answers(on_a_gpu, REQUESTS[:1], Sampling(max_tokens=1)) == together
+
+    def test_lanes_have_the_same_streams_each_time(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        dealt, taken = iter(range(100)), []
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: next(dealt))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: taken.append(stream) or nullcontext())
+        stream_of_lane.cache_clear()
+        engine = Engine(tiny_model, "fp32")
+        engine.on_cpu, engine.lanes, engine.fewest_rows = False, 2, 1
+        for _ in range(20):
+            answers(engine, REQUESTS[:2], Sampling(max_tokens=1))
+        stream_of_lane.cache_clear()
+        assert sorted(taken) == [0] * 20 + [1] * 20
 
     def test_a_step_that_does_not_fit_into_memory_is_not_taken(
         self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
