@@ -27,7 +27,7 @@ from tasks.jobs.tiles import LANES_OF_A_GPU
 
 TILES = (256, 512, 1024)  # tokens of a step, where they give the same
 TRIED = 32  # tokens of each row by which that is tried out
-CACHE_SHARE = 0.8  # of the memory that a model leaves free, at most
+CACHE_SHARE = 0.8  # of what is left; the rest is for what nobody counts: workspaces, and blocks that are rounded up
 DRAWN_BYTES = 16  # for each logit from which tokens are drawn: it in fp32, its probability, and sums of them
 
 
@@ -84,8 +84,8 @@ class GpuNetwork:
         free, _ = torch.cuda.mem_get_info(self.model.device)
         recorded = self._largest_step * sum(self.tiles) // self.tiles[-1]
         drawn = DRAWN_BYTES * GPU_ROWS * self.config.get_text_config().vocab_size
-        room = free - LANES_OF_A_GPU * (recorded + drawn)
-        return max(0, min(int(free * CACHE_SHARE), room)) // self._bytes_of_a_token
+        left = max(0, free - LANES_OF_A_GPU * (recorded + drawn))
+        return int(left * CACHE_SHARE) // self._bytes_of_a_token
 
     def _bytes_of_largest_step(self) -> int:
         """What it takes beside weights and pages, at most."""

@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 from tasks.jobs import gpu_kernels
 from tasks.jobs.attention import ATTENTION, PAGE, Pages, Step, attend_in_torch
 from tasks.jobs.engine import Engine, stream_of_lane
-from tasks.jobs.gpu import DRAWN_BYTES, GpuLlama, GpuNetwork
+from tasks.jobs.gpu import CACHE_SHARE, DRAWN_BYTES, GpuLlama, GpuNetwork
 from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
 from tasks.jobs.network import UnsupportedModel
 from tasks.jobs.sampling import GPU_ROWS, SORTED_ROWS, Sampling, _draw_in_torch, aligned, draw_tokens
@@ -259,14 +259,10 @@ class TestPretended:
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(network, "tiles", [256, 512, 1024])
         drawn = DRAWN_BYTES * GPU_ROWS * network.config.vocab_size
-        for free, step, left in (
-            (100e9, 1e9, 80e9),  # most of a large GPU is the cache's
-            (8e9, 1e9, 8e9 - 2 * (1.75e9 + drawn)),
-            (2e9, 1e9, 0),
-        ):
+        for free, step, left in ((100e9, 1e9, 96.5e9 - 2 * drawn), (8e9, 1e9, 4.5e9 - 2 * drawn), (2e9, 1e9, 0)):
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), int(free)))
             monkeypatch.setattr(network, "_largest_step", int(step))
-            assert network.tokens_that_fit() == int(left) // network._bytes_of_a_token
+            assert network.tokens_that_fit() == int(CACHE_SHARE * left) // network._bytes_of_a_token
 
     def test_a_model_whose_heads_do_not_fit_is_refused(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def too_large(*_: Any) -> None:
