@@ -25,7 +25,7 @@ from tasks.jobs.gpu import CACHE_SHARE, DRAWN_BYTES, GpuLlama, GpuNetwork
 from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
 from tasks.jobs.network import UnsupportedModel
 from tasks.jobs.sampling import GPU_ROWS, SORTED_ROWS, Sampling, _draw_in_torch, aligned, draw_tokens
-from tests.tasks.jobs.test_engine import REQUESTS, answers, logits_after, prompts_of
+from tests.tasks.jobs.test_engine import GREEDY, REQUESTS, SAMPLED, answers, logits_after, prompts_of
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -44,7 +44,9 @@ CLOSE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
         (16, 1, 32, 0, None, torch.float16),
         pytest.param(9, 3, 64, 0, None, torch.bfloat16, marks=needs_gpu),  # Triton's interpreter does not know it
         pytest.param(32, 8, 128, 0, None, torch.bfloat16, marks=needs_gpu),
+        pytest.param(12, 2, 96, 0, None, torch.bfloat16, marks=needs_gpu),
         pytest.param(8, 4, 256, 100, 50.0, torch.bfloat16, marks=needs_gpu),
+        pytest.param(16, 2, 512, 0, None, torch.bfloat16, marks=needs_gpu),  # Gemma 4
         pytest.param(8, 4, 256, 0, None, torch.float32, marks=needs_gpu),
     ],
 )
@@ -313,6 +315,59 @@ def test_what_is_recorded_gives_the_same_to_the_last_bit(tiny_model: Path, preci
     assert engine.network._can_record
     engine.network._can_record = False
     assert torch.equal(logits_after(engine, prompts), recorded)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_prompt_has_the_same_logits_at_any_place_of_a_step(tiny_model: Path, precision: str) -> None:
+    engine = Engine(tiny_model, precision)
+    prompt, *others = prompts_of(engine)[:9]
+    expected = logits_after(engine, [prompt])[0]
+    for before in range(len(others)):
+        assert torch.equal(logits_after(engine, [*others[:before], prompt, *others[before:]])[before], expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_two_lanes_answer_as_one(tiny_model: Path, sampling: Sampling) -> None:
+    engine = Engine(tiny_model, "bf16")
+    requests = [{**request, "id": f"{request['id']} {n}"} for n in range(40) for request in REQUESTS]
+    engine.lanes = 1
+    one = answers(engine, requests, sampling)
+    engine.lanes, engine.fewest_rows = 2, 1
+    assert all(answers(engine, requests, sampling) == one for _ in range(3))
+    assert engine.network._can_record
+
+
+@needs_gpu
+def test_a_recording_that_fails_keeps_no_memory(tiny_model: Path) -> None:
+    engine = Engine(tiny_model, "fp32")
+    expected, compute = answers(engine, REQUESTS[:3], GREEDY), engine.network._compute
+
+    def looks(*given: Any) -> torch.Tensor:
+        logits = compute(*given)
+        float(logits[0, 0])  # which no graph can
+        return logits
+
+    engine.network._compute = looks
+    assert answers(engine, REQUESTS[:3], GREEDY) == expected
+    assert not engine.network._can_record
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
+
+
+@needs_gpu
+def test_lanes_are_recorded_where_little_memory_is_left(tiny_model: Path) -> None:
+    engine = Engine(tiny_model, "fp32")
+    torch.cuda.empty_cache()
+    held = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device=DEVICE)
+    engine.max_batch_tokens, engine.fewest_rows = engine.network.tokens_that_fit(), 1
+    assert len(answers(engine, REQUESTS, SAMPLED)) == len(REQUESTS)
+    assert engine.network._can_record
+    del held
 
 
 @needs_gpu
