@@ -25,7 +25,8 @@ from tasks.jobs.quantization import quantized
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_TILE = 512  # made of several such sizes: a layer's weights are read from memory once for all of them
 ATTENDED_LAYERS = {"full_attention", "sliding_attention"}
-WITH_SINKS = {"gpt_oss"}  # model types
+WITH_SINKS = {"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}  # model types
+UNTOLD_WINDOWS = {"phimoe", "qwen2_moe"}  # model types whose layers tell their mask of a window, and attention nothing
 MISCOMPUTED = {
     "diffllama",
     "doge",
@@ -97,6 +98,8 @@ def check_can_run(config: Any) -> None:
         why = "its values have another size than its keys"
     elif text.model_type in WITH_SINKS:
         why = "its attention has sinks"
+    elif text.model_type in UNTOLD_WINDOWS and 0 < (text.sliding_window or 0) < text.max_position_embeddings:
+        why = "its layers do not say how far they look back"
     elif not getattr(text, "max_position_embeddings", None):
         why = "its settings do not say how long a text may be"
     else:

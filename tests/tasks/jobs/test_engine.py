@@ -282,18 +282,27 @@ def test_other_architectures_answer_as_in_transformers(architecture: str, tiny_m
         (lambda: transformers.NemotronConfig(), "its attention cannot be replaced"),
         (lambda: transformers.DeepseekV3Config(), "its values have another size"),
         (lambda: transformers.GptOssConfig(), "its attention has sinks"),
+        (lambda: transformers.AutoConfig.for_model("granite_swa"), "its attention has sinks"),
+        (lambda: transformers.PhimoeConfig(sliding_window=2047), "do not say how far they look back"),
         (lambda: transformers.MambaConfig(), "its attention cannot be replaced"),
     ],
-    ids=["lfm2", "llama4", "codegen", "diffllama", "doge", "nemotron", "deepseek", "gpt-oss", "mamba"],
-)
+    ids=[
+        "lfm2", "llama4", "codegen", "diffllama", "doge", "nemotron", "deepseek", "gpt-oss", "granite-swa", "phimoe",
+        "mamba",
+    ],
+)  # fmt: skip
 def test_a_model_that_would_be_computed_wrong_is_refused(config: Any, why: str) -> None:
     with pytest.raises(UnsupportedModel, match=why):
         check_can_run(config())
 
 
 @pytest.mark.parametrize(
-    "kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Phi3", "GPT2"]
-)
+    "kind",
+    [
+        "Llama", "Mistral", "Qwen2", "Qwen2Moe", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Gemma4Text", "Phi3", "Phimoe",
+        "GPT2",
+    ],
+)  # fmt: skip
 def test_usual_models_are_not_refused(kind: str) -> None:
     check_can_run(getattr(transformers, f"{kind}Config")())
 
