@@ -1,5 +1,9 @@
 """What a GPU computes. Without one its kernels run in Triton's interpreter, slowly, and nothing is recorded."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -139,6 +143,16 @@ def test_fp32_is_multiplied_as_triton_can_for_each_maker(monkeypatch: pytest.Mon
     assert gpu_kernels._precision(on_gpu) in CUDAOptions.allowed_dot_input_precisions
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert gpu_kernels._precision(on_gpu) in HIPOptions.allowed_dot_input_precisions
+
+
+@pytest.mark.slow
+def test_kernels_compile_and_fit_on_generations_of_gpus_that_are_not_here(tmp_path: Path) -> None:
+    chips = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}  # KB that a program may have
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.compiled", *chips]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    for generation, kernels in json.loads(done.stdout).items():
+        assert max(kernels.values()) <= chips[generation] * 1024
 
 
 @pytest.fixture(scope="module", params=["transformers", "written out"])
