@@ -7,7 +7,7 @@ idempotency key; a reply that a fault cut off is counted apart, under `lost`.
     python -m tests.fake_openai --port 8000 --faults 0.05 --latency 0.01
     with FakeOpenAI(script=["429", "drop"]) as server: ...  # server.url, server.billed
 
-Faults: 429 429-seconds 429-date 429-reset 429-ms 500 503 408 409 hang drop cut-json not-json html no-choices
+Faults: 429 429-seconds 429-date 429-reset 429-ms 500 503 408 409 hang drop gone cut-json too-deep not-json html no-choices
         quota 401 403 404 400 too-long no-schema no-format no-max-tokens
 Outcomes, which are billed: filter length refusal empty prompt-filter
 """
@@ -250,7 +250,7 @@ class FakeOpenAI:
         if fate == "no-choices":
             payload["choices"] = []
         data = json.dumps(payload).encode()
-        if fate in {"drop", "cut-json", "no-choices"}:
+        if fate in {"drop", "gone", "cut-json", "too-deep", "no-choices"}:
             self.lost[key] += 1
             return await _cut(request, data, fate)
         self._bill(key, payload["usage"])
@@ -459,6 +459,11 @@ def _error(status: int, message: str, code: str, headers: dict[str, str] | None 
 
 async def _cut(request: web.Request, data: bytes, fate: str) -> web.StreamResponse:
     """A reply that does not arrive as it should."""
+    if fate == "gone":  # as when the server dies, or a gateway loses patience: not even headers
+        assert request.transport
+        request.transport.abort()
+    if fate == "too-deep":
+        return web.Response(body=b"[" * 100_000, content_type="application/json")
     if fate != "drop":
         cut = data if fate == "no-choices" else data[: len(data) // 2]
         return web.Response(body=cut, content_type="application/json")

@@ -71,12 +71,9 @@ NO_TELEMETRY: Any = {
     for name in ("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async")
 }
 
-NOT_CONNECTED = (
-    aiohttp.ClientConnectorError,
-    aiohttp.ConnectionTimeoutError,
-    httpx2.ConnectError,
-    httpx2.ConnectTimeout,
-)
+# Before a request could be sent. The SDK's transport names every lost connection a ConnectTimeout, one that was cut while
+# the model answered as well: only aiohttp's own errors tell them apart.
+NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 T = TypeVar("T")
 
@@ -496,7 +493,7 @@ class _Call:
                         "max_retries": 0,
                     },
                 )
-            return said(json.loads(response.content), question.wish, self.sampling)
+            return said(_parsed(response.content), question.wish, self.sampling)
         except openai.APIStatusError as error:
             status = error.status_code
             message = scrubbed(words_of(status, error.message, error.body), self.secret)
@@ -505,8 +502,6 @@ class _Call:
             trouble = TransientError(f"no answer within {self.model.timeout:g} s", maybe_billed=True)
         except (openai.APIConnectionError, aiohttp.ClientError, httpx2.HTTPError, OSError) as error:
             trouble = _broken(error)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            trouble = TransientError("a body that is not JSON", maybe_billed=True)
         finally:
             self.flying.discard(here)
         if trouble:
@@ -623,6 +618,14 @@ def _terminated_by_signal(work: asyncio.Task[None] | None) -> Iterator[list[int]
         signal.signal(signal.SIGTERM, before)
         if came:
             signal.raise_signal(signal.SIGTERM)
+
+
+def _parsed(body: bytes) -> Any:
+    """What a reply says as JSON. Python also gives up on one that is nested too deep, or on a number without end."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise TransientError("a body that is not JSON", maybe_billed=True) from None
 
 
 def _broken(error: BaseException) -> TransientError:

@@ -139,7 +139,9 @@ def test_an_answer_that_is_not_whole_is_an_outcome_and_is_kept(fate: str, status
         "408",
         "409",
         "drop",
+        "gone",
         "cut-json",
+        "too-deep",
         "not-json",
         "html",
         "no-choices",
@@ -356,6 +358,15 @@ def test_an_answer_that_never_arrives_is_not_paid_for_without_end() -> None:
 def test_a_gateway_that_gave_up_may_have_billed() -> None:
     with FakeOpenAI(script=["504", "500"]) as server:
         ask(server, questions(1))
+    with Journal() as journal:
+        assert [spent.lost_requests for spent in journal.spend()] == [1]
+
+
+@pytest.mark.parametrize("fault", ["drop", "gone", "cut-json", "too-deep"])
+def test_what_was_sent_and_brought_no_answer_counts_as_lost(fault: str) -> None:
+    with FakeOpenAI(script=[fault]) as server:
+        ask(server, questions(1))
+        assert server.bill()["lost"] == 1
     with Journal() as journal:
         assert [spent.lost_requests for spent in journal.spend()] == [1]
 
