@@ -3,10 +3,12 @@
 A field marked *operational* does not change what an answer may be, so it is in no key of cache or journal.
 """
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -94,7 +96,16 @@ class OpenAIModel(BaseModel):
 
     @field_validator("base_url")
     @classmethod
-    def _without_slash(cls, base_url: str) -> str:
+    def _is_an_address(cls, base_url: str) -> str:
+        parts = urlsplit(base_url)
+        if parts.username is not None:
+            raise ValueError(
+                "base_url holds a name or a password: put that into the environment, see api_key_env and headers"
+            )
+        if not parts.hostname or parts.port == 0 or parts.query or parts.fragment or not base_url.isprintable():
+            raise ValueError(
+                "base_url must be an address that a path can be added to, as in https://llm.example.com/v1"
+            )
         return base_url.rstrip("/")
 
     @field_validator("extra_body")
@@ -104,6 +115,10 @@ class OpenAIModel(BaseModel):
             raise ValueError(
                 f"extra_body has {', '.join(taken)}: set that by the model's and the sampling's own fields"
             )
+        try:
+            json.dumps(extra_body, allow_nan=False)
+        except (ValueError, TypeError) as error:  # a date, as YAML reads 2026-01-31, or .nan
+            raise ValueError(f"extra_body cannot be sent as JSON ({error}): a date is a text in quotes") from None
         return extra_body
 
     @field_validator("headers")
@@ -125,17 +140,21 @@ def key_of(model: OpenAIModel) -> str:
     """
     if model.api_key_file:
         try:
-            return Path(model.api_key_file).read_text().strip()
+            key = Path(model.api_key_file).read_text(errors="replace").strip()
         except OSError as error:
             reason = f"the key file {model.api_key_file} cannot be read ({error.strerror})"
             raise FatalEndpointError(model.base_url, model.model, reason, "Mount it, or correct api_key_file") from None
+        if not key:
+            reason = f"the key file {model.api_key_file} is empty"
+            raise FatalEndpointError(model.base_url, model.model, reason, "Write the key into it")
+        return _sendable(model, key, f"the key in {model.api_key_file}")
     if model.api_key_env is None:
         return "none"
     if not (key := os.environ.get(model.api_key_env, "").strip()):
         reason = f"there is no API key: the environment variable {model.api_key_env} is not set"
         way_out = f"Set it where the stage runs (export {model.api_key_env}=...), or name another one in api_key_env (null: none is needed)"
         raise FatalEndpointError(model.base_url, model.model, reason, way_out)
-    return key
+    return _sendable(model, key, f"the key in ${model.api_key_env}")
 
 
 def headers_of(model: OpenAIModel) -> dict[str, str]:
@@ -149,5 +168,14 @@ def headers_of(model: OpenAIModel) -> dict[str, str]:
         if value.startswith("$") and value[1:] not in os.environ:
             reason = f"the header {name} names the environment variable {value[1:]}, which is not set"
             raise FatalEndpointError(model.base_url, model.model, reason, "Set it where the stage runs")
-        headers[name] = os.environ[value[1:]] if value.startswith("$") else value
+        sent = os.environ[value[1:]] if value.startswith("$") else value
+        headers[name] = _sendable(model, sent, f"the header {name}")
     return headers
+
+
+def _sendable(model: OpenAIModel, text: str, what: str) -> str:
+    """A text that a header can hold. The SDK would say of another one only that a codec failed."""
+    if not (text.isascii() and text.isprintable()):
+        reason = f"{what} holds a line break or a character that no header can hold"
+        raise FatalEndpointError(model.base_url, model.model, reason, "Copy it again, without what stands around it")
+    return text

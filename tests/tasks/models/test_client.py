@@ -1,5 +1,6 @@
 """The client against a real HTTP server that misbehaves: nothing lost, nothing paid twice, no cap passed."""
 
+import math
 import os
 import pickle
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,28 @@ def test_the_key_comes_from_a_file_where_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("from-a-file\n")
     with FakeOpenAI(key="from-a-file") as server:
         ask(server, questions(1), api_key_file=str(tmp_path / "key"))
+
+
+@pytest.mark.parametrize("text", ["", "\n", "sk-with-a-quote”", "sk-one\nsk-two", b"\xff\xfes\0k\0"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_told(text: str | bytes, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(FatalEndpointError, match=f"{tmp_path}/key") as caught:
+        check_access(OpenAIModel(model="m", base_url="http://127.0.0.1:9/v1", api_key_file=str(tmp_path / "key")))
+    assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://[::1", "http://host:port/v1", "http://host/v1?version=1", "http://me:secret@host/v1"]
+)
+def test_an_address_that_cannot_work_is_refused_before_anything_is_asked(url: str) -> None:
+    with pytest.raises(ValueError, match="base_url"):
+        OpenAIModel(model="m", base_url=url)
+
+
+@pytest.mark.parametrize("value", [date(2026, 1, 31), math.nan, {1, 2}])
+def test_extra_body_that_is_no_json_is_refused_before_anything_is_asked(value: Any) -> None:
+    with pytest.raises(ValueError, match="cannot be sent as JSON"):
+        OpenAIModel(model="m", extra_body={"since": value})
 
 
 def test_the_key_is_nowhere_in_the_home(home: Path) -> None:
