@@ -1,9 +1,11 @@
 """Who pays for a call, and how much at most."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from storage.journal import Cap, Over, Wish
 from tasks.models.errors import BudgetReached
+
+ROLES = ("teacher", "referee", "generator")
 
 
 class Limits(BaseModel):
@@ -20,6 +22,13 @@ class Budget(Limits):
     """What a run may spend, over all of its iterations and restarts, and what a role of it may."""
 
     by_role: dict[str, Limits] = Field({}, description="Further limits for a role: teacher, referee, generator.")
+
+    @field_validator("by_role")
+    @classmethod
+    def _are_roles(cls, by_role: dict[str, Limits]) -> dict[str, Limits]:
+        if unknown := sorted(by_role.keys() - set(ROLES)):  # a cap on a name that is misspelt would hold nobody
+            raise ValueError(f"no role that pays is called {', '.join(unknown)}. There are: {', '.join(ROLES)}")
+        return by_role
 
 
 class Account(BaseModel):

@@ -425,6 +425,11 @@ def test_a_model_that_takes_no_temperature_is_asked_without() -> None:
         assert "temperature" not in server.requests[-1]
 
 
+def test_a_cap_on_a_role_that_is_misspelt_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"called teachr\. There are: teacher, referee, generator"):
+        Budget(by_role={"teachr": Limits(max_usd=1)})
+
+
 def test_two_calls_at_once_pay_once_and_keep_the_cap_together() -> None:
     results: list[Any] = []
 
