@@ -175,8 +175,8 @@ def _overridden(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         if not equals or not path:
             raise ConfigError(f"--set {override}: write it as key.path=value, for example --set iterations=1")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = yaml.load(text, _OnceEach)
+        except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"--set {override}: not YAML ({' '.join(str(error).split())}).") from None
         settings = _merged(settings, _nested(path.strip().split("."), value))
     return settings
@@ -191,14 +191,27 @@ def _validated(kind: type[Settings], settings: dict[str, Any]) -> Settings:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(settings or {}, dict):
         raise ConfigError(f"{path}: expected settings by name, as in `iterations: 2`.")
     return settings or {}
+
+
+class _OnceEach(yaml.SafeLoader):
+    """YAML in which no name stands twice: of two `budget:` the first would be passed over in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for name, _ in node.value:
+            if (said := str(name.value)) in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{said} is there twice", name.start_mark)
+            seen.add(said)
+        return node
 
 
 def _nested(path: list[str], value: Any) -> dict[str, Any]:

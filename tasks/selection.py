@@ -23,7 +23,7 @@ Measure = Literal["loss", "score"]
 class StopConfig(BaseModel):
     """When the loop ends before its last iteration."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     measure: Measure = Field(
         "loss",

@@ -11,7 +11,7 @@ from storage.files import OPERATIONAL
 class SftSettings(BaseModel):
     """How a student is fine-tuned. Defaults are the paper's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     strategy: Literal["single", "ddp", "fsdp", "deepspeed-zero2", "deepspeed-zero3"] = Field(
         "single",

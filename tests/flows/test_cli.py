@@ -180,6 +180,32 @@ def test_settings_that_lion_config_prints_are_the_settings(tmp_path: Path) -> No
     assert resolve(file=file) == resolve("offline")
 
 
+def test_of_two_settings_of_one_name_none_is_passed_over_in_silence(tmp_path: Path) -> None:
+    from flows.config import ConfigError, resolve
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("budget: {max_usd: 5}\niterations: 1\nbudget: {max_requests: 9}\n")
+    with pytest.raises(ConfigError, match=r"budget is there twice.* line 3"):
+        resolve(file=file)
+    with pytest.raises(ConfigError, match="max_usd is there twice"):
+        resolve(overrides=["budget={max_usd: 5, max_usd: 50}"])
+    file.write_text(
+        "teacher: {sampling: &warm {temperature: 0.7, top_p: 0.9}}\nstudent: {sampling: {<<: *warm, top_p: 1}}\n"
+    )
+    sampling = resolve(file=file).student.sampling  # what is merged in is no second time
+    assert (sampling.temperature, sampling.top_p) == (0.7, 1)
+
+
+@pytest.mark.parametrize(
+    "setting", ["finetune.training.max_grad_norm=.inf", "stop.min_gain=.inf", f"name={'[' * 3000}"]
+)
+def test_a_setting_that_cannot_be_written_down_is_refused_by_name(setting: str) -> None:
+    from flows.config import ConfigError, resolve
+
+    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+        resolve(overrides=[setting])
+
+
 def test_lion_config_prints_several_teachers_and_caps_by_role_as_they_were_given(tmp_path: Path) -> None:
     from flows.config import resolve
 
