@@ -44,6 +44,8 @@ def read_questions(path: str, max_rows: int | None = None) -> Questions:
     for number, row in enumerate(read.rows[:max_rows], 1):
         ids: list[str] = []
         for text in (row["instruction"], *row["later_turns"]):
+            if not isinstance(text, str):  # a message may also be null or a list, with a picture in it
+                raise SeedError(f"{path}, question {number}: a later turn must be a text, not {text!r}.")
             first = not ids
             # A later turn means something only after those before it: so they are in its id.
             key = instruction_id(text, row["input"] if first else ids[-1])

@@ -224,6 +224,8 @@ def _json(path: Path) -> Records:
             yield from _jsonl(path)
             return
         raise SeedError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise SeedError(f"{path}: not JSON that can be read ({error}).") from None
     if not isinstance(data, list):
         raise SeedError(f"{path}: expected a list of instructions, found {_kind(data)}.")
     for number, record in enumerate(data, 1):
@@ -238,6 +240,8 @@ def _jsonl(path: Path) -> Records:
                 yield f"line {number}", json.loads(line)
             except json.JSONDecodeError as error:
                 raise SeedError(f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}).") from None
+            except (ValueError, RecursionError) as error:
+                raise SeedError(f"{path}, line {number}: not JSON that can be read ({error}).") from None
 
 
 def _csv(path: Path) -> Records:
@@ -301,7 +305,8 @@ def read_row(record: Any, where: str) -> dict[str, Any]:
     if isinstance(record.get("instances"), list) and record["instances"]:  # self-instruct
         if not isinstance(record["instances"][0], dict):
             raise SeedError(f"{where}: `instances` must be objects, found {_kind(record['instances'][0])}.")
-        record |= {key: record["instances"][0].get(key, "") for key in ("input", "output")}
+        first = record["instances"][0]
+        record |= {key: "" if first.get(key) is None else first[key] for key in ("input", "output")}
     if "instruction" not in record:
         found = ", ".join(map(str, record)) or "nothing"
         raise SeedError(f"{where}: no `instruction` (found: {found}). Rename the column, or add it.")
@@ -348,7 +353,8 @@ def _from_messages(messages: Any, where: str) -> dict[str, Any]:
     try:
         said = {message["role"]: message["content"] for message in reversed(messages)}  # the first of each role
         asked = [message["content"] for message in messages if message["role"] == "user"]
-        return {"instruction": said["user"], "output": said.get("assistant", ""), "later_turns": asked[1:]}
+        answer = said.get("assistant")  # null where the model called a tool
+        return {"instruction": said["user"], "output": "" if answer is None else answer, "later_turns": asked[1:]}
     except (TypeError, KeyError):
         raise SeedError(f"{where}: `messages` holds no message of the role `user`.") from None
 

@@ -184,3 +184,11 @@ def test_an_id_that_names_two_questions_or_none_is_refused(tmp_path: Path, home:
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SeedError, match=message):
         read_questions(str(tmp_path / "q.jsonl"))
+
+
+@pytest.mark.parametrize("later", [None, [{"type": "image_url"}]])
+def test_a_later_turn_that_is_no_text_is_named(home: Path, tmp_path: Path, later: Any) -> None:
+    said = [{"role": "user", "content": text} for text in ("What is on it?", later)]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": said}))
+    with pytest.raises(SeedError, match=r"q\.jsonl, question 1: a later turn must be a text"):
+        read_questions(str(tmp_path / "q.jsonl"))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,6 +75,18 @@ def test_messages_become_instruction_and_output(tmp_path: Path) -> None:
     assert (row["instruction"], row["output"]) == ("Hi?", "Yes.")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Hi?", "instances": [{"input": None, "output": None}]},
+        {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": None, "tool_calls": []}]},
+    ],
+)
+def test_what_is_null_within_a_row_is_as_if_it_were_not_there(tmp_path: Path, row: dict[str, Any]) -> None:
+    (read,) = read_seeds(written(tmp_path, "s.jsonl", json.dumps(row))).rows
+    assert (read["instruction"], read["input"], read["output"]) == ("Hi?", None, None)
+
+
 def test_what_a_pool_has_no_column_for_is_counted(home: Path, tmp_path: Path) -> None:
     said = [{"role": role, "content": "Hm."} for role in ("system", "user", "assistant", "user")]
     rows = [
@@ -102,6 +115,8 @@ def test_self_instruct_seed_tasks_are_read(shared_data: Path) -> None:
         ("s.jsonl", '{"instruction": "a"}\n{"instruction": ', r"s\.jsonl, line 2, column \d+: not JSON"),
         ("s.json", '[{"instruction": "a"},\n oops]', r"s\.json, line 2, column 2: not JSON"),
         ("s.json", '{"instruction": "a"}', "expected a list"),
+        ("s.jsonl", '{"instruction": "a"}\n{"id": ' + "1" * 5000 + "}", r"s\.jsonl, line 2: not JSON that can be read"),
+        ("s.json", "[" * 100_000, r"s\.json: not JSON that can be read"),
         ("s.jsonl", '{"prompt": "a"}', r"line 1: no `instruction` \(found: prompt\)"),
         ("s.jsonl", '{"instruction": "a"}\n{"instruction": " "}', "line 2: `instruction` is empty"),
         ("s.jsonl", '{"instruction": 7}', "`instruction` must be a text, found a number"),
