@@ -155,7 +155,9 @@ def with_bounds(interval: Any, form: str = ".3f", scale: float = 1, unit: str = 
 def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: bool = False) -> None:
     """Rows as a table, as JSON or as CSV."""
     if as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
+        # JSON has no NaN, which SQL gives for a correlation of what is all the same.
+        whole = json.loads(json.dumps(rows, default=str), parse_constant=lambda name: None)
+        print(json.dumps(whole, indent=2, ensure_ascii=False))
     elif as_csv:
         writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()

@@ -81,6 +81,12 @@ def test_a_line_of_csv_ends_as_lines_do_here(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "id\na\n", "what a shell takes from it can be given to another command"
 
 
+def test_what_sql_prints_as_json_is_json(tmp_path: Path) -> None:
+    select = "select 'nan'::double as a, ['inf'::double, 1] as b, date '2026-01-31' as c"
+    (row,) = json.loads(lion(tmp_path, "sql", select, "--json").stdout, parse_constant=pytest.fail)
+    assert row == {"a": None, "b": [None, 1], "c": "2026-01-31"}
+
+
 def test_a_table_that_is_piped_has_a_row_a_line(ran: Path) -> None:
     unset = {name: value for name, value in environment(ran).items() if name != "COLUMNS"}
     done = subprocess.run([*COMMAND, "runs"], capture_output=True, text=True, env=unset, check=True)
