@@ -153,10 +153,11 @@ def best(
 ) -> None:
     """Print the checkpoint to use: the student that no later one of its run improved upon."""
     use_home(home)
-    from flows.students import best_student
+    from flows.students import best_student, check_is_there
 
     manifest = find_run(run_id)
     found = best_student(manifest)
+    check_is_there(found)
     if as_json:
         print(json.dumps({"run": manifest.run_id, "iteration": found.iteration, "path": str(found.checkpoint.path)}))
         return

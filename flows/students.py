@@ -57,9 +57,28 @@ def find_student(name: str | None) -> Student:
             home, a folder with a model, `embedded`, or a Hub id. Null: the best student of the last run.
 
     Raises:
-        Refusal: nothing is called that.
+        Refusal: nothing is called that, or its checkpoint is gone.
         JobError: a model from elsewhere cannot be had.
     """
+    student = _named(name)
+    check_is_there(student)
+    return student
+
+
+def check_is_there(student: Student) -> None:
+    """See that a checkpoint of this home is still there.
+
+    Raises:
+        Refusal: it is gone.
+    """
+    path = student.checkpoint.path
+    if not (path / "config.json").is_file():
+        raise Refusal(
+            f"the checkpoint of {student.name} is gone: {path}. The same command as before notices it, and makes it again."
+        )
+
+
+def _named(name: str | None) -> Student:
     if name is None:
         return best_student(find_run(None))
     manifests = list_manifests()

@@ -64,8 +64,17 @@ def write_snapshot(
 
 
 def read_rows(snapshot: Snapshot, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a snapshot in their order, as dicts of the named columns (all by default)."""
-    return pq.read_table(snapshot.path, columns=list(columns) if columns else None, memory_map=True).to_pylist()
+    """The rows of a snapshot in their order, as dicts of the named columns (all by default).
+
+    Raises:
+        StorageError: it is gone or damaged.
+    """
+    try:
+        return pq.read_table(snapshot.path, columns=list(columns) if columns else None, memory_map=True).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(
+            f"{snapshot.path} is gone or damaged. The same command as before notices it, and makes it again."
+        ) from error
 
 
 def read_lineage(snapshot: Snapshot) -> dict[str, Any]:

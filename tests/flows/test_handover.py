@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.terminal import Refusal
+from storage.files import StorageError
 from storage.runs import Manifest
 from tasks.prepare import ModelNotFound
 from tasks.report import write_report
@@ -34,6 +37,21 @@ def test_the_card_tells_data_method_scores_with_intervals_terms_and_limits(run: 
     for part in ("## Data", "## Training", "`learning_rate`: 0.001", "## Licence", "## Limits", "arXiv 2305.12870"):
         assert part in card
     assert "trained on 2 of 3 rows; 1 hard, 1 easy, 1 undecided" in card
+
+
+@pytest.mark.parametrize("args", [["best"], ["serve"], ["card"]])
+def test_a_student_whose_checkpoint_is_gone_is_refused_by_name(run: Manifest, args: list[str]) -> None:
+    (path,) = {checkpoint.path for number, checkpoint in run.students() if number == 1}
+    shutil.rmtree(path)
+    done = CliRunner().invoke(app, args)
+    assert isinstance(done.exception, Refusal) and f"{run.run_id}/1 is gone: {path}" in str(done.exception)
+
+
+def test_a_run_whose_rows_are_gone_is_told_so_by_what_reads_them(run: Manifest, tmp_path: Path) -> None:
+    for path in (tmp_path / "home" / "objects" / "evaluations").iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    done = CliRunner().invoke(app, ["compare", run.run_id, run.run_id])
+    assert isinstance(done.exception, StorageError) and "is gone or damaged" in str(done.exception)
 
 
 def test_a_name_that_is_no_run_is_taken_for_a_model_with_the_runs_that_there_are(run: Manifest) -> None:
