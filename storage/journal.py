@@ -183,9 +183,7 @@ class Journal:
                 with self._writing() as db:
                     self._drop_claims_of_the_dead(db)
         except sqlite3.DatabaseError as error:
-            raise StorageError(
-                f"{self.path} cannot be used ({error}). If it is damaged, restore it: it is what was paid."
-            ) from error
+            raise self._unusable(error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -213,7 +211,7 @@ class Journal:
 
     def find(self, keys: Iterable[str]) -> dict[str, Answer]:
         """The answers to those of `keys` that have one."""
-        with self._thread:
+        with self._reading():
             return self._find(list(keys))
 
     def add(self, answers: Sequence[Answer], losses: Sequence[Loss] = (), release: Sequence[str] = ()) -> None:
@@ -295,15 +293,15 @@ class Journal:
 
     def spent(self, run_id: str, role: str | None = None) -> Totals:
         """What a run, or one role of it, has spent, with what it may have lost: the figure that caps look at."""
-        with self._thread:
-            return self._spent(self._db, run_id, role)
+        with self._reading() as db:
+            return self._spent(db, run_id, role)
 
     def spend(self, run_id: str | None = None) -> list[Spent]:
         """What was spent, by run, role, iteration, model and day; of all runs where none is named."""
         where, values = ("WHERE run_id = ?", [run_id]) if run_id else ("", [])
         order = "ORDER BY day, run_id, iteration, role, model"
-        with self._thread:
-            rows = self._db.execute(f"SELECT {_columns(Spent)} FROM spend {where} {order}", values)
+        with self._reading() as db:
+            rows = db.execute(f"SELECT {_columns(Spent)} FROM spend {where} {order}", values)
             return [Spent(*row) for row in rows]
 
     # --- batches --------------------------------------------------------------------------------------------------------
@@ -311,8 +309,8 @@ class Journal:
     def open_batches(self, endpoint: str, model: str) -> list[Batch]:
         """Batches whose results are not collected yet, oldest first."""
         where = "WHERE endpoint = ? AND model = ? AND state != 'collected' ORDER BY created"
-        with self._thread:
-            rows = self._db.execute(f"SELECT {_columns(Batch)} FROM batches {where}", (endpoint, model)).fetchall()
+        with self._reading() as db:
+            rows = db.execute(f"SELECT {_columns(Batch)} FROM batches {where}", (endpoint, model)).fetchall()
         return [replace(Batch(*row), keys=tuple(json.loads(row[7]))) for row in rows]
 
     def keep_batch(self, batch: Batch) -> None:
@@ -332,8 +330,8 @@ class Journal:
 
     def recall(self, name: str) -> str | None:
         """What was remembered under `name`."""
-        with self._thread:
-            row = self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+        with self._reading() as db:
+            row = db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         return row[0] if row else None
 
     def remember(self, name: str, value: str) -> None:
@@ -342,6 +340,17 @@ class Journal:
             db.execute("INSERT OR REPLACE INTO settings (name, value) VALUES (?, ?)", (name, value))
 
     # --- inside ---------------------------------------------------------------------------------------------------------
+
+    def _unusable(self, error: sqlite3.Error) -> StorageError:
+        return StorageError(f"{self.path} cannot be used ({error}). If it is damaged, restore it: it is what was paid.")
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._thread:
+            try:
+                yield self._db
+            except sqlite3.DatabaseError as error:  # damage may lie deep: it opened all the same
+                raise self._unusable(error) from error
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -359,6 +368,8 @@ class Journal:
                     raise StorageError(
                         f"{self.path} cannot be written ({error}). Make room on its disk, or close what holds it."
                     ) from error
+                if type(error) is sqlite3.DatabaseError:  # damage; of its kinds one is a row of ours that does not fit
+                    raise self._unusable(error) from error
                 raise
             self._is_written = True
 

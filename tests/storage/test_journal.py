@@ -266,3 +266,18 @@ def test_a_file_that_is_no_journal_is_named(home: Path) -> None:
     (home / "journal.sqlite").write_text("no database" * 1000)
     with pytest.raises(StorageError, match=r"journal\.sqlite cannot be used .* restore it"):
         Journal()
+
+
+def test_damage_that_lies_deep_in_the_journal_is_named_where_it_is_met(home: Path) -> None:
+    keys = [f"k{number}" for number in range(2000)]
+    with Journal() as journal:
+        journal.add([replace(ANSWER, key=key) for key in keys])
+    file = home / "journal.sqlite"
+    data = bytearray(file.read_bytes())
+    data[50 * 4096 : 60 * 4096] = bytes(10 * 4096)  # within the answers; what is read at opening is whole
+    file.write_bytes(data)
+    with Journal() as journal:
+        with pytest.raises(StorageError, match=r"journal\.sqlite cannot be used .* restore it"):
+            journal.find(keys)
+        with pytest.raises(StorageError, match=r"journal\.sqlite cannot be used .* restore it"):
+            journal.add([replace(ANSWER, key=f"{key}+") for key in keys])
