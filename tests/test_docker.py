@@ -1,6 +1,7 @@
 """The images and the compose file, as far as they can be checked where no container runs."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -47,6 +48,13 @@ def test_images_are_built_as_the_dockerfile_says_and_run_without_root() -> None:
     for target in targets:
         assert "\nUSER 10001\n" in named[target] and "HEALTHCHECK" in named[target]
     assert "torch" not in named["orchestrator"].split("RUN", 1)[1].split("\n", 1)[0]
+
+
+def test_prefects_ui_goes_where_the_user_of_the_image_may_write() -> None:
+    named = dict(re.findall(r"^ENV (PREFECT_SERVER_UI_STATIC_DIRECTORY)=(.+)$", (DOCKER / "Dockerfile").read_text(), re.M))
+    code = "from prefect.settings import get_current_settings as now; print(now().server.ui.static_directory)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | named, capture_output=True, text=True)
+    assert done.stdout.startswith("/home/lion/"), done.stdout + done.stderr
 
 
 def test_a_change_of_the_code_installs_no_dependency_anew() -> None:
