@@ -51,7 +51,9 @@ def test_images_are_built_as_the_dockerfile_says_and_run_without_root() -> None:
 
 
 def test_prefects_ui_goes_where_the_user_of_the_image_may_write() -> None:
-    named = dict(re.findall(r"^ENV (PREFECT_SERVER_UI_STATIC_DIRECTORY)=(.+)$", (DOCKER / "Dockerfile").read_text(), re.M))
+    named = dict(
+        re.findall(r"^ENV (PREFECT_SERVER_UI_STATIC_DIRECTORY)=(.+)$", (DOCKER / "Dockerfile").read_text(), re.M)
+    )
     code = "from prefect.settings import get_current_settings as now; print(now().server.ui.static_directory)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | named, capture_output=True, text=True)
     assert done.stdout.startswith("/home/lion/"), done.stdout + done.stderr
@@ -65,6 +67,11 @@ def test_a_change_of_the_code_installs_no_dependency_anew() -> None:
             done = subprocess.run(step, shell=True, cwd=DOCKER.parent, capture_output=True, text=True, check=True)
             assert ("torch==" in done.stdout) == stage.startswith("base AS trainer")
             assert all(Requirement(line) for line in done.stdout.splitlines())
+
+
+def test_no_two_services_build_images_of_one_name() -> None:
+    names = [service["image"] for service in COMPOSE["services"].values() if {"build", "image"} <= set(service)]
+    assert len(names) == len(set(names)), "built at the same time, the second is refused as it exists already"
 
 
 def test_a_worker_that_is_stopped_has_time_to_end_its_runs_first() -> None:
