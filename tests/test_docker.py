@@ -74,6 +74,11 @@ def test_no_two_services_build_images_of_one_name() -> None:
     assert len(names) == len(set(names)), "built at the same time, the second is refused as it exists already"
 
 
+def test_the_command_line_sees_the_workers_home_in_whichever_container() -> None:
+    for service in COMPOSE["services"].values():
+        assert "home:/data" in service["volumes"] or "build" not in service
+
+
 def test_a_worker_that_is_stopped_has_time_to_end_its_runs_first() -> None:
     command = (DOCKER / "Dockerfile").read_text().rpartition("CMD ")[2]
     assert json.loads(command) == ["lion", "worker", "--healthcheck"]
