@@ -88,6 +88,19 @@ def test_a_worker_that_is_stopped_has_time_to_end_its_runs_first() -> None:
         assert service["init"] and int(service["stop_grace_period"].removesuffix("s")) >= STOP_SECONDS + 10
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_the_secrets_are_made_as_said_and_the_user_of_the_image_can_read_the_password(tmp_path: Path) -> None:
+    said = (DOCKER / "compose.yaml").read_text().partition("# Each time:")[0]
+    steps = " && ".join(re.findall(r"^#   (.+)$", said, re.M))
+    (tmp_path / "docker").mkdir()
+    subprocess.run(["sh", "-c", f"umask 077; {steps}"], cwd=tmp_path, check=True)
+    password = tmp_path / "docker" / COMPOSE["secrets"]["postgres_password"]["file"]
+    assert password.stat().st_mode & 0o777 == 0o644  # it is mounted as it is, and belongs to another user there
+    assert password.parent.stat().st_mode & 0o777 == 0o700
+    assert re.fullmatch(r"[0-9a-f]{48}\n", password.read_text())  # and is a part of a URL
+    assert re.fullmatch(r"LION_AUTH=lion:[0-9a-f]{32}\n", (tmp_path / "docker" / ".env").read_text())
+
+
 @pytest.mark.skipif(not (DOCKER.parent / ".git").exists(), reason="needs a checkout")
 def test_git_does_not_see_the_secrets_that_the_compose_file_asks_for() -> None:
     asked = [COMPOSE["secrets"]["postgres_password"]["file"], ".env"]
