@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def test_images_are_built_as_the_dockerfile_says_and_run_without_root() -> None:
     for target in targets:
         assert "\nUSER 10001\n" in named[target] and "HEALTHCHECK" in named[target]
     assert "torch" not in named["orchestrator"].split("RUN", 1)[1].split("\n", 1)[0]
+
+
+def test_deepspeed_brings_the_ninja_that_it_compiles_with() -> None:
+    assert "ninja" in {Requirement(line).name for line in metadata.requires("deepspeed") or []}
+    assert "ninja" not in (DOCKER / "Dockerfile").read_text()
 
 
 def test_prefects_ui_goes_where_the_user_of_the_image_may_write() -> None:
