@@ -27,7 +27,7 @@ from queue import Empty, Queue
 from typing import Any, Protocol
 
 from storage.files import Checkpoint, digest_of, digest_of_model, home, locked, write_atomic
-from tasks.jobs.process import ENVIRONMENT, Process, can_fork, gpus, start, start_fork, stop
+from tasks.jobs.process import ENVIRONMENT, Process, can_fork, gpus, has_torch, start, start_fork, stop
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
 REFUSED = "refused: "  # and one that starts so, its last, says what is wrong with what it was given
@@ -73,6 +73,10 @@ class JobRefused(JobError, ValueError):
         return f"{reason.removeprefix(REFUSED)}\nWhole log: {Path(self.directory) / 'log.txt'}"
 
 
+class NoTorch(ValueError):
+    """Nothing can be computed here: this Python has no torch. The message names the ways out."""
+
+
 def run_job(
     module: str,
     job: dict[str, Any],
@@ -97,6 +101,7 @@ def run_job(
         on_notable_line: called with each line that speaks of an error, a warning, NaN or memory.
 
     Raises:
+        NoTorch: it cannot even be started.
         JobRefused: the program cannot do what it was given.
         JobError: it ended without a result for another reason.
     """
@@ -123,6 +128,11 @@ def _started(module: str, job_file: Path, launcher: Sequence[str], environment: 
     # DeepSpeed compiles with the ninja beside this Python, which need not be on the path.
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", os.defpath)])
     ours = module.startswith(__package__)  # only what a warm process can import, wherever this one found it
+    if ours and not has_torch():
+        raise NoTorch(
+            "Models of this machine need torch, and this Python has none: pip install -e '.[train]'. Of the images, the "
+            "trainer has it."
+        )
     if launcher or not ours or not can_fork():
         return start([*(launcher or [sys.executable]), "-m", module, str(job_file)], variables)
     return start_fork(module, str(job_file), variables)

@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -33,6 +34,11 @@ ENVIRONMENT = {
 PRELOADED = ("tasks.jobs.engine", "tasks.jobs.trainer", "transformers.models.llama.modeling_llama")
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, either of them under WSL
 LONGEST_MESSAGE = 2**20  # bytes
+
+
+def has_torch() -> bool:
+    """Whether this Python has torch, as all jobs of ours need it: who only orchestrates goes without."""
+    return find_spec("torch") is not None
 
 
 def can_fork() -> bool:
@@ -54,7 +60,7 @@ def gpus() -> list[str]:
 
 def warm_up() -> None:
     """Have a warm process ready for the first job, while something else is still being started."""
-    if can_fork() and not _idle:
+    if has_torch() and can_fork() and not _idle:
         _idle.append(_Warm())
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tasks.jobs import process
 from tasks.jobs.launch import JobError, make_checkpoint, run_job
+from tasks.jobs.process import warm_up
 
 PROGRAM = """
 import sys
@@ -37,6 +39,18 @@ def test_a_finished_job_is_not_run_again(program, tmp_path: Path) -> None:
     for _ in range(2):
         assert run_job(module, {}, tmp_path / "job")["answer"] == 7
     assert (tmp_path / "job" / "ran").read_text() == "x"
+
+
+def test_where_there_is_no_torch_a_job_says_so_and_nothing_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "find_spec", lambda name: None)
+    monkeypatch.setattr(process, "_idle", [])
+    warm_up()
+    assert not process._idle
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[train\]'"):
+        run_job("tasks.jobs.convert", {"source": "embedded"}, tmp_path / "job")
+    assert not (tmp_path / "job" / "log.txt").exists()
 
 
 def test_a_job_finds_the_programs_beside_its_python(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
