@@ -219,6 +219,7 @@ def compare(
     use_home(home)
     from storage.journal import spend_of
     from tasks.selection import compare as compare_students
+    from tasks.selection import same_reference
 
     if len(run_ids) < 2:
         raise Refusal("name two runs or more: lion compare RUN RUN. `lion runs` lists them.")
@@ -246,6 +247,13 @@ def compare(
         return
     # A column a run.
     print_rows([{"": name} | {row["run"]: row[name] for row in rows} for name in rows[0] if name != "run"])
+    if others := [
+        manifest.run_id for manifest, (_, one) in zip(manifests, best) if not same_reference(one, best[0][1])
+    ]:
+        note.print(
+            f"No gain: {', '.join(others)} was held against other held-out answers than {manifests[0].run_id}.",
+            soft_wrap=True,
+        )
     settings = [dict(_flat(manifest.config)) for manifest in manifests]
     keys = sorted({key for one in settings for key in one if len({json.dumps(s.get(key)) for s in settings}) > 1})
     note.print("Settings that differ:" if keys else "The settings are the same.")

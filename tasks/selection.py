@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.pools import by_id, read_rows
+from storage.pools import by_id, read_lineage, read_rows
 from storage.runs import Comparison, Evaluation, Interval
 from storage.studies import Figures
 from tasks.relative import paired, relative_score
@@ -41,11 +41,12 @@ class StopConfig(BaseModel):
 def compare(now: Evaluation, before: Evaluation, against: int, seed: int) -> Comparison:
     """A student's held-out figures beside the teacher's and beside those of the student of iteration `against`.
 
-    Losses can be told from each other where they are of the same tokens: else there is no gain in loss.
+    There is no gain where they were held against other answers. Losses can be told from each other where they are of the
+    same tokens: else there is no gain in loss.
     """
     columns = ["loss_sum", "tokens", "score"]
     new, old = by_id(now.details, columns), by_id(before.details, columns)
-    both = [(new[key], old[key]) for key in sorted(new.keys() & old.keys())]
+    both = [(new[key], old[key]) for key in sorted(new.keys() & old.keys())] if same_reference(now, before) else []
     same = all(a["tokens"] == b["tokens"] for a, b in both)
     losses = [(b["loss_sum"] - a["loss_sum"], a["tokens"]) for a, b in both if same and a["tokens"]]
     scores = [(a["score"] - b["score"], 1) for a, b in both if a["score"] is not None and b["score"] is not None]
@@ -55,6 +56,12 @@ def compare(now: Evaluation, before: Evaluation, against: int, seed: int) -> Com
         loss_gain=_ratio(losses, seed),
         score_gain=_ratio(scores, seed),
     )
+
+
+def same_reference(a: Evaluation, b: Evaluation) -> bool:
+    """Whether both students were held against the same answers to the same instructions."""
+    first, second = (read_lineage(each.details)["inputs"] for each in (a, b))
+    return bool(first == second)
 
 
 def relative_to_teacher(evaluation: Evaluation, seed: int = 0) -> Interval | None:

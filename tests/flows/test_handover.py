@@ -15,6 +15,7 @@ from storage.files import StorageError
 from storage.runs import Manifest
 from tasks.prepare import ModelNotFound
 from tasks.report import write_report
+from tests import recorded
 from tests.recorded import SEEDS, record_run
 
 
@@ -98,6 +99,17 @@ def test_compare_puts_runs_side_by_side_with_the_settings_that_differ(run: Manif
     assert rows[0]["relative"] == "0.450 [0.300, 0.600]"
     table = said("compare", "recorded", "second")
     assert re.search(r"seed\s*│\s*0\s*│\s*7", table)
+
+
+def test_compare_names_a_run_whose_student_was_held_against_other_answers(
+    run: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = recorded.snapshot
+    monkeypatch.setattr(recorded, "snapshot", lambda *given: plain(*given, run.baseline.snapshots["seeds"]))
+    record_run("second-1")
+    assert "No gain: second-1 was held against other held-out answers than recorded-1." in said(
+        "compare", "rec", "second"
+    )
 
 
 def test_contamination_finds_pool_rows_near_an_evaluation(run: Manifest, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from storage.pools import write_snapshot
+from storage.pools import read_rows, write_snapshot
 from storage.runs import Comparison, Evaluation, Interval
 from tasks.selection import StopConfig, compare, is_stalled, is_worse, loss_per_token, mean_score
 
@@ -30,6 +30,15 @@ def test_gains_are_paired_by_question(home: Path) -> None:
     assert found.score_gain and found.score_gain.value == pytest.approx((4 + 2) / 2)
     assert (found.score_gain.low, found.score_gain.high) == (2, 4)
     assert found.relative and found.relative.value == pytest.approx(18 / 30)
+
+
+def test_students_held_against_other_answers_have_no_gain_over_each_other(home: Path) -> None:
+    measured = evaluation({"a": 30.0}, {"a": 1.0})
+    rows = [row | {"response": "Another teacher's."} for row in read_rows(measured.details)]
+    other = write_snapshot("evaluations", rows, step="test", version=1, inputs=[measured.details])
+    found = compare(measured.model_copy(update={"details": other}), measured, against=0, seed=0)
+    assert (found.loss_gain, found.score_gain) == (None, None)
+    assert found.relative and found.relative.value == pytest.approx(0.1)
 
 
 def test_loss_and_score_of_a_student_have_intervals(home: Path) -> None:
