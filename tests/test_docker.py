@@ -96,7 +96,7 @@ def test_a_worker_that_is_stopped_has_time_to_end_its_runs_first() -> None:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 def test_the_secrets_are_made_as_said_and_the_user_of_the_image_can_read_the_password(tmp_path: Path) -> None:
-    said = (DOCKER / "compose.yaml").read_text().partition("# Each time:")[0]
+    said = (DOCKER / "compose.yaml").read_text().partition("# Each time")[0]
     steps = " && ".join(re.findall(r"^#   (.+)$", said, re.M))
     (tmp_path / "docker").mkdir()
     subprocess.run(["sh", "-c", f"umask 077; {steps}"], cwd=tmp_path, check=True)
