@@ -35,9 +35,7 @@ def test_compose_accepts_the_file(tmp_path: Path) -> None:
     ):
         pytest.skip("needs the compose plugin of docker")
     command = ["docker", "compose", "-f", str(DOCKER / "compose.yaml"), "--profile", "gpu", "config", "--quiet"]
-    done = subprocess.run(
-        command, env={"LION_AUTH": "a:b", "PATH": "/usr/bin:/bin:/usr/local/bin"}, capture_output=True
-    )
+    done = subprocess.run(command, env=os.environ | {"LION_AUTH": "a:b"}, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 
