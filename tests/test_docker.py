@@ -107,7 +107,7 @@ def test_the_secrets_are_made_as_said_and_the_user_of_the_image_can_read_the_pas
 
 @pytest.mark.skipif(not (DOCKER.parent / ".git").exists(), reason="needs a checkout")
 def test_git_does_not_see_the_secrets_that_the_compose_file_asks_for() -> None:
-    asked = [COMPOSE["secrets"]["postgres_password"]["file"], ".env"]
+    asked = [COMPOSE["secrets"]["postgres_password"]["file"], ".env", COMPOSE["x-worker"]["env_file"][0]["path"]]
     command = ["git", "check-ignore", *asked]
     done = subprocess.run(command, cwd=DOCKER, capture_output=True, text=True)
     assert done.stdout.split() == asked
