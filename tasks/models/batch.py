@@ -221,7 +221,10 @@ class Batches:
         return True
 
     def _rows_of(self, file_id: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.client.files.content(file_id).content.splitlines() if line.strip()]
+        """The rows of a file. One without our name for the request is nobody's, and no reason to lose the others."""
+        lines = self.client.files.content(file_id).content.splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        return [row for row in rows if isinstance(row, dict) and isinstance(row.get("custom_id"), str)]
 
     def _give_up(self, batch: Batch, gone: str) -> None:
         """Let go of a batch that the endpoint does not know, if the settings say so; what it leaves open counts as lost."""
@@ -245,7 +248,7 @@ class Batches:
         lost: list[str] = []
         refused: list[tuple[str, int, dict[str, Any]]] = []
         for row in rows:
-            status = (row.get("response") or {}).get("status_code")
+            status = _response_in(row).get("status_code")
             if answer := self._answer(batch, row):
                 answers.append(answer)
             elif status == 200:  # billed, and no answer in it
@@ -273,7 +276,7 @@ class Batches:
 
     def _answer(self, batch: Batch, row: dict[str, Any]) -> Answer | None:
         """A row of a batch's files as an answer, if it is one."""
-        key, response = row["custom_id"], row.get("response") or {}
+        key, response = row["custom_id"], _response_in(row)
         body = response.get("body")
         if response.get("status_code") == 200:
             try:
@@ -348,6 +351,12 @@ def _if_there(ask: Callable[[str], T], id: str) -> T | None:
         return ask(id)
     except openai.NotFoundError:
         return None
+
+
+def _response_in(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row got for a reply; nothing where it is null, or a gateway's text."""
+    response = row.get("response")
+    return response if isinstance(response, dict) else {}
 
 
 def _error_in(body: Any) -> dict[str, Any]:

@@ -246,6 +246,16 @@ def test_a_row_that_says_in_text_what_went_wrong_keeps_no_other_answer_back(body
         assert server.bill()["distinct"] == 6 and server.bill()["requests"] == 8
 
 
+@pytest.mark.parametrize(
+    "row", [b"null", b"{}", b'{"custom_id": null}', b'{"custom_id": "x", "response": "busy"}'], ids=str
+)
+def test_a_row_that_is_nobodys_keeps_no_answer_back(row: bytes) -> None:
+    with FakeOpenAI() as server:
+        spoil_first_output(server, lambda data: row + b"\n" + data)
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+        assert server.bill()["requests"] == 6
+
+
 def test_answers_that_arrive_in_part_are_fetched_again() -> None:
     whole = b""
 
