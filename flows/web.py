@@ -3,6 +3,8 @@
 Nothing is fetched from elsewhere, and a page may not even try: its content policy allows this server alone.
 """
 
+import contextlib
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,6 +15,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 from pydantic import BaseModel
 
+from flows.terminal import Refusal
 from tasks.human import HumanEvalError, HumanStudy, Vote, cast, items_as_json
 from tasks.models.session import SessionError
 
@@ -66,8 +69,17 @@ def demo_app(answers: Mapping[str, Answer], names: dict[str, str]) -> FastAPI:
 
 
 def serve(app: FastAPI, port: int) -> None:
-    """Serve a page to this machine alone until Ctrl-C."""
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+    """Serve a page to this machine alone until Ctrl-C.
+
+    Raises:
+        Refusal: another program has the port.
+    """
+    try:
+        here = socket.create_server(("127.0.0.1", port))
+    except OSError as error:  # uvicorn would end with code 3, which says here that a cap is reached
+        raise Refusal(f"the page cannot be served: {error.strerror}. Name another port with --port.") from None
+    with here, contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[here])
 
 
 def _app(page: str) -> FastAPI:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+from fastapi import FastAPI
 
 from flows.commands_talk import serve_lines
 from flows.terminal import Refusal, print_rows, settle_home
@@ -299,6 +301,13 @@ def test_a_narrow_terminal_cuts_no_figure_of_an_estimate(
     estimate(preset="lion-7b", home=home)
     told = capsys.readouterr().out
     assert "Total: " in told and "…" not in told
+
+
+def test_a_port_that_is_taken_is_bad_input_and_no_cap_that_was_reached() -> None:
+    from flows.web import serve
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(Refusal, match="Name another port"):
+        serve(FastAPI(), taken.getsockname()[1])
 
 
 def test_lion_tells_its_version(tmp_path: Path) -> None:
