@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -202,7 +204,9 @@ def sql(
     use_home(home)
     from storage.catalog import ask
 
-    print_rows(ask(statement), as_json=as_json, as_csv=as_csv)
+    with _ended_at_once():
+        rows = ask(statement)
+    print_rows(rows, as_json=as_json, as_csv=as_csv)
 
 
 @app.command()
@@ -249,6 +253,20 @@ def config(preset: Preset = None, file: ConfigFile = None, overrides: Overrides 
     from flows.config import explain, resolve
 
     out.print(explain(resolve(preset, overrides or [], file)), soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """While a statement runs a signal ends the process by itself: DuckDB swallows what Python would make of it, and there
+    is nothing to be kept."""
+    ours = {ends: handler for ends in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(ends))}
+    for ends in ours:
+        signal.signal(ends, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for ends, handler in ours.items():
+            signal.signal(ends, handler)
 
 
 def _terminated(*_: Any) -> None:

@@ -9,10 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import duckdb
+import psutil
 import pytest
 from fastapi import FastAPI
 
@@ -76,6 +78,23 @@ def test_sql_row_runs_and_pools_answer(ran: Path) -> None:
     assert lion(ran, "sql", "--csv", "select 1 as one").stdout.split() == ["one", "1"]
     assert json.loads(lion(ran, "runs", "--json").stdout)[0]["state"] == "completed"
     assert json.loads(lion(ran, "pools", "--json").stdout)[0]["rows"] == 12
+
+
+@pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM])
+def test_a_statement_without_end_is_ended_by_a_signal(tmp_path: Path, ends: signal.Signals) -> None:
+    endless = "select sum(sin(a.range * b.range)) from range(3000000) a, range(3000000) b"
+    command = [*COMMAND, "sql", endless]
+    child = subprocess.Popen(
+        command, env=environment(tmp_path), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    )
+    try:
+        cpu = psutil.Process(child.pid)
+        while cpu.cpu_times().user < 4:  # by then it is in the statement
+            time.sleep(0.1)
+        child.send_signal(ends)
+        assert child.wait(timeout=20) == -ends
+    finally:
+        child.kill()
 
 
 def test_a_line_of_csv_ends_as_lines_do_here(capsys: pytest.CaptureFixture[str]) -> None:
