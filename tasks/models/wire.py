@@ -5,6 +5,7 @@ journal remembers it.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -249,8 +250,10 @@ def failure(
     if status == 402 or code in QUOTA_CODES or "exceeded your current quota" in message:
         return _fatal(model, f"no quota left ({message})", "Top up or raise the limit of the account")
     if status in TRANSIENT_CODES or status >= 500:
-        gave_up = status in GATEWAY_GAVE_UP
-        return TransientError(_named(status, message), wait=wait, hurried=status == 429, maybe_billed=gave_up)
+        gave_up, reason = status in GATEWAY_GAVE_UP, _named(status, message)
+        if wait is not None and wait > model.deadline:
+            reason += f" (asks for a pause of {math.ceil(wait / 60)} min, more than `deadline` allows)"
+        return TransientError(reason, wait=wait, hurried=status == 429, maybe_billed=gave_up)
     if status in {401, 403}:
         where = model.api_key_file or f"${model.api_key_env}"
         return _fatal(model, f"the key was rejected ({status} {message})", f"Check the key in {where}, and its rights")

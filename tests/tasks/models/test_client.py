@@ -425,6 +425,11 @@ def test_a_model_that_takes_no_temperature_is_asked_without() -> None:
         assert "temperature" not in server.requests[-1]
 
 
+def test_an_endpoint_that_asks_for_more_time_than_there_is_says_how_much() -> None:
+    with FakeOpenAI(script=["429-seconds"]) as server, pytest.raises(TooManyFailures, match="a pause of 1 min, more"):
+        ask(server, questions(1), deadline=0)
+
+
 def test_a_cap_on_a_role_that_is_misspelt_is_refused() -> None:
     with pytest.raises(ValueError, match=r"called teachr\. There are: teacher, referee, generator"):
         Budget(by_role={"teachr": Limits(max_usd=1)})
