@@ -1,4 +1,4 @@
-"""Answers one conversation after another, a few words at a time: `python -m tasks.jobs.chat MODEL PRECISION`.
+"""Answers one conversation after another, a few words at a time: `python -m tasks.jobs.chat MODEL PRECISION QUANTIZATION`.
 
 Reads lines `{"messages", "temperature", "top_p", "max_tokens"}` from standard input; for each prints lines
 `{"text"}` as the words come and then `{"finish_reason"}`, or `{"error"}`. Ends when its input does.
@@ -12,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from tasks.jobs.engine import stop_tokens_of
+from tasks.jobs.linear import widen_at_use
 from tasks.jobs.network import DTYPES, best_precision
+from tasks.jobs.quantization import quantized
 from tasks.jobs.template import encode_prompt
 
 
@@ -53,12 +55,15 @@ def answer(model: Any, tokenizer: Any, asked: dict[str, Any]) -> None:
     say(finish_reason="stop" if int(tokens[0, -1]) in stops else "length")
 
 
-def main(path: str, precision: str) -> None:
-    """Load the model, then answer until standard input ends."""
+def main(path: str, precision: str, quantization: str) -> None:
+    """Load the model, held as in an engine, then answer until standard input ends."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[best_precision(device) if precision == "auto" else precision]
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
+    held = quantized(quantization, dtype, device) or {"device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **held).eval()
+    if quantization != "none":
+        widen_at_use(model, dtype)
     say(ready=True)
     for line in sys.stdin:
         answer(model, tokenizer, json.loads(line))

@@ -32,7 +32,7 @@ class Session:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 closed with the session
         self._turn = threading.Lock()
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "tasks.jobs.chat", str(checkpoint.path), settings.precision],
+            [sys.executable, "-m", "tasks.jobs.chat", str(checkpoint.path), settings.precision, settings.quantization],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -36,3 +36,13 @@ def test_a_process_that_ends_says_why(home: Path) -> None:
         pytest.raises(SessionError, match=r"process ended: OSError: .*nothing"),
     ):
         list(session.answer(ASKED, GREEDY))
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_weights_in_few_bits_answer_as_in_the_engine(checkpoint: Checkpoint, bits: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (pip install -e '.[gpu]')")
+    settings = LocalModel(precision="fp32", quantization=bits)  # type: ignore[arg-type]
+    request = Request(id="a", messages=tuple(ASKED))
+    (reply,) = answer_locally(settings, checkpoint, [request], GREEDY, seed=0, on_progress=lambda *_: None)
+    with Session(settings, checkpoint) as session:
+        assert "".join(session.answer(ASKED, GREEDY)) == reply.text
