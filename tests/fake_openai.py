@@ -134,6 +134,7 @@ class FakeOpenAI:
         models: tuple[str, ...] = (),
         always: str | None = None,
         quick: bool = False,
+        moved: str | None = None,
         port: int = 0,
     ):
         """
@@ -145,6 +146,7 @@ class FakeOpenAI:
             models: the only models there are. Empty: any.
             always: a fault of every request that the script does not cover.
             quick: the same short answer to everybody, for measuring clients.
+            moved: the host to which every request is sent on.
         """
         self.answer, self.script, self.faults, self.outcomes = answer, deque(script), faults, outcomes
         self.latency, self.key, self.models, self.always, self.quick = latency, key, models, always, quick
@@ -158,7 +160,7 @@ class FakeOpenAI:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.batch_script: deque[str] = deque()  # of the next batches: "ok", "stuck", "expire", "partly", "fail"
-        self.port = port
+        self.moved, self.port = moved, port
 
     @property
     def url(self) -> str:
@@ -166,7 +168,7 @@ class FakeOpenAI:
 
     def application(self) -> web.Application:
         """The routes."""
-        app = web.Application(client_max_size=300 * 1024**2)
+        app = web.Application(client_max_size=300 * 1024**2, middlewares=[self._elsewhere])
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/billed", self._billed)
@@ -177,6 +179,12 @@ class FakeOpenAI:
         app.router.add_get("/v1/batches/{id}", self._batch)
         app.router.add_post("/v1/batches/{id}/cancel", self._cancel_batch)
         return app
+
+    @web.middleware
+    async def _elsewhere(self, request: web.Request, handler: Any) -> Any:
+        if self.moved:
+            raise web.HTTPPermanentRedirect(self.moved + request.path)
+        return await handler(request)
 
     # --- running it -------------------------------------------------------------------------------------------------
 

@@ -75,8 +75,8 @@ class Batches:
             api_key=self.secret,
             base_url=model.base_url,
             default_headers=headers_of(model),
-            timeout=model.timeout,
             max_retries=0,
+            http_client=openai.DefaultHttpxClient(timeout=model.timeout, follow_redirects=False),
         )
         self.deadline = time.monotonic() + model.batch_deadline
         self.wishes = {key: wish_of(key, request, sampling, price) for key, request in requests.items()}
@@ -332,8 +332,9 @@ class Batches:
         try:
             return ask(*args)
         except openai.APIStatusError as error:
-            message = scrubbed(words_of(error.status_code, error.message, error.body), self.secret)
-            code, wait = error.code or error.type or "", asked_wait(error.response.headers)
+            headers = error.response.headers
+            message = scrubbed(words_of(error.status_code, error.message, error.body, headers), self.secret)
+            code, wait = error.code or error.type or "", asked_wait(headers)
             trouble = failure(self.model, error.status_code, code, message, wait)
         except (openai.APIConnectionError, httpx2.HTTPError, OSError) as error:
             trouble = TransientError(f"the connection broke ({type(error).__name__})")

@@ -112,7 +112,7 @@ def check_access(model: OpenAIModel) -> None:
     """Ask for the list of models, which costs nothing: a key that is rejected is found before any work is done.
 
     Raises:
-        FatalEndpointError: the key is not there, or the endpoint does not take it.
+        FatalEndpointError: the key is not there, or the endpoint does not take it, or is elsewhere.
 
     An endpoint that has no such list, or that is not reached just now, is given the benefit of the doubt: the
     requests themselves are tried for as long as its `deadline` says.
@@ -123,12 +123,16 @@ def check_access(model: OpenAIModel) -> None:
         base_url=model.base_url,
         default_headers=headers_of(model),
         max_retries=0,
-        timeout=CONNECT_SECONDS,
+        http_client=openai.DefaultHttpxClient(timeout=CONNECT_SECONDS, follow_redirects=False),
     ) as client:
         try:
             client.models.list()
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            rejected = failure(model, error.status_code, "", scrubbed(str(error.message), secret), None)
+        except openai.APIStatusError as error:
+            status = error.status_code
+            if status not in {401, 403} and not 300 <= status < 400:
+                return
+            words = words_of(status, error.message, error.body, error.response.headers)
+            rejected = failure(model, status, "", scrubbed(words, secret), None)
         except openai.OpenAIError:
             return
         else:
@@ -275,7 +279,7 @@ class _Call:
                 base_url=self.model.base_url,
                 default_headers=NO_TELEMETRY | headers_of(self.model),
                 max_retries=0,
-                http_client=openai.DefaultAioHttpClient(limits=limits, timeout=self.timeout),
+                http_client=openai.DefaultAioHttpClient(limits=limits, timeout=self.timeout, follow_redirects=False),
             ) as self.client:
                 await self._run_tasks()
         if self.error is not None:
@@ -496,7 +500,7 @@ class _Call:
             return said(_parsed(response.content), question.wish, self.sampling)
         except openai.APIStatusError as error:
             status = error.status_code
-            message = scrubbed(words_of(status, error.message, error.body), self.secret)
+            message = scrubbed(words_of(status, error.message, error.body, error.response.headers), self.secret)
             code, wait = error.code or error.type or "", asked_wait(error.response.headers)
         except TimeoutError:
             trouble = TransientError(f"no answer within {self.model.timeout:g} s", maybe_billed=True)

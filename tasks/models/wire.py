@@ -235,8 +235,10 @@ def narrower(dialect: Dialect, status: int, message: str, body: Mapping[str, Any
     return None
 
 
-def words_of(status: int, message: str, body: Any) -> str:
+def words_of(status: int, message: str, body: Any, headers: Mapping[str, str]) -> str:
     """What a rejection says. The SDK's `message` has only what stands in `error.message`: not FastAPI's `detail`, no text."""
+    if 300 <= status < 400:
+        return headers.get("location", "it does not say where")
     words = message.removeprefix(f"Error code: {status}").removeprefix(" - ")
     if words or not body or (isinstance(body, str) and body.startswith("<")):  # a gateway's page says no more
         return words or message
@@ -254,6 +256,8 @@ def failure(
         if wait is not None and wait > model.deadline:
             reason += f" (asks for a pause of {math.ceil(wait / 60)} min, more than `deadline` allows)"
         return TransientError(reason, wait=wait, hurried=status == 429, maybe_billed=gave_up)
+    if 300 <= status < 400:  # not followed: it may be another host, which shall not have what headers hold
+        return _fatal(model, f"the endpoint is elsewhere (HTTP {status}: {message})", "Set base_url to where it is")
     if status in {401, 403}:
         where = model.api_key_file or f"${model.api_key_env}"
         return _fatal(model, f"the key was rejected ({status} {message})", f"Check the key in {where}, and its rights")

@@ -234,6 +234,18 @@ def test_a_wrong_key_is_told_at_once_without_telling_the_key() -> None:
     assert caught.value.__context__ is None
 
 
+def test_an_endpoint_that_is_elsewhere_is_named_and_what_headers_hold_is_not_sent_there() -> None:
+    with FakeOpenAI() as other, FakeOpenAI(moved=other.url.removesuffix("/v1")) as server:
+        for asked in (
+            lambda: check_access(OpenAIModel(model="m", base_url=server.url)),
+            lambda: ask(server, questions(1)),
+            lambda: ask(server, questions(1), mode="batch"),
+        ):
+            with pytest.raises(FatalEndpointError, match=rf"{other.url}.*Set base_url"):
+                asked()
+        assert other.received == 0
+
+
 def test_a_missing_key_is_told_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with FakeOpenAI() as server, pytest.raises(FatalEndpointError, match="OPENAI_API_KEY is not set"):
