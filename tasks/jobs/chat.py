@@ -6,15 +6,14 @@ Reads lines `{"messages", "temperature", "top_p", "max_tokens"}` from standard i
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 
 from tasks.jobs.engine import stop_tokens_of
-from tasks.jobs.linear import widen_at_use
-from tasks.jobs.network import DTYPES, best_precision
-from tasks.jobs.quantization import quantized
+from tasks.jobs.network import DTYPES, best_precision, load_weights
 from tasks.jobs.template import encode_prompt
 
 
@@ -60,10 +59,7 @@ def main(path: str, precision: str, quantization: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[best_precision(device) if precision == "auto" else precision]
     tokenizer = AutoTokenizer.from_pretrained(path)
-    held = quantized(quantization, dtype, device) or {"device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **held).eval()
-    if quantization != "none":
-        widen_at_use(model, dtype)
+    model, _ = load_weights(Path(path), dtype, device, quantization)
     say(ready=True)
     for line in sys.stdin:
         answer(model, tokenizer, json.loads(line))

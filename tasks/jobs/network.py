@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tasks.jobs import kernels
 from tasks.jobs.attention import ATTENTION, Step, attend_on_cpu, filled
 from tasks.jobs.kernels import bits, tensor
-from tasks.jobs.linear import TILE, PackedLinear, alike_tiles, can_pack, pack_linear_layers, widen_at_use
+from tasks.jobs.linear import TILE, PackedLinear, WidenedLinear, alike_tiles, can_pack, pack_linear_layers, widen_at_use
 from tasks.jobs.llama import LlamaLayer, is_llama_like, rotations, windows
 from tasks.jobs.quantization import quantized
 
@@ -59,16 +59,7 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
     """
     check_can_run(transformers.AutoConfig.from_pretrained(path))
     dtype = DTYPES[precision]
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation=ATTENTION,
-        **quantized(quantization, dtype, device),
-    )
-    model.eval()
-    widened = widen_at_use(model, dtype) if quantization != "none" else []
-    if quantization == "none":
-        model.to(device)
+    model, widened = load_weights(path, dtype, device, quantization, attn_implementation=ATTENTION)
     written_out = not widened and is_llama_like(model)
     if device.type == "cuda":
         from tasks.jobs.gpu import GpuLlama, GpuNetwork  # which need Triton
@@ -79,6 +70,19 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
     if written_out and kernels.can_attend(dtype, model.model.layers[0].self_attn.head_dim):
         return LlamaNetwork(model)
     return TransformersNetwork(model, alike_tiles([*widened, *pack_linear_layers(model)]))
+
+
+def load_weights(
+    path: Path, dtype: torch.dtype, device: torch.device, quantization: str, **how: Any
+) -> tuple[Any, list[WidenedLinear]]:
+    """transformers' model in a folder, and its layers that are held in few bits.
+
+    Raises:
+        NotInstalled: the weights are to be quantized, and there is no bitsandbytes.
+    """
+    held = quantized(quantization, dtype, device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how, **held).eval()
+    return (model, widen_at_use(model, dtype)) if held else (model.to(device), [])
 
 
 def check_can_run(config: Any) -> None:

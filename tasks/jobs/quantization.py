@@ -1,7 +1,6 @@
 """Models whose linear layers bitsandbytes holds in 8 or 4 bit: how they are loaded and trained on."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,11 +41,8 @@ def quantized(quantization: str, dtype: torch.dtype, device: torch.device) -> di
 
 def keep_layout(model: nn.Module) -> None:
     """On a CPU bitsandbytes lays 4 bit out anew at the first evaluation, as training cannot read it: it shall not."""
-    for layer in _in_4_bit(model):
-        layer.support_avx512bf16_for_cpu = False
-
-
-def _in_4_bit(model: nn.Module) -> Iterator[Any]:
     from bitsandbytes.nn import Linear4bit
 
-    return (layer for layer in model.modules() if isinstance(layer, Linear4bit))
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False

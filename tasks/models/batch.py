@@ -332,10 +332,8 @@ class Batches:
         try:
             return ask(*args)
         except openai.APIStatusError as error:
-            headers = error.response.headers
-            message = scrubbed(words_of(error.status_code, error.message, error.body, headers), self.secret)
-            code, wait = error.code or error.type or "", asked_wait(headers)
-            trouble = failure(self.model, error.status_code, code, message, wait)
+            code, wait = error.code or error.type or "", asked_wait(error.response.headers)
+            trouble = failure(self.model, error.status_code, code, words_of(error, self.secret), wait)
         except (openai.APIConnectionError, httpx2.HTTPError, OSError) as error:
             trouble = TransientError(f"the connection broke ({type(error).__name__})")
         except ValueError:

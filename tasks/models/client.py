@@ -34,10 +34,11 @@ from tasks.models.batch import Batches
 from tasks.models.budget import Account, budget_reached
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status
 from tasks.models.endpoint import OpenAIModel, headers_of, key_of
-from tasks.models.errors import ModelError, RequestFailed, TooManyFailures, TransientError, scrubbed
+from tasks.models.errors import ModelError, RequestFailed, TooManyFailures, TransientError
 from tasks.models.pacing import Gate, Pace, Throttle, asked_wait
 from tasks.models.prices import Price, price_of
 from tasks.models.wire import (
+    ELSEWHERE,
     FILTER_CODES,
     FILTERED,
     Dialect,
@@ -129,10 +130,9 @@ def check_access(model: OpenAIModel) -> None:
             client.models.list()
         except openai.APIStatusError as error:
             status = error.status_code
-            if status not in {401, 403} and not 300 <= status < 400:
+            if status not in {401, 403, *ELSEWHERE}:
                 return
-            words = words_of(status, error.message, error.body, error.response.headers)
-            rejected = failure(model, status, "", scrubbed(words, secret), None)
+            rejected = failure(model, status, "", words_of(error, secret), None)
         except openai.OpenAIError:
             return
         else:
@@ -500,7 +500,7 @@ class _Call:
             return said(_parsed(response.content), question.wish, self.sampling)
         except openai.APIStatusError as error:
             status = error.status_code
-            message = scrubbed(words_of(status, error.message, error.body, error.response.headers), self.secret)
+            message = words_of(error, self.secret)
             code, wait = error.code or error.type or "", asked_wait(error.response.headers)
         except TimeoutError:
             trouble = TransientError(f"no answer within {self.model.timeout:g} s", maybe_billed=True)

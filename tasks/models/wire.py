@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import openai
+
 from storage.files import digest_of
 from storage.journal import Answer, Journal, Wish, now
 from tasks.models.chat import Reply, Request, Sampling, Status, status_of, storable
 from tasks.models.endpoint import OpenAIModel
-from tasks.models.errors import FatalEndpointError, RequestFailed, TransientError
+from tasks.models.errors import FatalEndpointError, RequestFailed, TransientError, scrubbed
 from tasks.models.prices import Price
 
 TRANSIENT_CODES = {408, 409, 425, 429}  # and all from 500 on
+ELSEWHERE = range(300, 400)
 GATEWAY_GAVE_UP = {408, 504, 524}  # on a model that may have gone on answering
 QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
 FILTER_CODES = {"content_filter", "content_policy_violation", "invalid_prompt"}
@@ -235,14 +238,18 @@ def narrower(dialect: Dialect, status: int, message: str, body: Mapping[str, Any
     return None
 
 
-def words_of(status: int, message: str, body: Any, headers: Mapping[str, str]) -> str:
-    """What a rejection says. The SDK's `message` has only what stands in `error.message`: not FastAPI's `detail`, no text."""
-    if 300 <= status < 400:
-        return headers.get("location", "it does not say where")
-    words = message.removeprefix(f"Error code: {status}").removeprefix(" - ")
+def words_of(error: openai.APIStatusError, secret: str) -> str:
+    """What a rejection says, without the secret.
+
+    The SDK's `message` has only what stands in `error.message`: not FastAPI's `detail`, no text, not where an endpoint is.
+    """
+    status, body = error.status_code, error.body
+    if status in ELSEWHERE:
+        return scrubbed(error.response.headers.get("location", "it does not say where"), secret)
+    words = error.message.removeprefix(f"Error code: {status}").removeprefix(" - ")
     if words or not body or (isinstance(body, str) and body.startswith("<")):  # a gateway's page says no more
-        return words or message
-    return body if isinstance(body, str) else json.dumps(body)
+        return scrubbed(words or error.message, secret)
+    return scrubbed(body if isinstance(body, str) else json.dumps(body), secret)
 
 
 def failure(
@@ -256,7 +263,7 @@ def failure(
         if wait is not None and wait > model.deadline:
             reason += f" (asks for a pause of {math.ceil(wait / 60)} min, more than `deadline` allows)"
         return TransientError(reason, wait=wait, hurried=status == 429, maybe_billed=gave_up)
-    if 300 <= status < 400:  # not followed: it may be another host, which shall not have what headers hold
+    if status in ELSEWHERE:  # not followed: it may be another host, which shall not have what headers hold
         return _fatal(model, f"the endpoint is elsewhere (HTTP {status}: {message})", "Set base_url to where it is")
     if status in {401, 403}:
         where = model.api_key_file or f"${model.api_key_env}"
