@@ -22,8 +22,8 @@ from tasks.evaluate import evaluate_student
 from tasks.finetune import finetune_student
 from tasks.generate import generate_instructions
 from tasks.models.budget import Account
-from tasks.models.client import check_access
 from tasks.models.endpoint import OpenAIModel
+from tasks.models.exchange import check_access
 from tasks.models.ready import ModelSettings, ReadyModel
 from tasks.prepare import prepare_model, prune_student, source_digest
 from tasks.referee import LLMReferee, review_responses

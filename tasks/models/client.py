@@ -6,13 +6,11 @@
               workers   one request at a time each; try again what may work (tenacity); stop at what cannot
               writer    makes finished answers durable, many in one transaction, before anyone sees them
 
-Knows nothing of teachers, pools or Prefect. Requests go through the SDK's `post`, which keeps its transport,
-its authentication and its errors, and spares the building of response objects that nobody looks at.
+Knows nothing of teachers, pools or Prefect, nor of what goes over the wire: `tasks.models.exchange` does.
 """
 
 import asyncio
 import contextlib
-import json
 import signal
 import threading
 import time
@@ -23,9 +21,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-import aiohttp
-import httpx2
-import openai
 import tenacity
 
 from storage.files import StorageError
@@ -33,48 +28,30 @@ from storage.journal import Answer, Claimed, Journal, Loss, Wish, now
 from tasks.models.batch import Batches
 from tasks.models.budget import Account, budget_reached
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status
-from tasks.models.endpoint import OpenAIModel, headers_of, key_of
+from tasks.models.endpoint import OpenAIModel
 from tasks.models.errors import ModelError, RequestFailed, TooManyFailures, TransientError
-from tasks.models.pacing import Gate, Pace, Throttle, asked_wait
+from tasks.models.exchange import connected
+from tasks.models.pacing import Gate, Pace, Throttle
 from tasks.models.prices import Price, price_of
 from tasks.models.wire import (
-    ELSEWHERE,
-    FILTER_CODES,
-    FILTERED,
     Dialect,
     Said,
     answer_of,
-    body_of,
-    failure,
     keyer,
     known_dialect,
-    narrower,
     remember_dialect,
     reply_of,
-    said,
     wish_of,
-    words_of,
 )
 
 COMMIT_SECONDS = 0.02  # how long finished answers gather before they are made durable together
 POLL_SECONDS = 0.25  # between two looks at what other processes are doing
 PROGRESS_SECONDS = 0.5
-CONNECT_SECONDS = 10
 DRAIN_SECONDS = 60  # after Ctrl-C: how long requests under way, which are paid for, may still take
 TERMINATED_SECONDS = 5  # the same after SIGTERM: whoever sends it kills soon after
 MOST_LOST = 5  # answers to one request that may have been billed and did not arrive
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
 KEYS_AT_ONCE = 1000
-
-# The SDK tells the endpoint about this machine in each request; to leave that out also saves a tenth of the time.
-NO_TELEMETRY: Any = {
-    f"X-Stainless-{name}": openai.Omit()
-    for name in ("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async")
-}
-
-# Before a request could be sent. The SDK's transport names every lost connection a ConnectTimeout, one that was cut while
-# the model answered as well: only aiohttp's own errors tell them apart.
-NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 T = TypeVar("T")
 
@@ -107,37 +84,6 @@ def answer_all(
             finally:
                 call.keep_the_rest()
         return call.finished()
-
-
-def check_access(model: OpenAIModel) -> None:
-    """Ask for the list of models, which costs nothing: a key that is rejected is found before any work is done.
-
-    Raises:
-        FatalEndpointError: the key is not there, or the endpoint does not take it, or is elsewhere.
-
-    An endpoint that has no such list, or that is not reached just now, is given the benefit of the doubt: the
-    requests themselves are tried for as long as its `deadline` says.
-    """
-    secret = key_of(model)
-    with openai.OpenAI(
-        api_key=secret,
-        base_url=model.base_url,
-        default_headers=headers_of(model),
-        max_retries=0,
-        http_client=openai.DefaultHttpxClient(timeout=CONNECT_SECONDS, follow_redirects=False),
-    ) as client:
-        try:
-            client.models.list()
-        except openai.APIStatusError as error:
-            status = error.status_code
-            if status not in {401, 403, *ELSEWHERE}:
-                return
-            rejected = failure(model, status, "", words_of(error, secret), None)
-        except openai.OpenAIError:
-            return
-        else:
-            return
-    raise rejected  # outside of the handler: the SDK's errors know the key
 
 
 @dataclass(slots=True)
@@ -255,8 +201,6 @@ class _Call:
                 raise
 
     async def _ask(self) -> None:
-        self.secret, self.url = key_of(self.model), f"{self.model.base_url}/chat/completions"
-        self.dialect = known_dialect(self.journal, self.model)
         self.throttle, self.gate = Throttle(self.model.max_concurrency), Gate()
         self.requests_pace, self.tokens_pace = Pace(self.model.requests_per_minute), Pace(self.model.tokens_per_minute)
         self.queue: asyncio.Queue[_Question | None] = asyncio.Queue()
@@ -271,16 +215,9 @@ class _Call:
             stop=tenacity.stop_before_delay(self.model.deadline),
             reraise=True,
         )
-        limits = httpx2.Limits(max_connections=self.model.max_concurrency + 1)
-        self.timeout = httpx2.Timeout(self.model.timeout, connect=CONNECT_SECONDS)
+        dialect = known_dialect(self.journal, self.model)
         with ThreadPoolExecutor(1, "journal") as self.thread:
-            async with openai.AsyncOpenAI(
-                api_key=self.secret,
-                base_url=self.model.base_url,
-                default_headers=NO_TELEMETRY | headers_of(self.model),
-                max_retries=0,
-                http_client=openai.DefaultAioHttpClient(limits=limits, timeout=self.timeout, follow_redirects=False),
-            ) as self.client:
+            async with connected(self.model, self.sampling, dialect, self._remember) as self.connection:
                 await self._run_tasks()
         if self.error is not None:
             raise self.error
@@ -311,6 +248,9 @@ class _Call:
     async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """What the function gives. Once asked for it is done, though nobody may wait for it any more."""
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.thread, function, *args))
+
+    async def _remember(self, dialect: Dialect) -> None:
+        await self._in_thread(remember_dialect, self.journal, self.model, dialect)
 
     # --- the feeder -------------------------------------------------------------------------------------------------
 
@@ -473,55 +413,13 @@ class _Call:
             self.waiting -= 1
 
     async def _exchange(self, question: _Question) -> Said:
-        """The request, and what came back of it, in our terms."""
-        dialect = self.dialect
-        body = body_of(self.model, self.sampling, self.requests[question.index], dialect)
-        # A gateway that knows how can recognise a repetition by the key, and we can find a request in its log.
-        key = question.wish.key
-        headers = {"Idempotency-Key": key}
         here = asyncio.current_task()
         assert here is not None
         self.flying.add(here)
-        trouble: ModelError | None = None  # raised outside of the handlers: the SDK's errors know the key
         try:
-            async with asyncio.timeout(self.model.timeout):
-                response = await self.client.post(
-                    self.url,
-                    cast_to=httpx2.Response,
-                    body=body,
-                    options={
-                        "headers": headers,
-                        "idempotency_key": key,
-                        "timeout": self.timeout,
-                        "params": {},
-                        "max_retries": 0,
-                    },
-                )
-            return said(_parsed(response.content), question.wish, self.sampling)
-        except openai.APIStatusError as error:
-            status = error.status_code
-            message = words_of(error, self.secret)
-            code, wait = error.code or error.type or "", asked_wait(error.response.headers)
-        except TimeoutError:
-            trouble = TransientError(f"no answer within {self.model.timeout:g} s", maybe_billed=True)
-        except (openai.APIConnectionError, aiohttp.ClientError, httpx2.HTTPError, OSError) as error:
-            trouble = _broken(error)
+            return await self.connection.send(self.requests[question.index], question.wish)
         finally:
             self.flying.discard(here)
-        if trouble:
-            raise trouble
-        if status in {400, 403} and code in FILTER_CODES:
-            return FILTERED
-        if found := narrower(dialect, status, message, body):
-            await self._speak(dialect, found)
-            raise TransientError(message, reworded=True)
-        raise failure(self.model, status, code, message, wait)
-
-    async def _speak(self, used: Dialect, found: Dialect) -> None:
-        """Go on in the dialect found, unless somebody changed it while this request was under way."""
-        if self.dialect == used:
-            self.dialect = found
-            await self._in_thread(remember_dialect, self.journal, self.model, found)
 
     def _answer(self, question: _Question, heard: Said) -> Answer:
         return answer_of(
@@ -622,21 +520,3 @@ def _terminated_by_signal(work: asyncio.Task[None] | None) -> Iterator[list[int]
         signal.signal(signal.SIGTERM, before)
         if came:
             signal.raise_signal(signal.SIGTERM)
-
-
-def _parsed(body: bytes) -> Any:
-    """What a reply says as JSON. Python also gives up on one that is nested too deep, or on a number without end."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise TransientError("a body that is not JSON", maybe_billed=True) from None
-
-
-def _broken(error: BaseException) -> TransientError:
-    """A connection that broke. Before the request could be sent nothing was billed; after it, who knows."""
-    sent = not isinstance(error, NOT_CONNECTED)
-    while error.__cause__ is not None:
-        error = error.__cause__
-        sent = sent and not isinstance(error, NOT_CONNECTED)
-    reason = f"{'the connection broke' if sent else 'no connection'} ({type(error).__name__})"
-    return TransientError(reason, maybe_billed=sent)

@@ -20,9 +20,10 @@ from storage.files import StorageError
 from storage.journal import Journal
 from tasks.models.budget import Account, Budget, Limits
 from tasks.models.chat import Reply, Request, Sampling, Status
-from tasks.models.client import answer_all, check_access
+from tasks.models.client import answer_all
 from tasks.models.endpoint import OpenAIModel, key_of
 from tasks.models.errors import BudgetReached, FatalEndpointError, TooManyFailures, UnknownPrice, scrubbed
+from tasks.models.exchange import check_access
 from tasks.models.pacing import Pace, Throttle, asked_wait
 from tasks.models.prices import Price
 from tasks.models.wire import keyer
@@ -619,7 +620,7 @@ CALLER = """
 import sys
 from tasks.models.budget import Account
 from tasks.models.chat import Sampling
-from tasks.models.client import answer_all, check_access
+from tasks.models.client import answer_all
 from tasks.models.endpoint import OpenAIModel
 from tests.tasks.models.test_client import questions
 model = OpenAIModel(model="fake", base_url=sys.argv[1], price="free", max_concurrency=16)
