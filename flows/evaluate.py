@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.config import DistillConfig
 from flows.steps import console
 from flows.students import Student, find_student
-from storage.files import Snapshot, digest_of, home, locked, write_atomic
+from storage.files import Snapshot, digest_of, expanded, home, locked, write_atomic
 from storage.pools import by_id, read_rows
 from storage.studies import Study, load_study
 from tasks.models.budget import Account
@@ -151,8 +151,8 @@ class _Evaluation:
         name = self.config.reference
         if name == "teacher":
             return self._ready(self.distill.teacher.model), 0
-        if Path(name).expanduser().is_file():
-            return read_answers(Path(name).expanduser(), self.questions)
+        if expanded(name).is_file():
+            return read_answers(expanded(name), self.questions)
         return ReadyModel(settings=self.distill.student.model, checkpoint=find_student(name).checkpoint), 0
 
     def _ready(self, settings: ModelSettings) -> ReadyModel:

@@ -1,11 +1,10 @@
 """Which checkpoint a person means: a run's best student, one of its iterations, a folder, a model's name."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from flows.terminal import Refusal, find_run, note
-from storage.files import Checkpoint
+from storage.files import Checkpoint, expanded
 from storage.runs import Manifest, list_manifests
 from tasks.models.local import LocalModel
 from tasks.prepare import base_model
@@ -83,7 +82,7 @@ def _named(name: str | None) -> Student:
         return best_student(find_run(None))
     manifests = list_manifests()
     run, _, iteration = name.partition("/")
-    if run and not Path(name).expanduser().is_dir():
+    if run and not expanded(name).is_dir():
         found = [manifest for manifest in manifests if manifest.run_id.startswith(run)]
         if found and not iteration:
             return best_student(found[0])
@@ -93,9 +92,9 @@ def _named(name: str | None) -> Student:
             raise Refusal(f"{name}: an iteration is a number, as in {found[0].run_id}/1.")
     for manifest in manifests:
         for number, checkpoint in manifest.students():
-            if checkpoint.path == Path(name).expanduser().resolve():
+            if checkpoint.path == expanded(name).resolve():
                 return Student(f"{manifest.run_id}/{number}", checkpoint, manifest, number)
-    if manifests and name != "embedded" and not Path(name).expanduser().is_dir():
+    if manifests and name != "embedded" and not expanded(name).is_dir():
         there = ", ".join(manifest.run_id for manifest in manifests)
         note.print(
             f"{name} is no run here (there are: {there}) and no folder: taken for a model's name.", soft_wrap=True

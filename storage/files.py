@@ -37,6 +37,14 @@ def home() -> Path:
     return Path(os.environ.get("LION_HOME") or ".lion").resolve()
 
 
+def expanded(path: str) -> Path:
+    """The path that a user names, with `~` and `~user` for home folders; where there is no such user it stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text.
 

@@ -92,10 +92,14 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of any Parquet file, a batch in memory at a time.
 
     Raises:
-        StorageError: it is not Parquet.
+        StorageError: it is not Parquet, or two columns have one name.
     """
     try:
-        for batch in pq.ParquetFile(path).iter_batches():
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise StorageError(f"{path}: the column {', '.join(twice)} is there twice")
+        for batch in file.iter_batches():
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:  # what is damaged within is an OSError without a name
         raise StorageError(f"{path}: not Parquet ({error})") from error

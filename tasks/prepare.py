@@ -1,11 +1,10 @@
 """Get the models ready: fetch or convert a base model, prune a student out of one. Each is made once a home."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from storage.files import Checkpoint, Snapshot, digest_of_model
+from storage.files import Checkpoint, Snapshot, digest_of_model, expanded
 from storage.pools import read_rows
 from tasks.jobs.launch import make_checkpoint
 from tasks.models.chat import conversation
@@ -41,7 +40,7 @@ def source_digest(settings: LocalModel) -> str:
         ModelNotFound: the name looks like a folder, and no model with safetensors is in it.
     """
     name = settings.model_name_or_path
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelNotFound(f"{name}: no config.json in this folder, so no model. Name the folder of a checkpoint.")
@@ -68,7 +67,7 @@ def prepare_model(settings: LocalModel, source: str) -> Checkpoint:
         JobError: the model cannot be had.
     """
     name = settings.model_name_or_path
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     job: dict[str, Any] = {"source": str(folder.resolve()) if folder.is_dir() else name}
     with progress("prepare the model"):
         return make_checkpoint("tasks.jobs.convert", job, {"version": VERSION, "source": source})[0]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.files import OPERATIONAL, Snapshot, StorageError, digest_of, digest_of_file
+from storage.files import OPERATIONAL, Snapshot, StorageError, digest_of, digest_of_file, expanded
 from storage.pools import instruction_id, read_parquet, write_snapshot
 from tasks.contamination import find_near
 from tasks.models.chat import NOT_STORABLE, is_storable
@@ -179,7 +179,7 @@ def _digest_of_source(path: str, bundled: str) -> str:
 
 
 def _existing(path: str, bundled: str) -> Path:
-    file = BUNDLED / bundled if path == "bundled" else Path(path).expanduser()
+    file = BUNDLED / bundled if path == "bundled" else expanded(path)
     if file.is_dir():
         raise SeedError(f"{path} is a folder; name a file in it. {ACCEPTED}.")
     if not file.is_file():

@@ -1,6 +1,8 @@
 """What all tests share: a home of their own, a quiet Prefect, and a tiny model."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -8,8 +10,11 @@ import pytest
 
 from tasks.jobs.process import gpus
 
+NOBODYS = tempfile.mkdtemp(prefix="lion-tests-")  # the home of a test that names none; nobody's own is touched
+atexit.register(shutil.rmtree, NOBODYS, ignore_errors=True)
+
 os.environ |= {
-    "LION_HOME": tempfile.mkdtemp(prefix="lion-tests-"),  # of a test that names no home; nobody's own is touched
+    "LION_HOME": NOBODYS,
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_API_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///:memory:",

@@ -1,5 +1,6 @@
 """The trainer's settings and how it is launched. Imports no torch: the orchestrating process reads this."""
 
+import os
 import sys
 from typing import Literal
 
@@ -144,5 +145,6 @@ def launcher_command(settings: SftSettings) -> list[str]:
     meeting = ["--standalone"]
     if settings.nodes > 1:
         meeting = [f"--nnodes={settings.nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={settings.rdzv_endpoint}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    # Its own logs would be empty folders, one a training, that nobody takes away: what is printed comes to us.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--log_dir", os.devnull]
     return [*torchrun, *meeting, f"--nproc_per_node={settings.processes_per_node}"]

@@ -135,6 +135,13 @@ def test_a_fault_is_named_with_file_and_place(tmp_path: Path, name: str, content
         read_seeds(written(tmp_path, name, content))
 
 
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    pq.write_table(pa.table([["a"], ["b"]], names=["instruction"] * 2), path)
+    with pytest.raises(SeedError, match=r"s\.parquet: the column instruction is there twice"):
+        read_seeds(str(path))
+
+
 def test_a_parquet_file_that_is_damaged_within_is_named(tmp_path: Path) -> None:
     path = tmp_path / "s.parquet"
     pq.write_table(pa.table({"instruction": [f"Explain {number**7}." for number in range(5000)]}), path)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -252,7 +253,9 @@ class TestSettings:
     def test_each_strategy_has_its_launcher(self) -> None:
         assert launcher_command(SftSettings()) == []
         several = launcher_command(SftSettings(strategy="deepspeed-zero2", processes_per_node=4))
-        assert several[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+        assert several[1:] == [
+            "-m", "torch.distributed.run", "--log_dir", os.devnull, "--standalone", "--nproc_per_node=4"
+        ]  # fmt: skip
         nodes = launcher_command(SftSettings(strategy="fsdp", nodes=2, rdzv_endpoint="one:29400"))
         assert {"--nnodes=2", "--rdzv_endpoint=one:29400"} <= set(nodes)
         hosts = launcher_command(SftSettings(strategy="deepspeed-zero3", hostfile="hosts"))

@@ -63,8 +63,11 @@ def undisturbed(home: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_killed_training_resumes_and_ends_as_one_process_would(
-    name: str, undisturbed: Any, home: Path, tiny_model: Path, tmp_path: Path
+    name: str, undisturbed: Any, home: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     expected = undisturbed(STRATEGIES[name].get("peft", "none"))
     launched = {"processes_per_node": 2, "per_device_train_batch_size": 2}
     job = make_job(tiny_model, write_rows(*NUMBERS * 2), **TRAINING | launched | STRATEGIES[name])
@@ -87,6 +90,7 @@ def test_a_killed_training_resumes_and_ends_as_one_process_would(
     for key, weight in saved.items():
         np.testing.assert_allclose(weight, expected["weights"][key], atol=2e-3, err_msg=key)
     assert not (directory / "trainer").exists()
+    assert not list(temporary.glob("torchelastic_*")), "each training leaves a folder that nobody takes away"
     if "lora" in name:
         assert (directory / "adapter" / "adapter_model.safetensors").exists()
 
