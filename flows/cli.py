@@ -5,7 +5,6 @@ lion run --preset offline
 
 import atexit
 import errno
-import json
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from flows import (
     commands_cost,
@@ -36,11 +36,11 @@ from flows.terminal import (
     Refusal,
     RunName,
     SeedFile,
-    escaped,
     find_run,
     note,
     out,
     prepare_for_a_flow,
+    print_json,
     print_rows,
     use_home,
 )
@@ -148,7 +148,7 @@ def show(
     use_home(home)
     manifest = find_run(run_id)
     if as_json:
-        print(json.dumps(manifest.model_dump(mode="json"), indent=2))
+        print_json(manifest.model_dump(mode="json"))
     else:
         _print_run(manifest)
 
@@ -223,10 +223,10 @@ def row(
     if not any(life.values()):
         raise Refusal(f"no instruction {instruction_id!r} in {os.environ['LION_HOME']}. `lion sql` finds ids.")
     if as_json:
-        print(json.dumps(life, indent=2, ensure_ascii=False, default=str))
+        print_json(life)
         return
     for what, rows in life.items():
-        out.print(f"\n[bold]{what}[/bold]" + ("" if rows else "  none"))
+        out.print(f"\n[bold]{what}[/bold]" + ("" if rows else "  none"), markup=True)
         if rows:
             print_rows(rows)
 
@@ -252,7 +252,7 @@ def config(preset: Preset = None, file: ConfigFile = None, overrides: Overrides 
     """Print the complete settings that a run would have, with the meaning of each."""
     from flows.config import explain, resolve
 
-    out.print(explain(resolve(preset, overrides or [], file)), soft_wrap=True, markup=False)
+    out.print(explain(resolve(preset, overrides or [], file)), soft_wrap=True)
 
 
 @contextmanager
@@ -312,23 +312,23 @@ def _main() -> None:
     try:
         app()
     except (ValueError, StorageError, FatalEndpointError, UnknownPrice) as error:
-        note.print(f"[red]error:[/red] {escaped(str(error))}", soft_wrap=True)
+        note.print(Text("error:", "red"), str(error), soft_wrap=True)
         sys.exit(2)
     except OSError as error:
         place = error.filename or (os.environ["LION_HOME"] if error.errno == errno.ENOSPC else None)
         if place is None:
             raise
-        note.print(f"[red]error:[/red] {escaped(f'{place}: {error.strerror}')}", soft_wrap=True)
+        note.print(Text("error:", "red"), f"{place}: {error.strerror}", soft_wrap=True)
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:  # what Typer makes of Ctrl-C
             note.print("Interrupted. The same command goes on from here.")
         raise
     except BudgetReached as error:
-        note.print(f"[yellow]paused:[/yellow] {escaped(str(error))}", soft_wrap=True)
+        note.print(Text("paused:", "yellow"), str(error), soft_wrap=True)
         sys.exit(3)
     except (RuntimeError, ModelError) as error:  # of a job the message has the log's last lines, and where the whole is
-        note.print(f"[red]failed:[/red] {escaped(str(error))}", soft_wrap=True)
+        note.print(Text("failed:", "red"), str(error), soft_wrap=True)
         note.print("Nothing that was finished is lost: the same command goes on from here.")
         sys.exit(1)
 
@@ -381,7 +381,7 @@ def _print_run(manifest: Any) -> None:
                 f"of {judge.pairs} pairs, {judge.tie_share:.0%} ties, {judge.unusable_share:.0%} unusable reviews"
             )
     if manifest.error:
-        out.print(f"Last error: {manifest.error}", markup=False)
+        out.print(f"Last error: {manifest.error}")
     out.print(f"Report: {manifest.folder / 'report.html'}", soft_wrap=True)
 
 

@@ -16,7 +16,6 @@ from flows.terminal import (
     Preset,
     Refusal,
     SeedFile,
-    escaped,
     out,
     print_rows,
     use_home,
@@ -63,13 +62,15 @@ def estimate(
     if not any(line.answered for line in lines):
         table.columns.pop(4)
     out.print(table)
-    out.print(f"Total: [bold]{total:,.4f}[/bold] dollars, {sum(line.requests for line in lines):,} requests.")
+    out.print(
+        f"Total: [bold]{total:,.4f}[/bold] dollars, {sum(line.requests for line in lines):,} requests.", markup=True
+    )
     cap = settings.budget.max_usd
     if cap is not None and total > cap:
         out.print(f"That is more than budget.max_usd = {cap:g}: the run would pause there, with everything kept.")
     out.print("Assumed (change with --assume NAME=NUMBER):")
     for name, (value, why) in assumptions.items():
-        out.print(f"  {name} = {value:g}  [dim]{escaped(why)}[/dim]", soft_wrap=True)
+        out.print(f"  {name} = {value:g} ", out.render_str(why, style="dim"), soft_wrap=True)
 
 
 @commands.command()
@@ -100,7 +101,7 @@ def spend(
         counts = (f"{count:,}" for count in (line.requests, line.prompt_tokens, line.completion_tokens))
         table.add_row(line.run_id, where, line.role, line.model, line.day, *counts, f"{line.usd:,.4f}")
     out.print(table)
-    out.print(f"Total: [bold]{sum(line.usd for line in lines):,.4f}[/bold] dollars.")
+    out.print(f"Total: [bold]{sum(line.usd for line in lines):,.4f}[/bold] dollars.", markup=True)
     if lost := sum(line.lost_usd for line in lines):
         out.print(
             f"At most {lost:,.4f} more may have been billed for {sum(line.lost_requests for line in lines)} lost answers."

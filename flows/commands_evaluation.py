@@ -16,11 +16,11 @@ from flows.terminal import (
     Preset,
     Refusal,
     RunName,
-    escaped,
     find_run,
     note,
     out,
     prepare_for_a_flow,
+    print_json,
     print_rows,
     use_home,
     with_bounds,
@@ -115,7 +115,7 @@ def _show(study: Any, as_json: bool) -> None:
         assert manifest is not None, "the student was found by its run"
         write_report(manifest)
     if as_json:
-        print(json.dumps(study.model_dump(mode="json"), indent=2, ensure_ascii=False))
+        print_json(study.model_dump(mode="json"))
     elif study.relative is None:
         rows = [{"task": task, **figures} for task, figures in study.suite.items()]
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -243,7 +243,7 @@ def compare(
             }
         )
     if as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_json(rows)
         return
     # A column a run.
     print_rows([{"": name} | {row["run"]: row[name] for row in rows} for name in rows[0] if name != "run"])
@@ -320,7 +320,7 @@ def print_study(study: Any) -> None:
     title = (
         f"{study.student} against {study.reference} · {study.questions} · referee {study.settings['referee']['kind']}"
     )
-    table = Table(title=escaped(title), title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("category", "turns", *relative.overall.by_order, "mean", "95 % interval", "win/tie/lose"):
         table.add_column(name.replace("teacher", "reference"), justify="left" if name == "category" else "right")
     for name, part in [("all", relative.overall), *relative.by_category.items()]:
@@ -329,7 +329,7 @@ def print_study(study: Any) -> None:
         interval = f"{_percent(part.mean.low)} to {_percent(part.mean.high)}" if several else ""
         mean = _percent(part.mean.value) if part.mean else ""
         table.add_row(
-            escaped(name), str(part.questions), *orders, mean, interval, f"{part.wins}/{part.ties}/{part.losses}",
+            name, str(part.questions), *orders, mean, interval, f"{part.wins}/{part.ties}/{part.losses}",
             end_section=name == "all",
         )  # fmt: skip
     out.print(table)
@@ -342,8 +342,8 @@ def print_study(study: Any) -> None:
             f"Standing first is worth {effect.value:+.2f} points ({effect.low:+.2f} to {effect.high:+.2f}) of a score."
         )
     for line in study.notes:
-        out.print(f"Note: {escaped(line)}")
-    out.print(f"Answers and reviews: {study.folder}", soft_wrap=True, markup=False)
+        out.print(f"Note: {line}")
+    out.print(f"Answers and reviews: {study.folder}", soft_wrap=True)
 
 
 def _percent(share: float) -> str:

@@ -15,6 +15,7 @@ from flows.terminal import (
     find_run,
     note,
     out,
+    print_text,
     use_home,
     with_bounds,
 )
@@ -66,7 +67,7 @@ def card(
 
     text = card_of(find_student(student))
     if to is None:
-        print(text)
+        print_text(text + "\n")
     else:
         check_is_new(to)
         write_atomic(to, text)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import CheckpointName, Home, Refusal, check_is_new, escaped, note, out, use_home
+from flows.terminal import CheckpointName, Home, Refusal, check_is_new, note, out, use_home
 from storage.files import write_json_lines, write_json_list
 
 commands = typer.Typer()
@@ -33,7 +33,7 @@ def chat(
     found = find_student(student)
     said = begun = opening(system or found.system_prompt)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
-    note.print(f"{escaped(found.name)}. /new starts over, /quit ends.", soft_wrap=True)
+    note.print(f"{found.name}. /new starts over, /quit ends.", soft_wrap=True)
     with Session(found.model, found.checkpoint) as session:
         while (line := _asked()) not in {None, "/quit"}:
             if line == "/new":
@@ -44,7 +44,7 @@ def chat(
                 try:
                     for piece in session.answer(asked, sampling):
                         answer += piece
-                        out.print(piece, end="", markup=False, soft_wrap=True)
+                        out.print(piece, end="", soft_wrap=True)
                         out.file.flush()
                 except ConversationTooLong as error:
                     note.print(f"{error}: /new")
@@ -169,5 +169,5 @@ def answer(
     )
     WRITERS[to.suffix](to, rows)
     counts = Counter(row["status"] for row in rows)
-    note.print(f"{escaped(found.name)}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    note.print(f"{found.name}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
     out.print(str(to), soft_wrap=True)

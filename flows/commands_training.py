@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.terminal import ConfigFile, Home, Overrides, Preset, check_is_new, escaped, note, out, print_rows, use_home
+from flows.terminal import ConfigFile, Home, Overrides, Preset, check_is_new, note, out, print_rows, use_home
 
 commands = typer.Typer()
 diff = typer.Typer(help="A tuned model as its exact difference to a base: make it, and recover the model from it.")
@@ -44,7 +44,7 @@ def finetune(
     for reason, ids in figures["left_out"].items():
         if ids:
             more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-            note.print(f"not trained on, {reason}: {escaped(', '.join(ids[:NAMED]))}{more}", soft_wrap=True)
+            note.print(f"not trained on, {reason}: {', '.join(ids[:NAMED])}{more}", soft_wrap=True)
     if figures["cut"]:
         note.print(f"{len(figures['cut'])} answers were cut at {settings.finetune.training.max_length} tokens")
     names = (
@@ -77,7 +77,7 @@ def make(
 
     told = make_diff(_folder(base, home), tuned, to, base if not Path(base).is_dir() else Path(base).resolve().name)
     new = f"{len(told['tuned']['files'])} files, {len(told['base']['tensors'])} tensors as differences"
-    out.print(f"{to}: {new} to {told['base']['name']}", soft_wrap=True, markup=False)
+    out.print(f"{to}: {new} to {told['base']['name']}", soft_wrap=True)
 
 
 @diff.command()
@@ -93,7 +93,7 @@ def recover(
     from tasks.weight_diff import recover as recover_model
 
     told = recover_model(_folder(base, home), difference, to)
-    out.print(f"{to}: {len(told['tuned']['files'])} files, all checksums right", soft_wrap=True, markup=False)
+    out.print(f"{to}: {len(told['tuned']['files'])} files, all checksums right", soft_wrap=True)
 
 
 def _folder(base: str, home: Path | None) -> Path:

@@ -11,8 +11,8 @@ from prefect.tasks import Task
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.config import DistillConfig
-from flows.steps import console
 from flows.students import Student, find_student
+from flows.terminal import note
 from storage.files import Snapshot, digest_of, expanded, home, locked, write_atomic
 from storage.pools import by_id, read_rows
 from storage.studies import Study, load_study
@@ -88,7 +88,7 @@ class _Evaluation:
         with locked(f"study-{study.study_id}"):
             known = load_study(study.study_id)
             if known and known.is_whole():
-                console.print(f"{study.study_id} is there: nothing to do.")
+                note.print(f"{study.study_id} is there: nothing to do.")
                 return study.study_id
             self._judge()
         return study.study_id

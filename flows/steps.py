@@ -9,18 +9,16 @@ from typing import Any
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.tasks import Task
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from flows.approval import NotApproved
 from flows.config import DistillConfig
+from flows.terminal import note
 from storage import catalog
 from storage.files import StorageError, home, locked
 from storage.runs import Baseline, IterationRecord, Manifest, load_manifest, now
 from tasks.models.errors import BudgetReached
 from tasks.policies import stage_key_of
-
-console = Console(stderr=True, highlight=False, emoji=False)
 
 
 class Steps:
@@ -53,7 +51,7 @@ class Steps:
         if key not in self.manifest.stage_keys:
             self.manifest.stage_keys.append(key)
         self.manifest.save()
-        console.print(f"  {self.where:<12} {name:<18} {'cached' if cached else f'{seconds:6.1f} s'}")
+        note.print(f"  {self.where:<12} {name:<18} {'cached' if cached else f'{seconds:6.1f} s'}")
         return result
 
 
@@ -62,18 +60,18 @@ def publish_catalog() -> None:
     try:
         catalog.publish()
     except StorageError as error:
-        console.print(f"[yellow]note:[/yellow] catalog.duckdb stays as it was: {error}")
+        note.print(Text("note:", "yellow"), f"catalog.duckdb stays as it was: {error}")
 
 
 def warn(manifest: Manifest, warning: str) -> None:
     """Say what is possible and perhaps not meant, now and in the report."""
     manifest.warnings.append(warning)
-    console.print(f"[yellow]note:[/yellow] {escape(warning)}", soft_wrap=True)
+    note.print(Text("note:", "yellow"), warning, soft_wrap=True)
 
 
 def held(run_id: str) -> AbstractContextManager[None]:
     """The lock of a run: one process is at it at a time, and another one waits and says so."""
-    return locked(f"run-{run_id}", on_wait=lambda: console.print(f"Another process is at {run_id}; waiting for it ..."))
+    return locked(f"run-{run_id}", on_wait=lambda: note.print(f"Another process is at {run_id}; waiting for it ..."))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What every command of `lion` shares: its options, the two consoles, the way to a home, how rows are printed."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -15,9 +16,31 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-out = Console(highlight=False, emoji=False)
-note = Console(stderr=True, highlight=False, emoji=False)
+# What steers a terminal or lets a line read as another one: control characters, the Unicode ones that turn the direction
+# of writing, and the halves of characters that Python makes of file names that are no UTF-8.
+STEERING = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with what would steer a terminal shown as JSON escapes it, so that JSON stays the same JSON."""
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class Terminal(Console):
+    """A console that shows every text as it is: seeds, answers, names and errors are written by strangers."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, markup=False, highlight=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """What Rich makes of each text that it is given, in a line or in a table."""
+        return super().render_str(printable(text), **options)
+
+
+out = Terminal()
+note = Terminal(stderr=True)
 if not out.is_terminal and "COLUMNS" not in os.environ:
     out.width = 10_000  # a table is as wide as its rows: whoever reads a pipe looks for an id on one line
 
@@ -139,11 +162,6 @@ def check_is_new(to: Path) -> None:
         raise Refusal(f"{to}: {there} is no folder that can be written. Name another path.")
 
 
-def escaped(text: str) -> str:
-    """The text as it is, where rich would read markup."""
-    return text.replace("[", r"\[")
-
-
 def with_bounds(interval: Any, form: str = ".3f", scale: float = 1, unit: str = "") -> str:
     """A figure and its 95 % interval, as in `68.3 % [64.1, 72.0]`; empty where there is none."""
     if interval is None:
@@ -152,16 +170,28 @@ def with_bounds(interval: Any, form: str = ".3f", scale: float = 1, unit: str = 
     return f"{value}{unit} [{low}, {high}]"
 
 
+def print_json(value: Any) -> None:
+    """A value as JSON."""
+    print(printable(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
+
+
+def print_text(text: str) -> None:
+    """A text for other programs: exact where one reads it, and printable in a terminal."""
+    print(printable(text) if sys.stdout.isatty() else text, end="")
+
+
 def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: bool = False) -> None:
     """Rows as a table, as JSON or as CSV."""
     if as_json:
         # JSON has no NaN, which SQL gives for a correlation of what is all the same.
         whole = json.loads(json.dumps(rows, default=str), parse_constant=lambda name: None)
-        print(json.dumps(whole, indent=2, ensure_ascii=False))
+        print_json(whole)
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        sheet = io.StringIO(newline="")
+        writer = csv.DictWriter(sheet, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+        print_text(sheet.getvalue())
     elif rows:
         table = Table()
         for name in rows[0]:  # an id that is cut cannot be typed again, and one that is folded is not copied
@@ -174,4 +204,4 @@ def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: boo
 
 
 def _shown(value: Any) -> str:
-    return escaped(f"{value:.4g}" if isinstance(value, float) else str(value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
