@@ -232,6 +232,7 @@ class _Judge:
         return {"rejection": None}
 
 
+OBJECT = re.compile(r"\{\s*[\"}]")
 _JSON = json.JSONDecoder(strict=False)  # models put line breaks into strings
 _UNUSABLE = {
     Status.TRUNCATED: Rejection.TRUNCATED,
@@ -250,9 +251,12 @@ def _candidate(text: str) -> dict[str, Any]:
 def _candidate_in_json(text: str) -> dict[str, Any]:
     """Instruction and input of the first JSON object that has them, whatever stands around it; the whole text where the
     model gave none, as long as it did not try to."""
-    for brace in re.finditer("{", text):
-        with suppress(ValueError, RecursionError):  # also a number of thousands of digits, or nested as deep
-            said = _JSON.raw_decode(text, brace.start())[0]
+    with suppress(RecursionError):  # nested a thousand deep: what is inside is not looked for, brace by brace
+        for brace in OBJECT.finditer(text):
+            try:
+                said = _JSON.raw_decode(text, brace.start())[0]
+            except ValueError:  # also a number of thousands of digits
+                continue
             if isinstance(said.get("instruction"), str):
                 given = said.get("input")
                 if given not in (None, [], {}) and not isinstance(given, str):

@@ -8,6 +8,7 @@ Whatever can be read in two ways is unparsable, and the referee is asked again.
 import json
 import math
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -70,6 +71,7 @@ def _judged(pairs: set[Pair], evidence: str | None) -> Parsed:
 
 
 NO_SCORES: dict[str, Any] = {"first_score": None, "second_score": None}
+OBJECT = re.compile(r"\{\s*[\"}]")  # a brace by itself is none: json's errors count all lines before them
 KEYED = re.compile(r"\{\s*\"(?:evidence|first_score|second_score)\"")
 
 
@@ -81,12 +83,13 @@ def _objects_with_scores(text: str) -> tuple[list[dict[str, Any]], str]:
     """The outermost JSON objects of a text that have both scores, and what follows the last of them."""
     decoder, at, found = json.JSONDecoder(object_pairs_hook=_without_repetition), 0, []
     rest = text
-    while (at := text.find("{", at)) >= 0:
+    while brace := OBJECT.search(text, at):
+        at = brace.start()
         try:
             said, at = decoder.raw_decode(text, at)
-        except _Ambiguous:
+        except (_Ambiguous, RecursionError):
             return [NO_SCORES], ""
-        except (ValueError, RecursionError):
+        except ValueError:
             if KEYED.match(text, at):  # a review that is no JSON: an object inside it may be part of an answer
                 return [NO_SCORES], ""
             at += 1
@@ -119,20 +122,23 @@ def _score(value: Any) -> float | None:
 
 # --- text -----------------------------------------------------------------------------------------------------------
 
+# A text may be white space or one word without end: what cannot be read in another way is not given back (`*+`), and
+# `_goes_on` looks at each label once.
+
 # A number that is not part of something longer: no 8-9, 8,5, 80%, 1e3, 4/5.
-NUMBER = r"(?<![\w.,/+\-−])(?P<number>[+\-−]?[0-9]{1,6}(?:\.[0-9]{1,6})?)(?![\w%]|[.,][0-9]|\s*[-–—−]\s*[0-9])"
-SCALE = r"(?:\s*(?:/|out\s+of)\s*10(?![0-9.,]*[0-9]))?(?!\s*(?:/|out\s+of)\s*[0-9])"
+NUMBER = r"(?<![\w.,/+\-−])(?P<number>[+\-−]?[0-9]{1,6}(?:\.[0-9]{1,6})?)(?![\w%]|[.,][0-9]|\s*+[-–—−]\s*+[0-9])"
+SCALE = r"(?:\s*+(?:/|out\s++of)\s*+10(?![0-9.,]*[0-9]))?(?!\s*+(?:/|out\s++of)\s*+[0-9])"
 THING = r"(?:score|answer|assistant|response|reply|model|ai|rating)"
-LABEL = rf"\b(?:(?P<first>first|1st|{THING}\s*#?\s*(?:1|a|one))|(?P<second>second|2nd|{THING}\s*#?\s*(?:2|b|two)))\b"
-BETWEEN = rf"(?:'s)?(?:\s+(?:{THING}|gets|scores|scored|is|receives|deserves|an?|of)\b)*\s*\)?\s*"
-SAYS = r"(?:[:=]|[-–—]\s|\b(?:gets|scores|scored|is|receives|deserves|score of)(?:\s+an?|\s+the|\s+score|\s+of)*\b)"
+LABEL = rf"\b(?:(?P<first>first|1st|{THING}\s*+(?:#\s*+)?(?:1|a|one))|(?P<second>second|2nd|{THING}\s*+(?:#\s*+)?(?:2|b|two)))\b"
+BETWEEN = rf"(?:'s)?(?:\s++(?:{THING}|gets|scores|scored|is|receives|deserves|an?|of)\b)*\s*+(?:\)\s*+)?"
+SAYS = r"(?:[:=]|[-–—]\s|\b(?:gets|scores|scored|is|receives|deserves|score of)(?:\s++(?:an?|the|score|of))*+\b)"
 AFTER = r"(?=\s*(?:$|[.,;:!|)\]/\n]|and\b|points?\b|while\b|but\b))"
-LABELLED = re.compile(rf"{LABEL}{BETWEEN}{SAYS}\s*\(?\s*{NUMBER}{SCALE}{AFTER}", re.IGNORECASE | re.MULTILINE)
-LOOSELY = re.compile(rf"{LABEL}[^\n.;]*?{NUMBER}", re.IGNORECASE)
+LABELLED = re.compile(rf"{LABEL}{BETWEEN}{SAYS}\s*+(?:\(\s*+)?{NUMBER}{SCALE}{AFTER}", re.IGNORECASE | re.MULTILINE)
+LABELS, NUMBERS, SENTENCES = re.compile(LABEL, re.IGNORECASE), re.compile(NUMBER), re.compile(r"[\n.;]|$")
 UNSIGNED = NUMBER.replace(r"[+\-−]?", "", 1)  # "8 -7" may be anything
-ONE = re.compile(rf"\s*{UNSIGNED}{SCALE}\s*[.,;]?\s*")
+ONE = re.compile(rf"\s*+{UNSIGNED}{SCALE}\s*+(?:[.,;]\s*+)?")
 TWO = re.compile(
-    rf"\s*(?:scores?\s*[:=]\s*)?\(?{UNSIGNED}{SCALE}(?:\s+and\s+|\s*[,;|&]\s+|\s+){UNSIGNED.replace('number', 'other')}{SCALE}\)?\s*\.?\s*",
+    rf"\s*+(?:scores?\s*+[:=]\s*+)?\(?{UNSIGNED}{SCALE}(?:\s++and\s++|\s*+[,;|&]\s++|\s++){UNSIGNED.replace('number', 'other')}{SCALE}\)?\s*+(?:\.\s*+)?",
     re.IGNORECASE,
 )
 
@@ -150,9 +156,19 @@ def _labelled(text: str) -> set[Pair]:
     for found in LABELLED.finditer(text):
         scores["first" if found["first"] else "second"].add(_float(found["number"]))
         end = found.end()
-    if scores["first"] and scores["second"] and LOOSELY.search(text, end):
+    if scores["first"] and scores["second"] and _goes_on(text, end):
         return {(None, None)}  # it goes on about the scores: perhaps it changes its mind
     return {(first, second) for first in scores["first"] for second in scores["second"]}
+
+
+def _goes_on(text: str, at: int) -> bool:
+    """Whether from a place on a number follows on a label in one sentence."""
+    numbers, ends = ([found.start() for found in form.finditer(text, at)] for form in (NUMBERS, SENTENCES))
+    for label in LABELS.finditer(text, at):
+        following = bisect_left(numbers, label.end())
+        if following < len(numbers) and numbers[following] < ends[bisect_left(ends, label.end())]:
+            return True
+    return False
 
 
 def _bare(text: str) -> set[Pair]:

@@ -198,7 +198,7 @@ def test_an_input_that_is_no_text_is_kept_as_json(generated: Any, said: str, kep
     assert (accepted["input"], accepted["rejection"]) == (kept, None)
 
 
-@pytest.mark.parametrize("text", ["1" * 5000, "[" * 100_000 + "]" * 100_000])
+@pytest.mark.parametrize("text", ["1" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 20_000])
 def test_json_beyond_what_can_be_read_is_malformed(generated: Any, text: str) -> None:
     reply = f'{{"instruction": "Say what is odd about this.", "input": {text}}}'
     assert set(generated(lambda _: reply, pool_of(SEEDS), hard=1).generated.rejected) == {"malformed"}

@@ -137,6 +137,23 @@ def test_an_unclear_review_yields_no_score(text: str, outcome: Outcome) -> None:
     assert parse_review(text) == Parsed(outcome)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First" + " " * 100_000,
+        "Score #" + "\n" * 100_000,
+        "Score 1 is" + " " * 100_000 + "x",
+        "Score 1: 8, Score 2: 7\n" + "first " * 20_000 + "9",
+        "8" + " " * 100_000 + "and" + " " * 100_000 + "x",
+        "{" * 100_000,
+        '{"a":' * 20_000,
+        '{"first": "' * 10_000,
+    ],
+)
+def test_a_review_that_runs_in_a_loop_is_unparsable_at_once(text: str) -> None:
+    assert parse_review(text) == Parsed(Outcome.UNPARSABLE)
+
+
 def test_evidence_comes_along() -> None:
     assert parse_review('{"evidence": "why", "first_score": 8, "second_score": 7}').evidence == "why"
     assert parse_review("Because.\n8 7").evidence == "Because.\n8 7"
