@@ -27,6 +27,7 @@ Aspect = Literal["helpful", "honest", "harmless"]
 Choice = Literal["first", "tie", "second"]  # as the answers were shown to this voter
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 CHOICES: tuple[Choice, ...] = get_args(Choice)
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # so begins what a spreadsheet computes, and what a link is hidden in
 SHEET = ("item", "instruction", "input", "first", "second", *ASPECTS)
 
 
@@ -111,7 +112,8 @@ def find_study(study_id: str | None) -> HumanStudy:
     Raises:
         HumanEvalError: there is none.
     """
-    files = sorted((home() / "human").glob(f"{study_id or ''}*/study.json"), key=lambda file: file.stat().st_mtime)
+    found = [file for file in (home() / "human").glob("*/study.json") if file.parent.name.startswith(study_id or "")]
+    files = sorted(found, key=lambda file: file.stat().st_mtime)
     if not files:
         raise HumanEvalError(
             f"no human evaluation {f'{study_id} ' if study_id else ''}in {home()}. Make one: lion human-eval new --questions FILE --answers A B"
@@ -180,9 +182,8 @@ def write_sheet(study: HumanStudy, voter: str, path: Path) -> None:
         writer.writeheader()
         for item in study.items:
             given = {aspect: votes.get((item.item, voter, aspect)) for aspect in ASPECTS}
-            writer.writerow(
-                shown(study, item, voter) | {name: vote.choice if vote else "" for name, vote in given.items()}
-            )
+            texts = {name: text and _cell(text) for name, text in shown(study, item, voter).items()}
+            writer.writerow(texts | {name: vote.choice if vote else "" for name, vote in given.items()})
 
 
 def read_sheet(study: HumanStudy, voter: str, path: Path) -> int:
@@ -208,7 +209,9 @@ def read_sheet(study: HumanStudy, voter: str, path: Path) -> int:
         if item is None:
             raise HumanEvalError(f"{where}: {study.study_id} has no item {row['item']!r}.")
         seen = shown(study, item, voter)  # one of its answers is enough: of "7.0" a spreadsheet makes 7
-        if not any(_words(row[place]) == _words(seen[place]) for place in ("first", "second")):
+        if not any(
+            _words(row[place]) in (_words(_cell(seen[place])), _words(seen[place])) for place in ("first", "second")
+        ):
             raise HumanEvalError(
                 f"{where}: neither answer stands as {voter} saw it. Name the voter it was written for, or restore the row."
             )
@@ -220,6 +223,11 @@ def read_sheet(study: HumanStudy, voter: str, path: Path) -> int:
                 votes.append(Vote(item=item.item, voter=voter, aspect=aspect, choice=choice))
     cast(study, votes)
     return len(votes)
+
+
+def _cell(text: str) -> str:
+    """A text as a cell that a spreadsheet takes for no formula."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _words(text: str) -> list[str]:

