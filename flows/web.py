@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, StreamingResponse
 from pydantic import BaseModel
 
@@ -84,6 +85,8 @@ def serve(app: FastAPI, port: int) -> None:
 
 def _app(page: str) -> FastAPI:
     app = FastAPI(openapi_url=None)
+    # A stranger's page may have its own name lead to this machine, and would then speak for whoever looks at it.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     text = (PAGES / page).read_text(encoding="utf-8")
 
     @app.get("/", response_class=HTMLResponse)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from flows.cli import app
@@ -91,6 +92,12 @@ def test_the_next_answers_are_read_from_their_beginning_and_a_key_held_down_is_o
         page.keyboard.up("2")
         press(page, "3", 5)
     assert [vote.choice for vote in votes_of(study).values()] == ["first"] * 3 + ["tie", "second"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("127.0.0.1:8765", 200), ("localhost:8765", 200), ("evil.example", 400)])
+def test_a_page_answers_to_no_other_name_than_this_machines(study: HumanStudy, name: str, code: int) -> None:
+    page = TestClient(human_app(study), base_url=f"http://{name}")
+    assert page.get("/api/items", params={"voter": "ann"}).status_code == code
 
 
 def test_the_votes_of_the_page_are_in_the_report(study: HumanStudy, page: "Page") -> None:
