@@ -240,7 +240,8 @@ def _explained(error: ValidationError) -> str:
             lines.append(f"{field}: no such setting. `lion config` lists them all.")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
+            untold = isinstance(fault["input"], dict) or field.endswith("base_url")  # a password or a key may be in it
+            given = "" if untold else f" (given: {fault['input']!r})"
             lines.append(f"{field or 'settings'}: {message[:1].lower()}{message[1:]}{given}")
     return "\n".join(lines)
 

@@ -243,7 +243,7 @@ class FakeOpenAI:
 
     def _refused(self, request: web.Request, body: dict[str, Any]) -> web.Response | None:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            given = request.headers.get("api-key", request.headers.get("Authorization", "").removeprefix("Bearer "))
             return _error(401, f"Incorrect API key provided: {given}.", "invalid_api_key")
         if self.models and body["model"] not in self.models:
             return _error(404, f"The model `{body['model']}` does not exist", "model_not_found")

@@ -22,7 +22,7 @@ from storage.files import locked
 from storage.journal import Answer, Batch, Journal, Loss, Wish, now
 from tasks.models.budget import Account, budget_reached
 from tasks.models.chat import OnProgress, Request, Sampling
-from tasks.models.endpoint import OpenAIModel, headers_of, key_of
+from tasks.models.endpoint import OpenAIModel, headers_of, key_of, secrets_of
 from tasks.models.errors import FatalEndpointError, ModelError, TransientError, Unreachable, scrubbed
 from tasks.models.pacing import asked_wait
 from tasks.models.prices import Price
@@ -70,9 +70,9 @@ class Batches:
     ):
         self.model, self.requests, self.sampling, self.account = model, requests, sampling, account
         self.price, self.journal, self.on_progress = price, journal, on_progress
-        self.secret = key_of(model)
+        self.secrets = secrets_of(model)
         self.client = openai.OpenAI(
-            api_key=self.secret,
+            api_key=key_of(model),
             base_url=model.base_url,
             default_headers=headers_of(model),
             max_retries=0,
@@ -217,7 +217,9 @@ class Batches:
         if there.status == "failed":
             errors = there.errors.data if there.errors and there.errors.data else []
             reason = "; ".join(str(error.message) for error in errors[:3]) or "no reason given"
-            raise self._fatal(f"the batch {there.id} was refused ({scrubbed(reason, self.secret)})", "Use mode: online")
+            raise self._fatal(
+                f"the batch {there.id} was refused ({scrubbed(reason, *self.secrets)})", "Use mode: online"
+            )
         return True
 
     def _rows_of(self, file_id: str) -> list[dict[str, Any]]:
@@ -267,7 +269,7 @@ class Batches:
         dialect = known_dialect(self.journal, self.model)
         for key, status, error in refused:
             body = body_of(self.model, self.sampling, self.requests[key], dialect)
-            message = scrubbed(str(error.get("message") or ""), self.secret)
+            message = scrubbed(str(error.get("message") or ""), *self.secrets)
             if found := narrower(dialect, status, message, body):
                 remember_dialect(self.journal, self.model, found)
                 self.rounds[key] -= 1
@@ -333,7 +335,7 @@ class Batches:
             return ask(*args)
         except openai.APIStatusError as error:
             code, wait = error.code or error.type or "", asked_wait(error.response.headers)
-            trouble = failure(self.model, error.status_code, code, words_of(error, self.secret), wait)
+            trouble = failure(self.model, error.status_code, code, words_of(error, self.secrets), wait)
         except (openai.APIConnectionError, httpx2.HTTPError, OSError) as error:
             trouble = TransientError(f"the connection broke ({type(error).__name__})")
         except ValueError:

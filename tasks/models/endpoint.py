@@ -28,6 +28,7 @@ OURS = {
     "n",
     "stream",
 }
+SHORTEST_SECRET = 6  # of headers: a region, `eu`, is none, and stands in many words
 SECRET_HEADER = re.compile(r"key|token|auth|secret|cookie", re.IGNORECASE)
 
 
@@ -171,6 +172,17 @@ def headers_of(model: OpenAIModel) -> dict[str, str]:
         sent = os.environ[value[1:]] if value.startswith("$") else value
         headers[name] = _sendable(model, sent, f"the header {name}")
     return headers
+
+
+def secrets_of(model: OpenAIModel) -> list[str]:
+    """What no message may tell, whatever an endpoint says: the key, and what headers have from the environment.
+
+    Raises:
+        FatalEndpointError: one of them is not there.
+    """
+    named = [value for name, value in headers_of(model).items() if model.headers[name].startswith("$")]
+    key = [key_of(model)] if model.api_key_file or model.api_key_env else []
+    return key + [value for value in named if len(value) >= SHORTEST_SECRET]
 
 
 def _sendable(model: OpenAIModel, text: str, what: str) -> str:

@@ -16,7 +16,7 @@ import openai
 
 from storage.journal import Wish
 from tasks.models.chat import Request, Sampling
-from tasks.models.endpoint import OpenAIModel, headers_of, key_of
+from tasks.models.endpoint import OpenAIModel, headers_of, key_of, secrets_of
 from tasks.models.errors import ModelError, TransientError
 from tasks.models.pacing import asked_wait
 from tasks.models.wire import (
@@ -56,9 +56,9 @@ def check_access(model: OpenAIModel) -> None:
     An endpoint that has no such list, or that is not reached just now, is given the benefit of the doubt: the
     requests themselves are tried for as long as its `deadline` says.
     """
-    secret = key_of(model)
+    secrets = secrets_of(model)
     with openai.OpenAI(
-        api_key=secret,
+        api_key=key_of(model),
         base_url=model.base_url,
         default_headers=headers_of(model),
         max_retries=0,
@@ -70,7 +70,7 @@ def check_access(model: OpenAIModel) -> None:
             status = error.status_code
             if status not in {401, 403, *ELSEWHERE}:
                 return
-            rejected = failure(model, status, "", words_of(error, secret), None)
+            rejected = failure(model, status, "", words_of(error, secrets), None)
         except openai.OpenAIError:
             return
         else:
@@ -86,6 +86,7 @@ class Connection:
     ):
         self.client, self.model, self.sampling = client, model, sampling
         self.dialect, self.remember = dialect, remember
+        self.secrets = secrets_of(model)
         self.url = f"{model.base_url}/chat/completions"
         self.timeout = httpx2.Timeout(model.timeout, connect=CONNECT_SECONDS)
 
@@ -114,7 +115,7 @@ class Connection:
             return said(_parsed(response.content), wish, self.sampling)
         except openai.APIStatusError as error:
             status = error.status_code
-            message = words_of(error, self.client.api_key)
+            message = words_of(error, self.secrets)
             code, wait = error.code or error.type or "", asked_wait(error.response.headers)
         except TimeoutError:
             trouble = TransientError(f"no answer within {self.model.timeout:g} s", maybe_billed=True)

@@ -6,7 +6,7 @@ journal remembers it.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -238,18 +238,18 @@ def narrower(dialect: Dialect, status: int, message: str, body: Mapping[str, Any
     return None
 
 
-def words_of(error: openai.APIStatusError, secret: str) -> str:
-    """What a rejection says, without the secret.
+def words_of(error: openai.APIStatusError, secrets: Iterable[str]) -> str:
+    """What a rejection says, without the secrets.
 
     The SDK's `message` has only what stands in `error.message`: not FastAPI's `detail`, no text, not where an endpoint is.
     """
     status, body = error.status_code, error.body
     if status in ELSEWHERE:
-        return scrubbed(error.response.headers.get("location", "it does not say where"), secret)
+        return scrubbed(error.response.headers.get("location", "it does not say where"), *secrets)
     words = error.message.removeprefix(f"Error code: {status}").removeprefix(" - ")
     if words or not body or (isinstance(body, str) and body.startswith("<")):  # a gateway's page says no more
-        return scrubbed(words or error.message, secret)
-    return scrubbed(body if isinstance(body, str) else json.dumps(body), secret)
+        return scrubbed(words or error.message, *secrets)
+    return scrubbed(body if isinstance(body, str) else json.dumps(body), *secrets)
 
 
 def failure(

@@ -234,6 +234,15 @@ def test_a_setting_that_cannot_be_written_down_is_refused_by_name(setting: str) 
         resolve(overrides=[setting])
 
 
+@pytest.mark.parametrize("url", ["https://me:hunter2@host/v1", "https://host/v1?key=hunter2", "hunter2"])
+def test_an_address_that_is_refused_is_not_told_as_a_key_may_be_in_it(url: str) -> None:
+    from flows.config import ConfigError, resolve
+
+    with pytest.raises(ConfigError, match="base_url: ") as refused:
+        resolve(overrides=[f"teacher.model={{kind: openai, model: m, base_url: '{url}'}}"])
+    assert "hunter2" not in str(refused.value)
+
+
 def test_lion_config_prints_several_teachers_and_caps_by_role_as_they_were_given(tmp_path: Path) -> None:
     from flows.config import resolve
 

@@ -235,6 +235,18 @@ def test_a_wrong_key_is_told_at_once_without_telling_the_key() -> None:
     assert caught.value.__context__ is None
 
 
+def test_what_a_header_has_from_the_environment_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_KEY", "0123abcd-of-azure")
+    model: Any = {"headers": {"api-key": "$AZURE_KEY"}}
+    with FakeOpenAI(key="another") as server:
+        for asked in (
+            lambda: check_access(OpenAIModel(model="m", base_url=server.url, **model)),
+            lambda: ask(server, questions(1), **model),
+        ):
+            with pytest.raises(FatalEndpointError, match=r"provided: \*\*\*"):
+                asked()
+
+
 def test_an_endpoint_that_is_elsewhere_is_named_and_what_headers_hold_is_not_sent_there() -> None:
     with FakeOpenAI() as other, FakeOpenAI(moved=other.url.removesuffix("/v1")) as server:
         for asked in (
