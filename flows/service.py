@@ -45,6 +45,9 @@ def environment() -> dict[str, str]:
         "LION_ROOT": str(Path.cwd()),
         "LION_WORK_POOL": "lion",
         "PREFECT_SERVER_UI_API_URL": "/api",  # of the page's own host, whoever looks at it from wherever
+        # Without these two any page that a browser here has open could start runs, which may name a command (`serve`).
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ui_url(),
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_LOCAL_STORAGE_PATH": str(home() / "prefect" / "storage"),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home() / 'prefect' / 'server.db'}",
     }

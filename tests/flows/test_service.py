@@ -97,6 +97,16 @@ def test_three_nights_are_one_chain_and_the_same_as_one_run_of_three_iterations(
     )
 
 
+def test_a_page_from_elsewhere_cannot_start_runs(service: Service) -> None:
+    found = service.api.get("/deployments/name/distill/smoke").json()
+    start, stranger = f"/deployments/{found['id']}/create_flow_run", {"origin": "http://evil.example"}
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    assert "access-control-allow-origin" not in service.api.options(start, headers=stranger | asks).headers
+    assert "access-control-allow-origin" not in service.api.get("/flow_runs/count", headers=stranger).headers
+    sent_unasked = httpx.post(f"{service.api.base_url}{start[1:]}", content="{}", headers=stranger)
+    assert sent_unasked.status_code == 403, "a browser asks nobody where no type of content is named"
+
+
 def test_a_run_shows_tables_charts_and_the_report_under_keys_that_stay(service: Service, whole: dict[str, Any]) -> None:
     run = service.start(**whole)
     service.wait(run, "Completed")
