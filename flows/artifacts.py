@@ -48,10 +48,7 @@ def publish_artifacts(manifest: Manifest) -> None:
         [
             {
                 "gap": _rounded(row["score_gap"]),
-                "category": row["category"],
-                "instruction": _cut(row["instruction"]),
-                "teacher": _cut(row["teacher"]),
-                "student": _cut(row["student"]),
+                **{name: cell(row[name]) for name in ("category", "instruction", "teacher", "student")},
             }
             for row in widest(manifest, HARDEST)
         ],
@@ -105,9 +102,12 @@ def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r", iteration \d+$", "", title).lower()).strip("-")
 
 
-def _cut(text: str | None) -> str:
+def cell(text: str | None) -> str:
+    """A stranger's text for a table, cut. One of Prefect's two UIs reads Markdown and HTML in it, and would fetch its pictures
+    and run what its links hold; a word joiner, which nobody sees, keeps it from that."""
     text = text or ""
-    return text if len(text) <= CELL else text[:CELL] + " …"
+    text = text if len(text) <= CELL else text[:CELL] + " …"
+    return text.replace("]", "]\u2060").replace("<", "<\u2060")
 
 
 def _rounded(value: float | None) -> float | str:
