@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from pydantic import BaseModel, ConfigDict
 from storage.files import digest_of, home, locked, write_atomic
 from storage.runs import Interval
 from tasks.relative import paired
+
+csv.field_size_limit(sys.maxsize)  # an answer may be longer than the 131,072 characters that Python allows a cell
 
 Aspect = Literal["helpful", "honest", "harmless"]
 Choice = Literal["first", "tie", "second"]  # as the answers were shown to this voter

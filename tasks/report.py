@@ -20,6 +20,7 @@ from tasks.selection import compare, gain_in, judged_by_referee, told
 
 TEMPLATE = "report.html.jinja"
 GRID, HARD = "#8888884d", "#d9480f"
+LONGEST = 10_000  # characters shown of a text: a page of 300 MB opens nowhere
 WIDEST = 10  # score gaps shown side by side
 MOST_CATEGORIES = 15  # a chart has room for
 
@@ -60,6 +61,7 @@ def write_report(manifest: Manifest) -> Path:
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True)
     environment.filters["share"] = lambda share: "" if share is None else f"{share:.0%}"
     environment.filters["figure"] = lambda figure, digits: "no figure" if figure is None else f"{figure:.{digits}f}"
+    environment.filters["cut"] = _cut
     try:
         studies, unreadable = list_studies(manifest.run_id), ""
     except StorageError as error:  # it may be another run's, and this one shall end
@@ -81,6 +83,12 @@ def write_report(manifest: Manifest) -> Path:
     path = manifest.folder / "report.html"
     write_atomic(path, page)
     return path
+
+
+def _cut(text: str | None) -> str | None:
+    if text is None or len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]} … ({len(text) - LONGEST:,} characters more)"
 
 
 def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ lion run --preset offline --seeds my_tasks.jsonl
 import csv
 import io
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from storage.pools import instruction_id, read_parquet, write_snapshot
 from tasks.contamination import find_near
 from tasks.models.chat import NOT_STORABLE, is_storable
 from tasks.policies import stage
+
+csv.field_size_limit(sys.maxsize)  # a text may be longer than the 131,072 characters that Python allows a cell
 
 VERSION = 2
 BUNDLED = Path(__file__).parent / "data"

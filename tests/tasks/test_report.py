@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from storage.catalog import query
+from storage.pools import instruction_id
 from storage.runs import Manifest
 from tasks.gains import gain_charts
 from tasks.report import HARD_SHARE, MOST_CATEGORIES, verdict, write_report
+from tests import recorded
 from tests.recorded import HELDOUT_IDS, evaluation, record_run, reviews, snapshot
 
 
@@ -68,6 +70,16 @@ def points(run: Manifest) -> list[dict[str, Any]]:
     """What the chart of the relative score shows."""
     (chart,) = (chart for title, _, chart in gain_charts(run) if title == "Relative score")
     return chart.to_dict()["data"]["values"]
+
+
+def test_an_answer_that_does_not_end_is_cut_and_the_page_says_how_much(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "SEEDS", ["<b>" * 10_000, *recorded.SEEDS[1:]])
+    monkeypatch.setattr(recorded, "IDS", [instruction_id(text, None) for text in recorded.SEEDS])
+    page = write_report(recorded.record_run()).read_text()
+    assert "&lt;b&gt;" * 3333 + "&lt; … (20,000 characters more)" in page
+    assert len(page) < 200_000
 
 
 def test_a_damaged_evaluation_is_named_and_keeps_no_run_from_ending(home: Path) -> None:

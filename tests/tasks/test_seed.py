@@ -168,6 +168,12 @@ def test_a_seed_near_a_heldout_instruction_enters_no_pool_and_is_counted(home: P
         load_seeds.fn(SeedConfig(path=heldout, heldout=heldout), "", "")
 
 
+def test_a_cell_of_a_csv_may_be_as_long_as_a_text_is(tmp_path: Path) -> None:
+    text = "word " * 50_000
+    (row,) = read_seeds(written(tmp_path, "s.csv", f"instruction,input\nSum up.,{text}\n")).rows
+    assert row["input"] == text.strip()
+
+
 def test_a_line_separator_in_a_csv_field_ends_no_row(tmp_path: Path) -> None:
     path = written(tmp_path, "s.csv", 'instruction,input\nOne\u2028line,x\n"Two\nlines",y\n')
     assert [row["instruction"] for row in read_seeds(path).rows] == ["One\u2028line", "Two\nlines"]
