@@ -14,6 +14,7 @@ its numpy has no bf16. Needs no torch.
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -47,6 +48,11 @@ class Tensor:
     begin: int  # bytes, from the file's beginning
     end: int
 
+    def is_sound(self, first: int) -> bool:
+        """Whether its shape fits its place, which is not before the first tensor's."""
+        size = math.prod(self.shape)
+        return self.begin >= first and size >= 0 and self.end - self.begin in {size * width for width in BITS}
+
     def bits(self) -> np.ndarray:
         """Its numbers as unsigned integers of their width."""
         size = np.prod(self.shape, dtype=np.int64)
@@ -64,18 +70,18 @@ class Shard:
                 raise DiffError(f"{file} is not a file of safetensors.")
             self.head = length.to_bytes(8, "little") + opened.read(length)
         try:
-            named = json.loads(self.head[8:])
-        except ValueError:
-            raise DiffError(f"{file} is not a file of safetensors.") from None
-        named.pop("__metadata__", None)
-        if file.stat().st_size < len(self.head) + max(
-            (entry["data_offsets"][1] for entry in named.values()), default=0
-        ):
+            named = {name: entry for name, entry in json.loads(self.head[8:]).items() if name != "__metadata__"}
+            self.tensors = {
+                name: Tensor(file, entry["dtype"], tuple(entry["shape"]), *(len(self.head) + at for at in entry["data_offsets"]))
+                for name, entry in sorted(named.items(), key=lambda pair: pair[1]["data_offsets"])
+            }  # fmt: skip
+            sound = all(tensor.is_sound(len(self.head)) for tensor in self.tensors.values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise DiffError(f"{file} is not a file of safetensors.")
+        if file.stat().st_size < max((tensor.end for tensor in self.tensors.values()), default=0):
             raise DiffError(f"{file} is cut off: it is shorter than its header says.")
-        self.tensors = {
-            name: Tensor(file, entry["dtype"], tuple(entry["shape"]), *(len(self.head) + at for at in entry["data_offsets"]))
-            for name, entry in sorted(named.items(), key=lambda pair: pair[1]["data_offsets"])
-        }  # fmt: skip
 
 
 def make_diff(base: Path, tuned: Path, out: Path, base_name: str) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def recover(base: Path, diff: Path, out: Path) -> dict[str, Any]:
     try:
         told = json.loads((diff / MANIFEST).read_text())
         format = told["format"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise DiffError(f"{diff / MANIFEST} is damaged: it does not tell what it is. Get the diff again.") from None
     if format != FORMAT:
         raise DiffError(f"{diff} is a diff of format {format}; this version knows format {FORMAT}.")

@@ -110,12 +110,30 @@ def test_a_damaged_diff_is_refused(broken: str, base: Path, tmp_path: Path) -> N
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("text", ['{"format": 1, "ba', "{}", "[]", "5"])
+@pytest.mark.parametrize("text", ['{"format": 1, "ba', "{}", "[]", "5", "[" * 100_000])
 def test_a_diff_whose_manifest_is_damaged_is_refused_by_name(text: str, base: Path, tmp_path: Path) -> None:
     make_diff(base, base, tmp_path / "diff", "some/base")
     (tmp_path / "diff" / "diff.json").write_text(text)
     with pytest.raises(DiffError, match=r"diff/diff\.json is damaged"):
         recover(base, tmp_path / "diff", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[1]",
+        "[" * 100_000,
+        '{"a": 1}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-80, -72]}}',
+        '{"a": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 8]}}',
+    ],
+)
+def test_a_file_whose_header_makes_no_sense_is_refused_by_name(header: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    file = tmp_path / "odd" / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(DiffError, match=f"{file} is not a file of safetensors"):
+        make_diff(base, tmp_path / "odd", tmp_path / "diff", "some/base")
 
 
 def test_a_diff_that_names_files_elsewhere_is_refused(base: Path, tmp_path: Path) -> None:
