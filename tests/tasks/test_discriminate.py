@@ -43,18 +43,21 @@ def test_a_gap_at_the_threshold_is_hard(home: Path) -> None:
 
 def test_a_row_with_one_valid_order_is_undecided_and_has_no_score(home: Path) -> None:
     (row,) = verdicts(reviews(("a", "teacher_first", 9, 2), ("a", "student_first", None, None))).values()
-    assert (row["difficulty"], row["reason"], row["score_gap"]) == ("undecided", "missing_review", None)
+    assert (row["difficulty"], row["reason"]) == ("undecided", "missing_review")
+    assert (row["teacher_score"], row["student_score"], row["score_gap"]) == (None, None, None)
 
 
 def test_an_order_with_more_valid_votes_does_not_weigh_more(home: Path) -> None:
-    rows = [("a", "teacher_first", 10, 4), ("a", "teacher_first", 10, 4), ("a", "student_first", 4, 10)]
+    rows = [("a", "teacher_first", 10, 3), ("a", "teacher_first", 8, 5), ("a", "student_first", 5, 10)]
     (row,) = verdicts(reviews(*rows)).values()
-    assert row["score_gap"] == 0
+    assert (row["teacher_score"], row["student_score"], row["score_gap"]) == (7, 7, 0)
 
 
 def test_a_weak_teacher_answer_is_not_worth_learning(home: Path) -> None:
-    (row,) = verdicts(reviews(("a", "unordered", 3, 1)), min_teacher_score=5).values()
-    assert (row["difficulty"], row["reason"]) == ("undecided", "weak_teacher")
+    found = verdicts(reviews(("a", "unordered", 4.9, 1), ("b", "unordered", 5, 1)), min_teacher_score=5)
+    assert [(row["difficulty"], row["reason"]) for row in found.values()] == [
+        ("undecided", "weak_teacher"), ("hard", None)
+    ]  # fmt: skip
 
 
 def test_a_quantile_splits_by_the_gaps_of_this_iteration_alone(home: Path) -> None:
@@ -65,8 +68,14 @@ def test_a_quantile_splits_by_the_gaps_of_this_iteration_alone(home: Path) -> No
 
 
 def test_undecided_rows_do_not_move_the_quantile(home: Path) -> None:
-    gaps = reviews(("a", "unordered", 10, 8), ("b", "unordered", 10, 6), ("c", "unordered", None, None))
-    assert verdicts(gaps, threshold_kind="quantile", threshold=0.5)["a"]["threshold"] == 3.0
+    rows = [
+        ("a", "unordered", 10, 8),
+        ("b", "unordered", 10, 6),
+        ("c", "unordered", None, None),
+        ("d", "unordered", 3, 3),
+    ]
+    found = verdicts(reviews(*rows), threshold_kind="quantile", threshold=0.5, min_teacher_score=5)
+    assert found["a"]["threshold"] == 3.0
 
 
 def test_too_many_undecided_rows_fail_with_their_reasons(home: Path) -> None:

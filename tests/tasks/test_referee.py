@@ -57,6 +57,11 @@ def test_without_two_answers_there_is_no_score(home: Path, status: str) -> None:
     assert (row["outcome"], row["student_score"]) == ("missing", None)
 
 
+def test_a_teacher_who_said_nothing_is_nothing_to_be_measured_by(home: Path) -> None:
+    (row,) = review(ReferenceReferee(), response("student", "Magic."), response("teacher", "", "empty"))
+    assert (row["outcome"], row["teacher_score"]) == ("missing", None)
+
+
 def test_an_empty_student_answer_is_the_worst_one_and_not_a_missing_one(home: Path) -> None:
     (row,) = review(ReferenceReferee(), response("student", "", "empty"))
     assert (row["outcome"], row["student_score"]) == ("ok", 1.0)
@@ -84,12 +89,36 @@ def scores(first: float, second: float) -> str:
 
 
 def test_scores_follow_the_answers_when_their_order_is_swapped(judge: Any) -> None:
-    judge(lambda request: (Status.OK, scores(9, 4) if "teacher_first" in request.id else scores(3, 8)))
+    def say(request: Request) -> tuple[Status, str]:
+        text = request.messages[0]["content"]  # type: ignore[index]
+        return Status.OK, scores(9, 4) if text.index("gravity") < text.index("Magic") else scores(3, 8)
+
+    asked = judge(say)
     rows = review(LLMReferee(model=LocalModel()), response("student", "Magic."))
-    assert [(row["order"], row["teacher_score"], row["student_score"]) for row in rows] == [
-        ("teacher_first", 9, 4),
-        ("student_first", 8, 3),
+    assert [(row["order"], row["teacher_score"], row["student_score"], row["evidence"]) for row in rows] == [
+        ("teacher_first", 9, 4, "seen"),
+        ("student_first", 8, 3, "seen"),
     ]
+    assert all(request.response_schema == referee.REVIEW_SCHEMA for request in asked)
+
+
+def test_a_row_without_two_answers_is_not_put_to_the_referee(judge: Any) -> None:
+    asked, nothing = judge(lambda request: (Status.OK, scores(9, 4))), response("student", None, "failed")
+    for student, teacher in ((nothing, None), (response("student", "Magic."), response("teacher", None, "filtered"))):
+        rows = review(LLMReferee(model=LocalModel()), student, teacher)
+        assert {(row["outcome"], row["teacher_score"]) for row in rows} == {("missing", None)} and len(rows) == 2
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "asks"),
+    [("truncated", "truncated", 2), ("refused", "refused", 2), ("filtered", "refused", 2), ("failed", "failed", 1)],
+)
+def test_a_review_that_did_not_end_well_gives_no_score(judge: Any, status: str, outcome: str, asks: int) -> None:
+    asked = judge(lambda request: (Status(status), scores(9, 4) + " But then again"))
+    rows = review(LLMReferee(model=LocalModel(), max_asks=2), response("student", "Magic."))
+    assert {(row["outcome"], row["teacher_score"], row["student_score"]) for row in rows} == {(outcome, None, None)}
+    assert len(asked) == 2 * asks, "a failed request was tried again already"
 
 
 def test_an_unusable_review_is_asked_again_as_a_new_draw(judge: Any) -> None:
@@ -114,10 +143,12 @@ def test_a_score_outside_one_to_ten_is_never_a_score(judge: Any, first: float, o
 
 
 def test_votes_are_asked_for_as_draws_of_their_own(judge: Any) -> None:
-    asked = judge(lambda request: (Status.OK, scores(8, 7)))
-    rows = review(LLMReferee(model=LocalModel(), votes=3), response("student", "Magic."))
-    assert len(rows) == 6
-    assert sorted(request.draw for request in asked) == [0, 0, 1, 1, 2, 2]
+    asked = judge(lambda request: (Status.OK, "hm" if request.draw < 3 else scores(8, 7)))
+    config = LLMReferee(model=LocalModel(), votes=3)
+    rows = review(config, response("student", "Magic."))
+    assert len(rows) == config.reviews_per_row == 6
+    assert {row["outcome"] for row in rows} == {"ok"}
+    assert sorted(request.draw for request in asked) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "none is another's again"
 
 
 def test_the_reference_score_reads_every_script() -> None:
@@ -125,3 +156,4 @@ def test_the_reference_score_reads_every_script() -> None:
     assert reference_score("因为光的散射", "因为光的散射") == 10
     assert 1 < reference_score("Python это плохо, очень", "Python это хорошо") < 10
     assert reference_score("It is blue.", "Потому что свет рассеивается") == 1
+    assert reference_score("Python", "用 Python 写一个排序函数") < 5, "it is the reference that says what a word is"
