@@ -68,6 +68,13 @@ def test_every_category_has_its_own_figures() -> None:
         rows = [row for row in STUDY if row[1] == name]
         assert part.by_order["teacher_first"].value == pytest.approx(float(share(rows, 2)))
     assert sum(part.losses for part in found.by_category.values()) == found.overall.losses
+    without = relative_score(reviews(), CATEGORIES | {"q01": None}).by_category
+    assert {name: part.questions for name, part in without.items()} == {
+        "generic": 4,
+        "math": 4,
+        "none": 1,
+        "writing": 3,
+    }
 
 
 def test_the_interval_is_that_of_a_bootstrap_written_another_way() -> None:
@@ -145,6 +152,7 @@ def test_a_wider_tie_margin_makes_more_ties() -> None:
 def test_without_reviews_there_are_no_figures() -> None:
     found = relative_score([]).overall
     assert (found.questions, found.mean, found.pooled, found.position_effect) == (0, None, None, None)
+    assert (found.wins, found.ties, found.losses) == (0, 0, 0)
 
 
 def test_a_metric_has_one_order_and_no_position_effect() -> None:

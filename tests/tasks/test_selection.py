@@ -8,7 +8,7 @@ import pytest
 
 from storage.pools import read_rows, write_snapshot
 from storage.runs import Comparison, Evaluation, Interval
-from tasks.selection import StopConfig, compare, is_stalled, is_worse, loss_per_token, mean_score
+from tasks.selection import StopConfig, compare, is_stalled, is_worse, loss_per_token, mean_score, told
 
 
 def evaluation(losses: dict[str, float], scores: dict[str, float | None], loss: float | None = None) -> Evaluation:
@@ -78,6 +78,8 @@ def test_a_student_whose_loss_is_no_number_is_worse_and_has_no_gain(home: Path) 
     assert is_worse(broken, before, "loss")
     assert not is_worse(before, broken, "loss")
     assert compare(broken, before, against=0, seed=0).loss_gain is None
+    whole, partly = (evaluation({"a": loss, "b": 10.0}, {"a": 2.0, "b": 2.0}) for loss in (30.0, math.nan))
+    assert compare(partly, whole, against=0, seed=0).loss_gain is None
 
 
 def test_lower_loss_and_higher_score_are_better(home: Path) -> None:
@@ -102,7 +104,7 @@ def gains(*lows: float | None) -> list[Comparison]:
 
 @pytest.mark.parametrize(
     ("lows", "stalled"),
-    [((0.1, 0.1), False), ((0.1, -0.1), False), ((-0.1, -0.1), True), ((-0.1, -0.1, 0.1), False), ((0.1, 0.0, None), True)],
+    [((-0.1,), False), ((0.1, 0.1), False), ((0.1, -0.1), False), ((-0.1, -0.1), True), ((-0.1, -0.1, 0.1), False), ((0.1, 0.0, None), True)],
 )  # fmt: skip
 def test_the_loop_ends_after_patience_iterations_without_a_sure_gain(lows: tuple[Any, ...], stalled: bool) -> None:
     assert is_stalled(StopConfig(patience=2), gains(*lows)) is stalled
@@ -114,8 +116,16 @@ def test_without_patience_it_turns_to_the_end_and_a_least_gain_is_asked_for() ->
 
 
 def test_losses_of_other_answers_are_no_gain(home: Path) -> None:
-    before, after = (evaluation({"a": loss}, {"a": 1.0}, loss=2.0) for loss in (20.0, 40.0))
-    rows = [{"instruction_id": "a", "status": "ok", "loss_sum": 40.0, "tokens": 20, "score": 1.0}]
+    scores: dict[str, float | None] = {"a": 1.0, "b": 1.0}
+    before, after = (evaluation({"a": loss, "b": 10.0}, scores, loss=2.0) for loss in (20.0, 40.0))
+    rows = [row | {"tokens": 20} if row["instruction_id"] == "a" else row for row in read_rows(after.details)]
     longer = after.model_copy(update={"details": write_snapshot("evaluations", rows, step="test", version=1)})
     assert compare(longer, before, against=0, seed=0).loss_gain is None
     assert compare(after, before, against=0, seed=0).loss_gain is not None
+
+
+def test_a_gain_is_told_in_its_unit_and_a_missing_one_is_no_zero() -> None:
+    gain = Interval(value=0.5, low=-0.1, high=1.0)
+    assert told(gain, "loss") == "gain in loss: +0.500 nats per token, 95 % interval -0.100 to +1.000"
+    assert told(gain, "score") == "gain in score: +0.500 points, 95 % interval -0.100 to +1.000"
+    assert told(None, "loss") == "gain in loss: no figure"
