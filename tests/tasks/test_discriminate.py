@@ -120,6 +120,7 @@ def test_votes_agree_where_all_of_one_order_name_one_winner(home: Path) -> None:
     rows += [("b", "teacher_first", 8.0, 5.0), ("b", "teacher_first", 5.0, 8.0), ("b", "student_first", 8.0, 5.0)]
     health = discriminate.fn(DiscriminateConfig(), reviews(*rows)).judge
     assert health is not None and health.vote_agreement == 0.5
+    assert health.position_bias == pytest.approx((3.5 - 3 + 0 - 3) / 2 / 2), "of the votes' mean gap"
 
 
 def test_a_metric_has_no_health(home: Path) -> None:

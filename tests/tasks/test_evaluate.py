@@ -17,7 +17,12 @@ from tasks.models.local import LocalModel
 from tasks.models.ready import ReadyModel
 
 STUDENT = ReadyModel(settings=LocalModel(), checkpoint=Checkpoint(digest="s", content="c"))
-TEACHER = {"a": ("ok", "It is blue."), "b": ("truncated", "2, 3, 5 and"), "c": ("empty", ""), "d": ("failed", None)}
+TEACHER = {
+    "a": ("ok", "It is blue."),
+    "b": ("truncated", "用 Python 写一个排序函数"),
+    "c": ("empty", ""),
+    "d": ("failed", None),
+}
 Evaluate = Callable[..., tuple[Evaluation, list[Request], list[dict[str, Any]]]]
 
 
@@ -52,12 +57,12 @@ def evaluated(home: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
 
 
 def test_the_loss_is_of_every_token_alike_and_the_score_of_every_answer(evaluated: Evaluate) -> None:
-    found, _, _ = evaluated({"a": "It is blue.", "b": "None."}, {"a": (30.0, 10), "b": (20.0, 40)})
-    assert (found.loss, found.score) == (pytest.approx(50 / 50), pytest.approx((10 + 1) / 2))
+    found, _, _ = evaluated({"a": "It is blue.", "b": "Python"}, {"a": (30.0, 10), "b": (20.0, 40)})
+    assert (found.loss, found.score) == (pytest.approx(50 / 50), pytest.approx((10 + 2.8) / 2))
     assert (found.rows, found.scored) == (4, 2)
     rows = by_id(found.details)
     assert [(rows[key]["loss_sum"], rows[key]["tokens"], rows[key]["score"]) for key in "ab"] == [
-        (30.0, 10, 10.0), (20.0, 40, 1.0)
+        (30.0, 10, 10.0), (20.0, 40, 2.8)
     ]  # fmt: skip
 
 
@@ -68,12 +73,12 @@ def test_the_student_is_asked_what_the_teacher_answered_and_as_in_training(evalu
     assert [request.id for request in requests] == ["a", "b"] and list(requests[0].messages) == said
     assert answers == [
         {"id": "a", "messages": said, "answer": "It is blue.", "whole": True},
-        {"id": "b", "messages": answers[1]["messages"], "answer": "2, 3, 5 and", "whole": False},
+        {"id": "b", "messages": answers[1]["messages"], "answer": "用 Python 写一个排序函数", "whole": False},
     ], "where the teacher was cut its end is not in the loss"
 
 
 def test_an_answer_that_failed_has_no_score_and_one_that_was_not_scored_no_loss(evaluated: Evaluate) -> None:
-    found, _, _ = evaluated({"a": None, "b": "2, 3, 5 and"}, {"a": (30.0, 10), "b": (None, 0)})
+    found, _, _ = evaluated({"a": None, "b": "用 Python 写一个排序函数"}, {"a": (30.0, 10), "b": (None, 0)})
     assert (found.loss, found.score, found.scored) == (3.0, 10.0, 1)
     assert by_id(found.details)["a"]["score"] is None
 

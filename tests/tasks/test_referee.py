@@ -49,6 +49,8 @@ def test_a_reference_review_scores_the_teacher_ten(home: Path) -> None:
     (row,) = review(ReferenceReferee(), response("student", "Because of magic."))
     assert (row["outcome"], row["order"], row["teacher_score"]) == ("ok", "unordered", 10)
     assert row["student_score"] == pytest.approx(1 + 9 * 2 / 3)
+    (row,) = review(ReferenceReferee(), response("student", "Python"), response("teacher", "用 Python 写一个排序函数"))
+    assert row["student_score"] == pytest.approx(1 + 9 * 2 / 10), "the teacher's script says what a word is"
 
 
 @pytest.mark.parametrize("status", ["failed", "filtered"])
@@ -156,4 +158,3 @@ def test_the_reference_score_reads_every_script() -> None:
     assert reference_score("因为光的散射", "因为光的散射") == 10
     assert 1 < reference_score("Python это плохо, очень", "Python это хорошо") < 10
     assert reference_score("It is blue.", "Потому что свет рассеивается") == 1
-    assert reference_score("Python", "用 Python 写一个排序函数") < 5, "it is the reference that says what a word is"

@@ -32,6 +32,18 @@ def test_gains_are_paired_by_question(home: Path) -> None:
     assert found.relative and found.relative.value == pytest.approx(18 / 30)
 
 
+def test_a_row_that_could_not_be_measured_counts_in_no_figure(home: Path) -> None:
+    before, after = (evaluation({"a": loss, "b": 10.0}, {"a": 2.0, "b": None}) for loss in (30.0, 20.0))
+
+    def unmeasured(whole: Evaluation) -> Evaluation:
+        beside = {"instruction_id": "c", "status": "failed", "loss_sum": None, "tokens": 0, "score": None}
+        details = write_snapshot("evaluations", [*read_rows(whole.details), beside], step="test", version=1)
+        return whole.model_copy(update={"details": details})
+
+    assert compare(unmeasured(after), unmeasured(before), 0, seed=0) == compare(after, before, 0, seed=0)
+    assert loss_per_token(unmeasured(after)) == loss_per_token(after)
+
+
 def test_students_held_against_other_answers_have_no_gain_over_each_other(home: Path) -> None:
     measured = evaluation({"a": 30.0}, {"a": 1.0})
     rows = [row | {"response": "Another teacher's."} for row in read_rows(measured.details)]
