@@ -65,6 +65,7 @@ def test_a_quantile_splits_by_the_gaps_of_this_iteration_alone(home: Path) -> No
     found = verdicts(gaps, threshold_kind="quantile", threshold=0.5)
     assert [key for key, row in found.items() if row["difficulty"] == "hard"] == ["4", "5", "6", "7", "8"]
     assert {row["threshold"] for row in found.values()} == {4.0}
+    assert discriminate.fn(DiscriminateConfig(threshold_kind="quantile", threshold=0.5), gaps).threshold == 4.0
 
 
 def test_undecided_rows_do_not_move_the_quantile(home: Path) -> None:
@@ -101,26 +102,29 @@ def both(key: str, teacher_first: tuple[float, float], student_first: tuple[floa
 def test_the_health_of_a_judge_is_counted_over_both_orders(home: Path) -> None:
     rows = [
         *both("same", (8, 5), (7, 4)),  # one winner, gaps 3 and 3
-        *both("flip", (8, 5), (4, 6)),  # the first one wins: gaps 3 and -2
+        *both("flip", (8, 5), (4, 7)),  # the first one wins, by 3 each time: nobody does over both orders
         *both("tie", (7, 7), (6, 6)),
         ("half", "teacher_first", 9.0, 2.0),
         ("half", "student_first", None, None),
+        ("other", "teacher_first", None, None),
+        ("other", "student_first", 9.0, 2.0),
     ]
     health = discriminate.fn(DiscriminateConfig(max_undecided_share=1), reviews(*rows)).judge
     assert health is not None
-    assert (health.reviews, health.unusable, health.unusable_share) == (8, {"unparsable": 1}, 1 / 8)
+    assert (health.reviews, health.unusable, health.unusable_share) == (10, {"unparsable": 2}, 2 / 10)
     assert health.pairs == 3
-    assert (health.flip_share, health.tie_share) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert health.position_bias == pytest.approx((0 + 5 + 0) / 2 / 3)
+    assert (health.flip_share, health.tie_share) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert health.position_bias == pytest.approx((0 + 6 + 0) / 2 / 3)
     assert health.vote_agreement is None
 
 
 def test_votes_agree_where_all_of_one_order_name_one_winner(home: Path) -> None:
     rows = [("a", "teacher_first", 8.0, 5.0), ("a", "teacher_first", 9.0, 5.0), ("a", "student_first", 8.0, 5.0)]
     rows += [("b", "teacher_first", 8.0, 5.0), ("b", "teacher_first", 5.0, 8.0), ("b", "student_first", 8.0, 5.0)]
+    rows += [("c", "teacher_first", 8.0, 5.0), ("c", "teacher_first", 8.0, 5.0), ("c", "student_first", 8.0, 5.0)]
     health = discriminate.fn(DiscriminateConfig(), reviews(*rows)).judge
-    assert health is not None and health.vote_agreement == 0.5
-    assert health.position_bias == pytest.approx((3.5 - 3 + 0 - 3) / 2 / 2), "of the votes' mean gap"
+    assert health is not None and health.vote_agreement == pytest.approx(2 / 3)
+    assert health.position_bias == pytest.approx((3.5 - 3 + 0 - 3 + 3 - 3) / 2 / 3), "of the votes' mean gap"
 
 
 def test_a_metric_has_no_health(home: Path) -> None:
