@@ -1,5 +1,6 @@
 """New instructions: what is taken, what is rejected and why, how parents are chosen, when it ends."""
 
+import itertools
 import json
 import zlib
 from collections.abc import Callable
@@ -82,14 +83,27 @@ def test_each_side_gets_its_share_of_new_instructions(generated: Any) -> None:
     result = generated(fresh, pool_of(SEEDS), hard=4)
     rows = [row for row in read_rows(result.candidates) if row["rejection"] is None]
     assert sorted(row["side"] for row in rows) == ["easy"] * 4 + ["hard"] * 4
+    assert (result.generated.accepted, result.generated.rejected) == (8, {"surplus": 2}), (
+        "no more is paid for than needed"
+    )
+    for side, own in (("hard", SEEDS[:4]), ("easy", SEEDS[4:])):
+        parents = {row["parent_id"] for row in rows if row["side"] == side}
+        assert parents == {instruction_id(text, None) for text in own}, "each of the side's own, once"
+
+
+def test_what_came_so_far_says_how_many_more_are_asked_for(generated: Any) -> None:
+    turns = itertools.count()
+    every_other = lambda request: SEEDS[0] if next(turns) % 2 else fresh(request)  # noqa: E731
+    result = generated(every_other, pool_of(SEEDS), hard=8, max_attempts=20)
     assert result.generated.accepted == 8
+    assert len(read_rows(result.candidates)) == 9 + 6, "of nine five were new: six more for the three that lack"
 
 
 def test_every_candidate_is_kept_with_the_reason_of_its_rejection(generated: Any) -> None:
-    result = generated(lambda request: SEEDS[0], pool_of(SEEDS), hard=4)
+    result = generated(lambda request: SEEDS[0].replace("two", "three"), pool_of(SEEDS), hard=4)
     rows = read_rows(result.candidates)
     assert {row["rejection"] for row in rows} == {"near_duplicate"}
-    assert {row["near_id"] for row in rows} == {instruction_id(SEEDS[0], None)}
+    assert {(row["near_id"], row["similarity"]) for row in rows} == {(instruction_id(SEEDS[0], None), 2 * 8 / 18)}
     assert result.generated.rejected == {"near_duplicate": len(rows)}
 
 
@@ -99,8 +113,9 @@ def test_a_candidate_near_a_heldout_instruction_is_rejected(generated: Any) -> N
 
 
 def test_a_candidate_near_one_accepted_before_it_is_rejected(generated: Any) -> None:
-    result = generated(lambda _: "Compare the taste of raw and of cooked onions.", pool_of(SEEDS), hard=4)
-    assert result.generated.accepted == 1
+    turns = itertools.count()
+    say = lambda _: f"Compare the taste of raw and of cooked onions, number {next(turns)}."  # noqa: E731
+    assert generated(say, pool_of(SEEDS), hard=4).generated.accepted == 1
 
 
 def test_the_same_instruction_is_never_accepted_twice(generated: Any) -> None:
@@ -205,15 +220,19 @@ def test_json_beyond_what_can_be_read_is_malformed(generated: Any, text: str) ->
 
 
 def test_what_a_base_model_writes_on_is_never_read_as_json(generated: Any) -> None:
-    said = lambda request: f'Read {{"instruction": 1}} and {fresh(request)}'  # noqa: E731
+    asked: list[Request] = []
+    said = lambda request: asked.append(request) or f'Read {{"instruction": 1}} and {fresh(request)}'  # noqa: E731
     rows = read_rows(generated(said, pool_of(SEEDS), hard=4, method="continuation").candidates)
     assert any(row["rejection"] is None and row["instruction"].startswith("Read {") for row in rows)
+    assert {text for text in SEEDS for request in asked if request.prompt and text in request.prompt} == set(SEEDS)
 
 
 def test_without_any_parent_nothing_is_asked_for_and_the_notes_say_so(generated: Any) -> None:
-    result = generated(fresh, write_snapshot("instructions", [], step="test", version=1), hard=0)
-    assert result.generated.notes == ["no parents: none of the 8 rows is asked for"]
-    assert result.generated.wanted == 0
+    nobody = write_snapshot("instructions", [], step="test", version=1)
+    for wanted in (4, 0):
+        result = generated(fresh, nobody, hard=0, easy_rows=wanted)
+        assert result.generated.notes == [f"no parents: none of the {4 + wanted} rows is asked for"]
+        assert result.generated.wanted == 0
 
 
 def test_half_a_character_in_a_candidate_can_be_kept(generated: Any) -> None:
