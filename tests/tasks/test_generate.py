@@ -197,7 +197,12 @@ def test_the_object_is_found_whatever_stands_around_it(generated: Any, around: s
 
 @pytest.mark.parametrize(
     "text",
-    ['{"task": "Compare onions."}', '{"instruction": "Compare the taste of', '```json\n["Compare onions."]\n```'],
+    [
+        '{"task": "Compare onions."}',
+        '{"instruction": "Compare the taste of',
+        'Sure: {"instruction": "Compare the taste of',
+        '```json\n["Compare onions."]\n```',
+    ],
 )
 def test_json_that_holds_no_instruction_is_none(generated: Any, text: str) -> None:
     assert set(generated(lambda _: text, pool_of(SEEDS), hard=4).generated.rejected) == {"malformed"}
@@ -237,9 +242,13 @@ def test_without_any_parent_nothing_is_asked_for_and_the_notes_say_so(generated:
 
 def test_half_a_character_in_a_candidate_can_be_kept(generated: Any) -> None:
     result = generated(
-        lambda _: '{"instruction": "Compare raw \\ud83d and cooked onions.", "input": ""}', pool_of(SEEDS), hard=4
+        lambda _: '{"instruction": "Compare raw \\ud83d and cooked.", "input": "On\\ud83dions."}',
+        pool_of(SEEDS),
+        hard=4,
     )
-    assert "Compare raw ? and cooked onions." in {row["instruction"] for row in read_rows(result.candidates)}
+    assert ("Compare raw ? and cooked.", "On?ions.") in {
+        (row["instruction"], row["input"]) for row in read_rows(result.candidates)
+    }
 
 
 def test_an_iteration_asks_a_parent_for_what_no_earlier_one_was_answered(generated: Any, monkeypatch: Any) -> None:

@@ -15,7 +15,7 @@ from tasks.models.local import LocalModel
 from tasks.models.ready import ReadyModel
 from tasks.mtbench import answer_lines, question_lines, review_lines
 from tasks.questions import Questions, answer_questions, read_answers, read_questions, transcripts
-from tasks.seed import SeedError
+from tasks.seed import SeedError, read_seeds
 
 FASTCHAT = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Make it shorter."]},
@@ -48,6 +48,11 @@ def test_a_question_of_two_turns_is_two_rows_and_the_first_is_the_parent(asked: 
 def test_the_same_second_turn_after_another_first_is_another_row(home: Path, tmp_path: Path) -> None:
     rows = [{"question_id": n, "turns": [f"Write {n}.", "Make it shorter."]} for n in (1, 2)]
     assert len(by_id(read_questions(lines(tmp_path / "q.jsonl", *rows)).turns)) == 4
+
+
+def test_without_a_file_the_held_out_instructions_are_asked(home: Path) -> None:
+    asked = [row["instruction"] for row in read_rows(read_questions("bundled").turns)]
+    assert asked == [row["instruction"] for row in read_seeds("bundled", bundled="heldout.jsonl").rows]
 
 
 def test_questions_that_begin_alike_are_counted_and_not_dropped_in_silence(home: Path, tmp_path: Path) -> None:
