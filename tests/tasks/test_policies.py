@@ -13,6 +13,7 @@ from tasks.discriminate import DiscriminateConfig, Split, discriminate
 from tasks.models.local import LocalModel
 from tasks.policies import KernelLocks, WholeResult, identity, stage_key, stage_key_of
 from tasks.seed import SeedConfig
+from tasks.teacher import TeacherConfig
 
 
 def a_split() -> Split:
@@ -42,6 +43,8 @@ def test_a_setting_that_changes_only_how_is_in_no_key() -> None:
     assert identity(LocalModel(max_batch_rows=1)) == identity(LocalModel(max_batch_rows=512))
     assert identity(LocalModel(precision="fp32")) != identity(LocalModel(precision="bf16"))
     assert identity(SeedConfig(path="/here")) == identity(SeedConfig(path="/there"))
+    assert identity(SeedConfig(heldout="/here")) == identity(SeedConfig(heldout="/there"))
+    assert identity(TeacherConfig(license="MIT")) == identity(TeacherConfig()), "no answer is paid for again"
 
 
 def test_an_input_without_an_identity_is_refused() -> None:

@@ -138,9 +138,19 @@ def test_answers_come_from_fastchats_file_or_from_the_outputs_of_the_same_instru
     rows = list(by_id(snapshot).values())
     assert [row["response"] for row in rows] == ["Roses.", "Rose.", None]
     assert (missing, rows[2]["status"], rows[0]["model"]) == (1, "failed", "gpt-4")
-    alpaca = {"instruction": "What is 2 + 2?", "output": "4"}
-    snapshot, missing = read_answers(Path(lines(tmp_path / "mine.jsonl", alpaca)), asked)
+    alpaca = [{"instruction": "What is 2 + 2?", "output": "4"}, {"instruction": "Write a poem.", "output": ""}]
+    snapshot, missing = read_answers(Path(lines(tmp_path / "mine.jsonl", *alpaca)), asked)
     assert ([row["response"] for row in by_id(snapshot).values()], missing) == ([None, None, "4"], 2)
+
+
+@pytest.mark.parametrize("choices", [[], None, [{}], [{"turns": "Roses."}], [{"turns": ["Roses.", None]}]])
+def test_an_answer_that_is_no_list_of_texts_is_named_with_its_line(
+    asked: Questions, tmp_path: Path, choices: Any
+) -> None:
+    good = {"question_id": 82, "choices": [{"turns": ["Four."]}]}
+    path = lines(tmp_path / "gpt.jsonl", good, {"question_id": 81, "choices": choices})
+    with pytest.raises(SeedError, match=r"gpt\.jsonl, line 2: expected the answers as `choices\[0\]\.turns`"):
+        read_answers(Path(path), asked)
 
 
 def test_a_file_that_answers_nothing_is_refused(asked: Questions, tmp_path: Path) -> None:

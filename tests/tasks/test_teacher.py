@@ -9,11 +9,12 @@ from pydantic import ValidationError
 
 from storage.files import Checkpoint, Snapshot
 from storage.pools import by_id, write_snapshot
-from tasks import teacher
+from tasks import student, teacher
 from tasks.models.budget import Account
 from tasks.models.chat import Reply, Request, Status
 from tasks.models.local import LocalModel
 from tasks.models.ready import ReadyModel
+from tasks.student import StudentConfig, answer_with_student
 from tasks.teacher import FurtherTeacher, TeacherConfig, answer_with_teacher
 
 NAMES = ("main", "coder", "third")
@@ -31,7 +32,7 @@ def pool(rows: int) -> Snapshot:
         {
             "instruction_id": f"r{number}",
             "instruction": f"Say {number}.",
-            "category": "coding" if number % 10 == 0 else "math",
+            "category": "coding" if number % 10 == 0 else "math" if number % 2 else None,
             "origin": "seed",
         }
         for number in range(rows)
@@ -76,6 +77,32 @@ def test_what_is_known_is_not_asked_again(asked: Counter[str]) -> None:
     asked.clear()
     answers(pool(30), (first,))
     assert asked.total() == 10
+    lost = [row | ({"status": "failed"} if row["instruction_id"] == "r7" else {}) for row in by_id(first).values()]
+    asked.clear()
+    answers(pool(30), (write_snapshot("responses", lost, step="test", version=1),))
+    assert asked.total() == 11, "one that failed is"
+
+
+def test_several_teachers_may_share_all_of_it() -> None:
+    half = FurtherTeacher(model=LocalModel(), share=0.5)
+    assert len(TeacherConfig(further=(half, half)).models) == 3
+
+
+def test_teacher_and_student_are_asked_in_the_same_words(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"instruction_id": "a", "instruction": "Add.", "input": "1 2", "origin": "seed"}
+    seen: list[Request] = []
+
+    def answer(model: ReadyModel, requests: list[Request], *rest: Any, **more: Any) -> list[Reply]:
+        seen.extend(requests)
+        return [Reply(request.id, Status.TRUNCATED, "3", model="s") for request in requests]
+
+    monkeypatch.setattr(student, "answer", answer)
+    pool = write_snapshot("instructions", [row], step="test", version=1)
+    (said,) = by_id(answer_with_student.fn(StudentConfig(system_prompt="Be brief."), MODELS[0], pool, 0)).values()
+    assert (said["role"], said["status"], said["response"]) == ("student", "truncated", "3")
+    request = TeacherConfig(system_prompt="Be brief.", draw=2).request(row)
+    assert (request.id, request.draw, request.messages) == ("a", 2, seen[0].messages)
+    assert [said["content"] for said in request.messages or ()] == ["Be brief.", "Add.\n\n1 2"]
 
 
 @pytest.mark.parametrize(
