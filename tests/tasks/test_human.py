@@ -3,6 +3,7 @@
 import codecs
 import csv
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def test_the_last_vote_of_a_voter_counts(study: HumanStudy) -> None:
         cast(study, [say(study, "ann", "q1", winner)])
     found = results(study)["helpful"]
     assert (found.wins, found.losses) == (0, 1)
+    voted = {row["item"]: row["votes"] for row in items_as_json(study, "ann") if row["votes"]}
+    assert voted == {"q1": {"helpful": say(study, "ann", "q1", "b").choice}}
 
 
 def test_a_vote_is_on_disk_at_once_and_a_torn_line_is_none(study: HumanStudy) -> None:
@@ -152,6 +155,7 @@ def test_fleiss_kappa_is_that_of_the_published_table() -> None:
     ]  # fmt: skip
     rows = [[str(category) for category, count in enumerate(row) for _ in range(count)] for row in table]
     assert fleiss_kappa(rows) == pytest.approx(0.210, abs=0.0005)
+    assert fleiss_kappa([["y"] * 3] * 4) is None and fleiss_kappa([]) is None
 
 
 def filled(path: Path, fill: Any, delimiter: str = ",", encoding: str = "utf-8") -> None:
@@ -172,6 +176,8 @@ def test_a_sheet_goes_out_and_its_votes_come_back(study: HumanStudy, tmp_path: P
     assert read_sheet(study, "ann", path) == 23
     found = results(study)
     assert (found["helpful"].wins, found["honest"].ties, found["harmless"].votes) == (20, 3, 0)
+    write_sheet(study, "ann", path)
+    assert read_sheet(study, "ann", path) == 23, "one that goes out again holds what was voted"
 
 
 def test_a_wrong_cell_and_a_wrong_voter_are_named_and_nothing_is_taken(study: HumanStudy, tmp_path: Path) -> None:
@@ -183,6 +189,12 @@ def test_a_wrong_cell_and_a_wrong_voter_are_named_and_nothing_is_taken(study: Hu
     filled(path, lambda number, row: {"helpful": "tie"})
     with pytest.raises(HumanEvalError, match="neither answer stands as bob saw it"):
         read_sheet(study, "bob", path)
+    filled(path, lambda number, row: {"item": "q99"} if number == 2 else {})
+    with pytest.raises(HumanEvalError, match=rf"line 4: {study.study_id} has no item 'q99'"):
+        read_sheet(study, "ann", path)
+    path.write_text(path.read_text().replace("helpful", "helpfull"))
+    with pytest.raises(HumanEvalError, match=r"ann\.csv: no column helpful\."):
+        read_sheet(study, "ann", path)
     assert votes_of(study) == {}
 
 
@@ -221,6 +233,19 @@ def test_a_sheet_comes_back_as_a_spreadsheet_writes_it(home: Path, tmp_path: Pat
     filled(path, lambda *_: {}, encoding="cp1252")
     with pytest.raises(HumanEvalError, match=r"ann\.csv: not UTF-8 .* Save the sheet as CSV UTF-8"):
         read_sheet(study, "ann", path)
+
+
+def test_without_its_id_the_newest_study_is_meant(study: HumanStudy) -> None:
+    other = new_study("student", "claude", study.items, seed=0)
+    for age, each in enumerate((other, study)):  # whichever has the greater id
+        os.utime(each.folder / "study.json", (1000 + age, 1000 + age))
+    assert find_study(None) == study
+    os.utime(other.folder / "study.json", (2000, 2000))
+    assert find_study(None) == other and find_study(study.study_id) == study
+    with pytest.raises(HumanEvalError, match=r"no human evaluation gone .* lion human-eval new"):
+        find_study("gone")
+    with pytest.raises(HumanEvalError, match="nothing to judge"):
+        new_study("student", "claude", [], seed=0)
 
 
 def test_the_aspects_are_the_papers() -> None:
