@@ -57,7 +57,8 @@ def test_rouge_l_equals_rouge_score(a: str, b: str) -> None:
 
 def test_rouge_l_of_texts_without_latin_letters_is_that_of_their_words() -> None:
     assert rouge_l("Напиши стихотворение", "Напиши стихотворение") == 1.0
-    assert rouge_l("Напиши стихотворение", "Напиши письмо") == 0.5
+    assert rouge_l("Напиши стихотворение", "напиши ПИСЬМО") == 0.5
+    assert rouge_l("写诗 ab", "ab") == 0.5, "where half of the letters are Latin, the others are words, too"
 
 
 # The index

@@ -8,7 +8,7 @@ import pytest
 from storage.catalog import query
 from storage.pools import instruction_id
 from storage.runs import Manifest
-from tasks.gains import gain_charts
+from tasks.gains import Described, gain_charts
 from tasks.report import HARD_SHARE, MOST_CATEGORIES, verdict, write_report
 from tests import recorded
 from tests.recorded import HELDOUT_IDS, evaluation, record_run, reviews, snapshot
@@ -61,15 +61,21 @@ def test_a_referees_scores_and_a_metrics_are_not_on_one_chart(home: Path) -> Non
     run = record_run()
     assert run.baseline.evaluation
     assert [point["iteration"] for point in points(run)] == [0, 1]
+    assert "(ROUGE-L)" in relative_score_of(run)[1]
     judged = [(HELDOUT_IDS[0], order, 8.0, 4.0) for order in ("teacher_first", "student_first")]
     run.baseline.evaluation.reviews = snapshot("reviews", reviews(*judged), "referee")
     assert [(point["iteration"], point["value"]) for point in points(run)] == [(0, 50.0)]
+    assert "(the referee's, mean of both orders)" in relative_score_of(run)[1]
 
 
 def points(run: Manifest) -> list[dict[str, Any]]:
     """What the chart of the relative score shows."""
-    (chart,) = (chart for title, _, chart in gain_charts(run) if title == "Relative score")
-    return chart.to_dict()["data"]["values"]
+    return relative_score_of(run)[2].to_dict()["data"]["values"]
+
+
+def relative_score_of(run: Manifest) -> Described:
+    (described,) = (each for each in gain_charts(run) if each[0] == "Relative score")
+    return described
 
 
 def test_an_answer_that_does_not_end_is_cut_and_the_page_says_how_much(
