@@ -151,6 +151,47 @@ def test_exports_train_with_trl_unchanged(run: Manifest, tmp_path: Path, tiny_mo
         assert trainer.train().global_step == 1
 
 
+def test_an_instruction_of_several_iterations_counts_for_the_first_and_has_its_latest_answer(
+    run: Manifest, tmp_path: Path
+) -> None:
+    first = run.iterations[0]
+    later = [row | {"response": f"Later: {row['response']}"} for row in read_rows(first.snapshots["teacher_responses"])]
+    answers = write_snapshot("responses", later, step="teacher", version=1)
+    again = {"iteration": 2, "snapshots": first.snapshots | {"teacher_responses": answers}}
+    run.iterations.append(first.model_copy(update=again))
+    run.save()
+    export(run, "messages", tmp_path / "a.jsonl")
+    row = by_id(lines(tmp_path / "a.jsonl"))[IDS[0]]
+    assert (row["iteration"], row["messages"][-1]["content"]) == (1, "Later: Rayleigh scattering.")
+    export(run, "dpo", tmp_path / "d.jsonl")
+    (pair,) = lines(tmp_path / "d.jsonl")
+    assert (pair["iteration"], pair["chosen"][0]["content"]) == (2, "Later: Rayleigh scattering.")
+
+
+@pytest.mark.parametrize("changed", [{"status": "truncated"}, {"status": "refused"}, {"response": "It is blue."}])
+def test_nothing_is_preferred_that_was_cut_or_refused_or_is_what_the_student_said(
+    run: Manifest, tmp_path: Path, changed: dict[str, str]
+) -> None:
+    run.config["finetune"]["train_on_truncated"] = False
+    assert export(run, "dpo", tmp_path / "d.jsonl") == 1
+    rows = [row | changed for row in read_rows(run.iterations[0].snapshots["teacher_responses"])]
+    run.iterations[0].snapshots["teacher_responses"] = write_snapshot("responses", rows, step="teacher", version=1)
+    run.save()
+    with pytest.raises(NothingToExport):
+        export(run, "dpo", tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("form", ["messages", "dpo"])
+def test_another_run_of_the_same_seeds_is_not_in_it(run: Manifest, tmp_path: Path, form: Any) -> None:
+    export(run, form, tmp_path / "alone.jsonl")
+    other = record_run("other-1")
+    for iteration in (0, 1, 2):
+        other.iterations[0].iteration = iteration
+        other.save()
+        export(run, form, tmp_path / "beside.jsonl")
+        assert lines(tmp_path / "beside.jsonl") == lines(tmp_path / "alone.jsonl")
+
+
 def test_what_the_trainer_left_out_was_not_trained_on(run: Manifest, tmp_path: Path) -> None:
     run.iterations[0].training["left_out"] = {"no_label": [IDS[0]], "empty": []}
     assert export(run, "messages", tmp_path / "a.jsonl") == 1

@@ -54,7 +54,7 @@ def test_a_record_without_an_answer_is_refused_by_its_place(record: Any) -> None
 def test_only_whole_good_answers_are_trained_on_and_the_others_are_counted(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = [{"instruction_id": key, "instruction": key, "origin": "seed"} for key in "abcde"]
+    pool = [{"instruction_id": key, "instruction": key, "input": "1 2", "origin": "seed"} for key in "abcde"]
     statuses = {"a": "ok", "b": "truncated", "c": "failed", "d": "ok"}
     answers = [
         {"instruction_id": key, "role": "teacher", "model": "m", "status": status, "prompt_tokens": 1,
@@ -73,16 +73,26 @@ def test_only_whole_good_answers_are_trained_on_and_the_others_are_counted(
         write_snapshot("responses", answers, step="t", version=1),
     ]
     student = Checkpoint(digest="s", content="s")
-    trained = finetune_student.fn(FinetuneConfig(), student, *inputs, None, 0)
-    assert [row["instruction_id"] for row in read_rows(trained.examples)] == ["a", "d"]
+    trained = finetune_student.fn(FinetuneConfig(), student, *inputs, "Be brief.", 0)
+    rows = read_rows(trained.examples)
+    assert [(row["instruction_id"], row["response"], row["whole"]) for row in rows] == [
+        ("a", "answer", True), ("d", "answer", True)
+    ]  # fmt: skip
+    assert [said["content"] for said in rows[0]["messages"]] == ["Be brief.", "a\n\n1 2"]
     assert trained.left_out == {"truncated": 1, "failed": 1, "unanswered": 1, "no_label": 1}
     assert trained.rows == 1
 
     often = FinetuneConfig.model_validate({"training": {"save_steps": 7, "report_to": ["wandb"]}})
-    finetune_student.fn(often, student, *inputs, None, 0)
+    finetune_student.fn(often, student, *inputs, "Be brief.", 0)
     longer = FinetuneConfig.model_validate({"training": {"max_length": 512}})
-    finetune_student.fn(longer, student, *inputs, None, 0)
+    finetune_student.fn(longer, student, *inputs, "Be brief.", 0)
     assert jobs[0] == jobs[1] != jobs[2]
+
+    cut = finetune_student.fn(FinetuneConfig(train_on_truncated=True), student, *inputs, None, 0)
+    assert [row["whole"] for row in read_rows(cut.examples)] == [True, False, True], "of b's end nothing is known"
+    lost = write_snapshot("responses", answers[2:3], step="t", version=1)
+    with pytest.raises(NothingToTrainOn, match="worth training on: 4 unanswered, 1 failed"):
+        finetune_student.fn(FinetuneConfig(), student, inputs[0], lost, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +101,8 @@ def test_only_whole_good_answers_are_trained_on_and_the_others_are_counted(
         {"instruction": "Add.", "input": 5, "output": "3"},
         {"messages": [{"role": "usr", "content": "?"}, {"role": "assistant", "content": "!"}]},
         {"messages": [{"content": "?"}, {"role": "assistant", "content": "!"}]},
+        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "!"}]},
+        {"messages": [{"role": "user", "content": "?"}, {"role": "tool", "content": "1"}], "response": "!"},
     ],
 )
 def test_a_turn_that_is_none_is_named(record: dict[str, Any]) -> None:
@@ -117,5 +129,6 @@ def test_what_a_trainer_killed_at_its_very_end_left_behind_is_cleared_away(
     (made.path / "trainer" / "checkpoint-12").mkdir(parents=True)
     monkeypatch.setattr(finetune, "make_checkpoint", lambda *args, **options: (made, MADE))
     data = write_snapshot("examples", [], step="t", version=1)
-    assert train_student(SftSettings(), Checkpoint(digest="s", content="s"), data, 0).checkpoint == made
+    trained = train_student(SftSettings(), Checkpoint(digest="s", content="s"), data, 0)
+    assert (trained.checkpoint, trained.left_out) == (made, {"no_label": 1})
     assert made.path.is_dir() and not (made.path / "trainer").exists()

@@ -182,12 +182,13 @@ def test_mt_bench_files_have_its_fields_and_an_error_where_no_review_is_valid(as
         {"instruction_id": talks[0][0], "order": "student_first", "student_score": 9, "teacher_score": 5},
         {"instruction_id": talks[0][0], "order": "teacher_first", "student_score": 4, "teacher_score": 5},
         {"instruction_id": talks[0][1], "order": "student_first", "student_score": None, "teacher_score": None},
+        {"instruction_id": talks[1][0], "order": "unordered", "student_score": 5, "teacher_score": 5},
     ]
     rows = [row | {"evidence": None, "outcome": "ok"} for row in reviews]
     pairs = [json.loads(line) for line in review_lines("mine", "gpt", "llm", ids, talks, rows)]
     assert [(pair["question_id"], pair["turn"]) for pair in pairs] == [(81, 1), (81, 2), (82, 1)]
     assert [(pair["g1_winner"], pair["g2_winner"]) for pair in pairs] == [
-        ("model_1", "model_2"), ("error", "error"), ("error", "error"),
+        ("model_1", "model_2"), ("error", "error"), ("tie", "tie"),
     ]  # fmt: skip
 
 
