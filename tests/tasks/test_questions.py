@@ -91,7 +91,7 @@ def test_messages_give_their_users_turns(home: Path, tmp_path: Path) -> None:
     assert [row["instruction"] for row in found] == ["user1", "user2"]
 
 
-@pytest.mark.parametrize("turns", [[], "What?", [1]])
+@pytest.mark.parametrize("turns", [[], "What?", [1], ["What?", None]])
 def test_turns_that_are_no_texts_are_named_with_their_line(home: Path, tmp_path: Path, turns: Any) -> None:
     path = lines(tmp_path / "q.jsonl", FASTCHAT[1], {"question_id": 1, "turns": turns})
     with pytest.raises(SeedError, match=r"q\.jsonl, line 2: `turns` must be a list of texts"):

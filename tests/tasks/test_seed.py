@@ -40,12 +40,13 @@ def test_no_bundled_heldout_instruction_is_near_a_seed() -> None:
     assert [row for row in heldout if index.nearest(joined(row))] == []
 
 
-@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("form", ["json", "jsonl", "lines in .json", "csv", "parquet"])
 def test_alpaca_rows_read_the_same_from_every_form(tmp_path: Path, form: str) -> None:
     if form == "json":
         path = written(tmp_path, "s.json", json.dumps(ALPACA, ensure_ascii=False))
-    elif form == "jsonl":
-        path = written(tmp_path, "s.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in ALPACA))
+    elif form in {"jsonl", "lines in .json"}:
+        name = "s.jsonl" if form == "jsonl" else "s.json"
+        path = written(tmp_path, name, "\n".join(json.dumps(row, ensure_ascii=False) for row in ALPACA))
     elif form == "csv":
         lines = [f'"{row["instruction"]}","{row["input"]}","{row["output"]}"' for row in ALPACA]
         path = written(tmp_path, "s.csv", "instruction,input,output\n" + "\n".join(lines))
@@ -96,8 +97,9 @@ def test_what_a_pool_has_no_column_for_is_counted(home: Path, tmp_path: Path) ->
         {"instruction": "Sort.", "instances": [{"input": "2 1", "output": "1 2"}, {"input": "4 3", "output": "3 4"}]},
     ]
     path = written(tmp_path, "s.jsonl", "\n".join(map(json.dumps, rows)))
-    assert load_seeds.fn(SeedConfig(path=path), "", "").passed_over == {
-        "`context`": 2, "turns after the first": 1, "system messages": 1, "instances after the first": 1
+    heldout = written(tmp_path, "heldout.jsonl", '{"instruction": "Why not?", "context": "", "hint": "No."}')
+    assert load_seeds.fn(SeedConfig(path=path, heldout=heldout), "", "").passed_over == {
+        "`context`": 2, "turns after the first": 1, "system messages": 1, "instances after the first": 1, "`hint`": 1
     }  # fmt: skip
     assert load_seeds.fn(SeedConfig(), "", "").passed_over == {}
 
@@ -172,6 +174,26 @@ def test_a_cell_of_a_csv_may_be_as_long_as_a_text_is(tmp_path: Path) -> None:
     text = "word " * 50_000
     (row,) = read_seeds(written(tmp_path, "s.csv", f"instruction,input\nSum up.,{text}\n")).rows
     assert row["input"] == text.strip()
+
+
+def test_seeds_are_the_same_while_the_file_holds_the_same(tmp_path: Path) -> None:
+    one, same, other = (written(tmp_path, f"{n}.txt", f"Why?\n{n // 2}\n") for n in range(3))
+    digests = [SeedConfig(path=path, heldout="hf:some/set").digests() for path in (one, same, other)]
+    assert digests[0] == digests[1] != digests[2]
+    assert SeedConfig(path=one, heldout="hf:other/set").digests()[1] != digests[0][1]
+    assert SeedConfig().digests() != SeedConfig().digests()[::-1]
+
+
+def test_a_dataset_is_read_in_the_split_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra hub")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for split, asked in (("train", "Why?"), ("test", "How?")):
+        written(tmp_path / "set", f"{split}.jsonl", json.dumps({"instruction": asked}) + "\n")
+    for spec, asked in (("", "Why?"), (":test", "How?")):
+        assert [row["instruction"] for row in read_seeds(f"hf:{tmp_path / 'set'}{spec}").rows] == [asked]
+    with pytest.raises(SeedError, match="gone: the dataset cannot be had"):
+        read_seeds(f"hf:{tmp_path / 'gone'}")
 
 
 def test_a_line_separator_in_a_csv_field_ends_no_row(tmp_path: Path) -> None:
