@@ -295,6 +295,18 @@ def test_a_model_is_local_unless_it_says_otherwise() -> None:
     assert resolve("lion-7b").teacher.model.kind == "openai"
 
 
+def test_a_referee_that_is_one_of_the_teachers_is_remarked_upon() -> None:
+    from flows.config import resolve
+
+    def remarked(*settings: str) -> list[str]:
+        return [warning.partition(" are the same model.")[0] for warning in resolve("lion-7b", settings).warnings()]
+
+    also = "teacher.further=[{share: 0.5, model: {kind: openai, model: gpt-4.1-mini}}]"
+    assert remarked("referee.model.max_concurrency=3") == ["The referee and the teacher"]
+    assert remarked("teacher.model.model=another", also) == ["The referee and the teacher 2"]
+    assert remarked("teacher.model.model=another") == [] == resolve("offline").warnings()
+
+
 def test_a_narrow_terminal_cuts_no_id(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.terminal import out, print_rows
 

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.states import Failed
 
-from storage.files import Snapshot, StorageError
+from storage.files import Checkpoint, Snapshot, StorageError
 from storage.pools import write_snapshot
 from tasks.discriminate import DiscriminateConfig, Split, discriminate
+from tasks.models.errors import ModelError
 from tasks.models.local import LocalModel
-from tasks.policies import KernelLocks, WholeResult, identity, stage_key, stage_key_of
+from tasks.policies import KernelLocks, WholeResult, identity, may_pass, stage_key, stage_key_of
 from tasks.seed import SeedConfig
 from tasks.teacher import TeacherConfig
 
@@ -45,6 +47,16 @@ def test_a_setting_that_changes_only_how_is_in_no_key() -> None:
     assert identity(SeedConfig(path="/here")) == identity(SeedConfig(path="/there"))
     assert identity(SeedConfig(heldout="/here")) == identity(SeedConfig(heldout="/there"))
     assert identity(TeacherConfig(license="MIT")) == identity(TeacherConfig()), "no answer is paid for again"
+
+
+def test_weights_that_the_same_job_made_again_change_no_key() -> None:
+    assert identity(Checkpoint(digest="job", content="a")) == identity(Checkpoint(digest="job", content="b"))
+    assert identity([Checkpoint(digest="job", content="a")]) != identity([Checkpoint(digest="other", content="a")])
+
+
+def test_a_stage_is_tried_again_unless_its_input_is_wrong_or_its_requests_were_tried_again_already() -> None:
+    errors = (ValueError("wrong"), ModelError("gone"), RuntimeError("killed"))
+    assert [may_pass(None, None, Failed(data=error)) for error in errors] == [False, False, True]
 
 
 def test_an_input_without_an_identity_is_refused() -> None:
