@@ -56,6 +56,9 @@ def test_a_base_model_whose_texts_begin_with_bos_gets_it_once(tokenizer: Any) ->
     )
     ids = encode_prompt(tokenizer, ASK)
     assert ids[0] == bos and bos not in ids[1:]
+    example = encode_example(tokenizer, ASK, "Scattering.", whole=True, max_length=512)
+    assert example.input_ids[: len(ids)] == ids and example.input_ids.count(bos) == 1
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
 
 
 def test_a_special_token_that_has_no_name_ends_a_turn_all_the_same(tokenizer: Any) -> None:
