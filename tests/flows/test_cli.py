@@ -295,6 +295,23 @@ def test_a_model_is_local_unless_it_says_otherwise() -> None:
     assert resolve("lion-7b").teacher.model.kind == "openai"
 
 
+def test_a_file_is_laid_upon_a_preset_and_a_setting_upon_both(tmp_path: Path) -> None:
+    from flows.config import resolve
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("iterations: 7\nseed: 5\ndiscriminate: {threshold: 0.25}\n")
+    found = resolve("smoke", ["seed=6"], file)
+    assert (found.iterations, found.seed, found.discriminate.threshold) == (7, 6, 0.25)
+    assert found.generate == resolve("smoke").generate != resolve().generate, "what neither says is the preset's"
+
+
+def test_who_approves_of_a_run_and_what_it_may_spend_make_no_other_run_of_it() -> None:
+    from flows.config import resolve
+
+    same = ["approve=spend", "approve_within=60", "task_runner=ray", "budget.max_usd=5", "teacher.license=MIT"]
+    assert resolve("smoke", same).run_id == resolve("smoke").run_id != resolve("smoke", ["seed=6"]).run_id
+
+
 def test_a_referee_that_is_one_of_the_teachers_is_remarked_upon() -> None:
     from flows.config import resolve
 
