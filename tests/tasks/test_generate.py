@@ -83,9 +83,8 @@ def test_each_side_gets_its_share_of_new_instructions(generated: Any) -> None:
     result = generated(fresh, pool_of(SEEDS), hard=4)
     rows = [row for row in read_rows(result.candidates) if row["rejection"] is None]
     assert sorted(row["side"] for row in rows) == ["easy"] * 4 + ["hard"] * 4
-    assert (result.generated.accepted, result.generated.rejected) == (8, {"surplus": 2}), (
-        "no more is paid for than needed"
-    )
+    assert (result.generated.accepted, result.generated.wanted) == (8, 8)
+    assert result.generated.rejected == {"surplus": 2}, "five of a side were asked for: one of ten may fail"
     for side, own in (("hard", SEEDS[:4]), ("easy", SEEDS[4:])):
         parents = {row["parent_id"] for row in rows if row["side"] == side}
         assert parents == {instruction_id(text, None) for text in own}, "each of the side's own, once"
@@ -251,11 +250,15 @@ def test_half_a_character_in_a_candidate_can_be_kept(generated: Any) -> None:
     }
 
 
-def test_an_iteration_asks_a_parent_for_what_no_earlier_one_was_answered(generated: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("method", ["prompt", "continuation"])
+def test_an_iteration_asks_a_parent_for_what_no_earlier_one_was_answered(
+    generated: Any, monkeypatch: Any, method: str
+) -> None:
     draws: dict[int, set[int]] = {}
     for iteration in (1, 2):
         monkeypatch.setattr("tests.tasks.test_generate.ACCOUNT", Account(run_id="r", role="g", iteration=iteration))
         seen: list[int] = []
-        generated(lambda request: seen.append(request.draw) or fresh(request), pool_of(SEEDS), hard=4)  # noqa: B023
+        say = lambda request: seen.append(request.draw) or fresh(request)  # noqa: B023, E731
+        generated(say, pool_of(SEEDS), hard=4, method=method)
         draws[iteration] = set(seen)
     assert 0 in draws[1] and not draws[1] & draws[2]
