@@ -9,7 +9,8 @@ from storage.files import Checkpoint
 from storage.pools import read_rows, write_snapshot
 from tasks import finetune
 from tasks.finetune import FinetuneConfig, NothingToTrainOn, examples_of, finetune_student, train_student
-from tasks.jobs.settings import SftSettings
+from tasks.jobs.launch import checkpoint_folder
+from tasks.jobs.settings import SftSettings, launcher_command
 
 MADE = {"left_out": {"no_label": ["a"], "empty": []}, "rows": 1}
 
@@ -132,3 +133,32 @@ def test_what_a_trainer_killed_at_its_very_end_left_behind_is_cleared_away(
     trained = train_student(SftSettings(), Checkpoint(digest="s", content="s"), data, 0)
     assert (trained.checkpoint, trained.left_out) == (made, {"no_label": 1})
     assert made.path.is_dir() and not (made.path / "trainer").exists()
+
+
+def test_several_processes_share_the_processors_and_other_machines_are_told_what_to_start(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    asked: list[dict[str, Any]] = []
+
+    def make_checkpoint(module: str, job: dict[str, Any], made_from: dict[str, Any], **options: Any) -> Any:
+        asked.append(options | {"folder": checkpoint_folder(module, made_from)})
+        return Checkpoint(digest="d", content="c"), MADE
+
+    monkeypatch.setattr(finetune, "make_checkpoint", make_checkpoint)
+    monkeypatch.setattr(finetune, "tell", told.append)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    data = write_snapshot("examples", [], step="t", version=1)
+    alone = SftSettings(strategy="single")
+    both = SftSettings(strategy="ddp", processes_per_node=2, nodes=2, rdzv_endpoint="first:29500")
+    for settings in (alone, both):
+        train_student(settings, Checkpoint(digest="s", content="s"), data, 0)
+    assert [options["environment"] for options in asked] == [{}, {"OMP_NUM_THREADS": "4"}]
+    assert [options["launcher"] for options in asked] == [[], launcher_command(both)]
+    (said,) = told
+    command = " ".join([*launcher_command(both), "-m", "tasks.jobs.sft", str(asked[1]["folder"] / "job.json")])
+    assert said.startswith("Waiting for 2 machines") and said.endswith(command)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    train_student(both, Checkpoint(digest="s", content="s"), data, 0)
+    assert asked[2]["environment"] == {}, "whoever runs it has chosen"
