@@ -9,10 +9,13 @@ Knows nothing of tables, DuckDB or models.
     True
 """
 
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,6 +104,12 @@ def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def write_json_list(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows as one JSON list, whole or not at all; see `write_json_lines`."""
     write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def read_csv(text: str, **options: Any) -> "csv.DictReader[str]":
+    """The rows of a CSV file; a cell may be as long as a text is, which Python by itself does not allow."""
+    csv.field_size_limit(sys.maxsize)
+    return csv.DictReader(io.StringIO(text, newline=""), **options)
 
 
 def lock_file(name: str) -> Path:

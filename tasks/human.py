@@ -8,11 +8,9 @@ and item. The aspects are those of the paper's human evaluation (Askell et al. 2
 """
 
 import csv
-import io
 import json
 import os
 import random
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,11 +18,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from storage.files import digest_of, home, locked, write_atomic
+from storage.files import digest_of, home, locked, read_csv, write_atomic
 from storage.runs import Interval
 from tasks.relative import paired
-
-csv.field_size_limit(sys.maxsize)  # an answer may be longer than the 131,072 characters that Python allows a cell
 
 Aspect = Literal["helpful", "honest", "harmless"]
 Choice = Literal["first", "tie", "second"]  # as the answers were shown to this voter
@@ -203,7 +199,7 @@ def read_sheet(study: HumanStudy, voter: str, path: Path) -> int:
         raise HumanEvalError(f"{path}: not UTF-8 ({error}). Save the sheet as CSV UTF-8.") from None
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)  # where numbers have a comma, spreadsheets write semicolons
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+    reader = read_csv(text, delimiter=delimiter, restval="")
     if missing := set(SHEET) - set(reader.fieldnames or ()):
         raise HumanEvalError(f"{path}: no column {', '.join(sorted(missing))}. Fill in the sheet as it was written.")
     for row in reader:

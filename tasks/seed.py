@@ -4,9 +4,7 @@ lion run --preset offline --seeds my_tasks.jsonl
 """
 
 import csv
-import io
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +12,11 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.files import OPERATIONAL, Snapshot, StorageError, digest_of, digest_of_file, expanded
+from storage.files import OPERATIONAL, Snapshot, StorageError, digest_of, digest_of_file, expanded, read_csv
 from storage.pools import instruction_id, read_parquet, write_snapshot
 from tasks.contamination import find_near
 from tasks.models.chat import NOT_STORABLE, is_storable
 from tasks.policies import stage
-
-csv.field_size_limit(sys.maxsize)  # a text may be longer than the 131,072 characters that Python allows a cell
 
 VERSION = 2
 BUNDLED = Path(__file__).parent / "data"
@@ -248,7 +244,7 @@ def _jsonl(path: Path) -> Records:
 
 
 def _csv(path: Path) -> Records:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = read_csv(_text(path), strict=True)
     try:
         names = reader.fieldnames or []
         if twice := sorted({name for name in names if names.count(name) > 1}):
