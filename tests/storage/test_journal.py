@@ -71,6 +71,16 @@ def test_an_answer_is_there_after_kill_9(home: Path) -> None:
     assert [path.name for path in (home / "locks").iterdir()] == ["journal-opening.lock"]
 
 
+def test_an_answer_is_on_the_disk_when_it_is_used_and_whoever_reads_keeps_nobody_from_writing(home: Path) -> None:
+    """What kill -9 cannot show: a machine that loses its power."""
+    with Journal() as journal:
+        assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+        with sqlite3.connect(journal.path) as reader:
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+            journal.add([ANSWER])
+
+
 def test_an_answer_is_never_overwritten_nor_charged_twice(journal: Journal) -> None:
     journal.add([ANSWER])
     journal.add([replace(ANSWER, text="another", cost_usd=9.0)])
@@ -92,8 +102,17 @@ def test_spend_is_told_by_role_iteration_model_and_day(journal: Journal) -> None
         ("teacher", "2026-01-02", 2, 0.5),
     ]
     assert (rows[1].prompt_tokens, rows[1].cached_tokens, rows[1].completion_tokens) == (20, 8, 10)
-    assert len(journal.spend()) == 3
+    assert [row.run_id for row in journal.spend()] == ["run", "run", "other"]  # by day
     assert journal.spent("run", "referee") == Totals(0.0, 1, 15)
+
+
+def test_spend_of_one_day_adds_up_over_many_transactions(journal: Journal) -> None:
+    for number in range(3):
+        journal.add([replace(ANSWER, key=f"k{number}")], [Loss("run", "teacher", 1, "m", 100, 0.5, ANSWER.created, 2)])
+    (row,) = journal.spend()
+    assert (row.requests, row.prompt_tokens, row.cached_tokens, row.completion_tokens, row.usd) == (3, 30, 12, 15, 0.75)
+    assert (row.lost_requests, row.lost_tokens, row.lost_usd) == (6, 300, 1.5)
+    assert journal.spent("run") == Totals(2.25, 9, 345)
 
 
 def test_what_may_have_been_billed_counts_towards_the_caps_and_is_told_apart(journal: Journal) -> None:
@@ -111,6 +130,15 @@ def test_a_key_is_claimed_by_one_journal_only(home: Path) -> None:
         one.add([replace(ANSWER, key="b")], release=["a"])
         claimed = other.claim("run", "teacher", wishes("a", "b"), [])
         assert (claimed.granted, set(claimed.answered)) == ({"a"}, {"b"})
+
+
+def test_a_claim_is_released_alone_and_by_its_owner_alone(home: Path) -> None:
+    with Journal() as one, Journal() as other:
+        one.claim("run", "teacher", wishes("a", "b"), [])
+        one.add([], release=["a"])
+        other.add([], release=["b"])
+        claimed = other.claim("run", "teacher", wishes("a", "b"), [])
+        assert (claimed.granted, claimed.elsewhere) == ({"a"}, {"b"})
 
 
 def test_a_closed_journal_lets_go_of_its_claims(home: Path) -> None:
@@ -143,8 +171,8 @@ def test_a_cap_of_one_role_does_not_bind_another(journal: Journal) -> None:
     assert not journal.claim("other run", "teacher", wishes("b"), [Cap(max_requests=1)]).over
 
 
-def test_claiming_again_reserves_as_much_again(journal: Journal) -> None:
-    cap = Cap(max_usd=0.25)
+@pytest.mark.parametrize("cap", [Cap(max_usd=0.25), Cap(max_requests=2), Cap(max_tokens=29)])
+def test_claiming_again_reserves_as_much_again(journal: Journal, cap: Cap) -> None:
     assert journal.claim("run", "teacher", wishes("a"), [cap]).granted
     assert journal.claim("run", "teacher", wishes("a"), [cap]).granted
     assert journal.claim("run", "teacher", wishes("a"), [cap]).over
@@ -259,6 +287,20 @@ def test_a_journal_of_the_first_version_is_brought_up_to_date(home: Path) -> Non
         db.execute("INSERT INTO claims VALUES ('k', 'dead', 'run', 'teacher', 5, 0.5)")
     with Journal() as journal:
         assert journal.claim("run", "teacher", [Wish("k", 5, 0.5)], [], model="m").granted == {"k"}
+
+
+def test_a_journal_whose_update_was_cut_off_is_brought_up_to_date_by_the_next(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(db: sqlite3.Connection) -> None:
+        MIGRATIONS[1](db)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("storage.journal.MIGRATIONS", [MIGRATIONS[0], cut_off])
+        Journal()
+    with Journal() as journal:
+        assert journal.claim("run", "teacher", wishes("a"), [], model="m").granted == {"a"}
 
 
 def test_a_file_that_is_no_journal_is_named(home: Path) -> None:
