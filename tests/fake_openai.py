@@ -159,7 +159,7 @@ class FakeOpenAI:
         self.active = self.most_active = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
-        self.batch_script: deque[str] = deque()  # of the next batches: "ok", "stuck", "expire", "partly", "fail"
+        self.batch_script: deque[str] = deque()  # of the next: "ok", "stuck", "expire", "partly", "fail", "unheard"
         self.moved, self.port = moved, port
 
     @property
@@ -353,7 +353,7 @@ class FakeOpenAI:
             "output_file_id": None, "error_file_id": None, "fate": fate,
         }  # fmt: skip
         self.batches[id] = batch
-        return web.json_response(batch)
+        return _error(503, "The server had an error", "server_error") if fate == "unheard" else web.json_response(batch)
 
     async def _list_batches(self, request: web.Request) -> web.Response:
         data = list(reversed(self.batches.values()))

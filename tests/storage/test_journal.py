@@ -143,9 +143,10 @@ def test_a_claim_is_released_alone_and_by_its_owner_alone(home: Path) -> None:
 
 def test_a_closed_journal_lets_go_of_its_claims(home: Path) -> None:
     with Journal() as one:
-        one.claim("run", "teacher", wishes("a"), [])
+        one.claim("run", "teacher", wishes("a"), [], model="m")
     with Journal() as other:
         assert other.claim("run", "teacher", wishes("a"), []).granted == {"a"}
+        assert other.spend() == []  # nothing was under way, so nothing is lost
 
 
 @pytest.mark.parametrize("cap", [Cap(max_usd=0.35), Cap(max_requests=3), Cap(max_tokens=39), Cap("teacher", 0.3000001)])

@@ -77,6 +77,26 @@ def test_rows_that_no_batch_answers_go_the_ordinary_way() -> None:
         assert server.received == 2 and server.bill()["twice"] == {}
 
 
+@pytest.mark.parametrize(("poll", "deadline"), [(30, 86_400), (3600, 300)])
+def test_a_batch_is_looked_at_as_often_as_the_settings_say_until_the_deadline(
+    poll: float, deadline: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    with FakeOpenAI() as server:
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            server.batches["batch_0"]["fate"] = "ok"
+
+        monkeypatch.setattr(batch_module.time, "sleep", sleep)
+        server.batch_script.append("stuck")
+        assert {reply.status for reply in ask(server, questions(4), batch_poll=poll, batch_deadline=deadline)} == {
+            Status.OK
+        }
+        assert len(slept) == 1 and 0 < slept[0] <= min(poll, deadline)
+        assert server.bill()["requests"] == 4 and server.received == 0
+
+
 def test_after_the_deadline_the_rest_goes_the_ordinary_way_and_the_batch_is_stopped() -> None:
     with FakeOpenAI() as server:
         server.batch_script.append("stuck")
@@ -180,6 +200,13 @@ def test_a_batch_that_was_made_just_before_an_outage_is_found_again(monkeypatch:
         with monkeypatch.context() as patch, pytest.raises(Unreachable, match="found again"):
             patch.setattr(batch_module.Batches, "_create", create_and_break)
             ask(server, questions(6), deadline=0)
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+        assert len(server.batches) == 1 and server.bill()["twice"] == {}
+
+
+def test_a_batch_whose_making_was_not_heard_of_is_not_made_twice() -> None:
+    with FakeOpenAI() as server:
+        server.batch_script.append("unheard")
         assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
         assert len(server.batches) == 1 and server.bill()["twice"] == {}
 

@@ -126,6 +126,26 @@ def test_an_answer_that_is_not_whole_is_an_outcome_and_is_kept(fate: str, status
         assert server.received == 3
 
 
+def test_progress_tells_what_came_from_the_journal_what_failed_and_what_was_paid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tasks.models.client.PROGRESS_SECONDS", 0)
+    seen: list[Any] = []
+    with FakeOpenAI() as server:
+        ask(server, questions(20))
+        server.script.append("too-long")
+        ask(server, questions(60), max_failed_share=1, on_progress=lambda *told: seen.append(told))
+        paid = PRICE.cost(server.bill()["prompt_tokens"], 0, server.bill()["completion_tokens"])
+    with Journal() as journal:
+        usd = journal.spent("run").usd
+    assert usd == pytest.approx(paid)
+    # The last before the end has been counted one by one.
+    assert [(done, total) for done, total, _ in seen[-2:]] == [(60, 60)] * 2
+    assert seen[-2][2] == seen[-1][2]
+    assert {**seen[-1][2], "usd": 0} == {"usd": 0, "from journal": 20, "failed": 1}
+    assert 0 < seen[-1][2]["usd"] < usd
+
+
 # --- transient faults ------------------------------------------------------------------------------------------
 
 
@@ -630,19 +650,22 @@ def test_answers_that_no_journal_could_keep_count_as_lost(home: Path, monkeypatc
 
 CALLER = """
 import sys
+from tasks.models import client
 from tasks.models.budget import Account
 from tasks.models.chat import Sampling
 from tasks.models.client import answer_all
 from tasks.models.endpoint import OpenAIModel
 from tests.tasks.models.test_client import questions
+if len(sys.argv) > 3:
+    client.DRAIN_SECONDS = client.TERMINATED_SECONDS = float(sys.argv[3])
 model = OpenAIModel(model="fake", base_url=sys.argv[1], price="free", max_concurrency=16)
 answer_all(model, questions(int(sys.argv[2])), Sampling(), Account(run_id="run", role="teacher"), lambda *a: None)
 """
 
 
-def start_caller(server: FakeOpenAI, count: int) -> "subprocess.Popen[str]":
+def start_caller(server: FakeOpenAI, count: int, *patience: str) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", CALLER, server.url, str(count)]
+    command = [sys.executable, "-c", CALLER, server.url, str(count), *patience]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -671,10 +694,10 @@ def test_what_is_under_way_is_kept_when_the_process_is_told_to_stop(stop: signal
         assert server.received < 64
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "sigterm"])
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill", "sigterm", "ctrl-c"])
 def test_what_was_with_the_endpoint_when_the_process_ended_counts_as_lost(stop: signal.Signals) -> None:
     with FakeOpenAI(latency=30) as server:
-        caller = start_caller(server, 40)
+        caller = start_caller(server, 40, "0.2")
         wait_until(lambda: server.received >= 16)
         caller.send_signal(stop)
         caller.communicate()
@@ -682,6 +705,9 @@ def test_what_was_with_the_endpoint_when_the_process_ended_counts_as_lost(stop: 
     with Journal() as journal:
         (spent,) = journal.spend()
         assert spent.requests == 0 and spent.lost_requests >= sent == 16
+        assert (
+            spent.lost_requests == 16 or stop == signal.SIGKILL
+        )  # a dead process says of no request whether it was sent
         assert spent.model == "fake" and spent.lost_tokens > 0
 
 

@@ -5,11 +5,29 @@ from typing import Any
 import pytest
 
 from storage.journal import Wish
-from tasks.models.chat import Sampling, Status
+from tasks.models.chat import Request, Sampling, Status
+from tasks.models.endpoint import OpenAIModel
 from tasks.models.errors import TransientError
-from tasks.models.wire import Usage, said
+from tasks.models.prices import Price
+from tasks.models.wire import Dialect, Usage, failure, narrower, said, wish_of
 
 WISH, SAMPLING = Wish("k", 150, 0.0), Sampling(max_tokens=100)  # a prompt of at most 50 tokens
+
+
+def test_what_a_request_may_use_is_bounded_by_the_bytes_of_all_that_is_sent() -> None:
+    schema = {"type": "object", "properties": {"score": {"type": "number"}}}
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "世界" * 50}
+    price = Price(input=1, output=4)
+    bare, with_system, with_schema = (
+        wish_of("k", Request("r", messages, response_schema=asked), SAMPLING, price)
+        for messages, asked in (((user,), None), ((system, user), None), ((user,), schema))
+    )
+    assert bare.tokens - 100 >= 300
+    assert with_system.tokens - bare.tokens >= len("systemBe brief.")
+    assert with_schema.tokens - bare.tokens >= len(str(schema))
+    assert [wish.usd for wish in (bare, with_schema)] == [
+        price.worst(wish.tokens - 100, 100) for wish in (bare, with_schema)
+    ]
 
 
 def usage_of(usage: Any, text: str = "twelve bytes") -> Usage:
@@ -27,13 +45,18 @@ def test_what_is_counted_is_taken_as_it_is() -> None:
     assert usage_of({"prompt_tokens": 20, "completion_tokens": 0, "total_tokens": 20}, "") == Usage(20, 0, 0)
 
 
+@pytest.mark.parametrize("cached", [30, -3, "all", float("nan"), 1e300])
+def test_no_more_of_a_prompt_is_cheap_than_there_is(cached: Any) -> None:
+    assert usage_of({"prompt_tokens": 20, "prompt_tokens_details": {"cached_tokens": cached}}).cached_tokens in {0, 20}
+
+
 def test_thoughts_that_are_counted_in_the_total_alone_are_paid_for() -> None:
     assert usage_of({"prompt_tokens": 20, "completion_tokens": 7, "total_tokens": 927}) == Usage(20, 0, 907)
 
 
 @pytest.mark.parametrize(
     "usage",
-    [None, {}, [], {"prompt_tokens": 0, "completion_tokens": 0}, {"input_tokens": 3}, {"prompt_tokens": "many"}, {"prompt_tokens": -4}],
+    [None, {}, [], {"prompt_tokens": 0, "completion_tokens": 0}, {"input_tokens": 3}, {"prompt_tokens": "many"}, {"prompt_tokens": -4}, {"prompt_tokens": 1e300}],
 )  # fmt: skip
 def test_what_is_not_counted_gets_its_bound(usage: Any) -> None:
     assert usage_of(usage) == Usage(50, 0, 12)
@@ -76,3 +99,32 @@ def test_an_answer_in_parts_is_its_text_without_the_thoughts() -> None:
 def test_what_is_no_text_is_no_answer(content: Any) -> None:
     with pytest.raises(TransientError, match="without an answer"):
         said({"choices": [{"message": {"content": content}}]}, WISH, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("status", "maybe_billed", "hurried"),
+    [(429, False, True), (500, False, False), (425, False, False), (408, True, False), (504, True, False), (524, True, False)],
+)  # fmt: skip
+def test_a_rejection_says_how_long_to_wait_and_whether_it_may_be_billed(
+    status: int, maybe_billed: bool, hurried: bool
+) -> None:
+    error = failure(OpenAIModel(model="m"), status, "", "later", 7.5)
+    assert isinstance(error, TransientError)
+    assert (error.wait, error.maybe_billed, error.hurried) == (7.5, maybe_billed, hurried)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "sent"),
+    [
+        (400, "use 'max_completion_tokens'", {"max_completion_tokens": 7}),
+        (400, "'temperature' is not supported", {}),
+        (400, "the temperature in your prompt is not supported", {"temperature": 0.7}),
+        (400, "json_schema is not supported", {}),
+        (400, "Invalid schema for response_format", {"response_format": {"type": "json_schema"}}),
+        (500, "json_schema is not supported", {"response_format": {"type": "json_schema"}}),
+    ],
+)
+def test_a_rejection_of_what_was_not_sent_or_not_for_its_kind_changes_no_request(
+    status: int, message: str, sent: dict[str, Any]
+) -> None:
+    assert narrower(Dialect(), status, message, sent) is None
