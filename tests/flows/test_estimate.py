@@ -7,8 +7,10 @@ import pytest
 from flows.config import ConfigError, resolve
 from flows.estimate import estimate_run, total_usd
 from storage.journal import Answer, Journal, now
+from tasks.generate import PROMPTS
 from tasks.models.wire import keyer
-from tasks.seed import read_seeds
+from tasks.referee import PROMPT
+from tasks.seed import read_seeds, usable_seeds
 from tests.storage.test_journal import ANSWER
 
 PAID = (
@@ -57,6 +59,45 @@ def test_dollars_are_tokens_times_price(home: Path) -> None:
     cheaper, _ = estimate_run(resolve("lion-7b", PAID + batch), ["teacher_tokens=100"])
     assert cheaper[0].usd == pytest.approx(line.usd / 2)
     assert total_usd(found) > total_usd(cheaper)
+
+
+def test_prompts_are_reckoned_as_they_will_be_sent(home: Path) -> None:
+    config = resolve("lion-7b", (*PAID, "teacher.system_prompt=Be brief."))
+    found, _ = estimate_run(config, ["teacher_tokens=100", "student_tokens=60", "generator_tokens=80"])
+    reckoned = {(line.stage, line.iteration): line.prompt_tokens for line in found}
+    rows = [{"instruction_id": "x", **row} for row in usable_seeds(config.seeds).rows]
+    new = {"instruction_id": "x", "instruction": "n" * (80 * 4 - 32), "input": None}  # without the JSON around it
+
+    def tokens(*texts: str) -> float:
+        return sum(len(text) / 4 + 4 for text in texts)
+
+    asked = {
+        iteration: tokens(*(m["content"] for row in those for m in config.teacher.request(row).messages))
+        for iteration, those in ((1, rows), (2, [new] * 9))
+    }
+    reviewed = {
+        iteration: 4 * tokens(*(PROMPT.render(instruction=row["instruction"], input=row["input"], first="t" * 400, second="s" * 240)
+                                for row in those))
+        for iteration, those in ((1, rows), (2, [*rows, *[new] * 9]))
+    }  # fmt: skip
+    drafted = {
+        side: tokens(*(PROMPTS["prompt", side].render(instruction=row["instruction"], input=row["input"]) for row in rows))
+        for side in ("hard", "easy")
+    }  # fmt: skip
+    for iteration in (1, 2):
+        assert reckoned["teacher", iteration] == pytest.approx(asked[iteration], abs=1)
+        assert reckoned["referee", iteration] == pytest.approx(reviewed[iteration], rel=0.01)
+    assert reckoned["generator", 1] == pytest.approx(
+        11 * (6 * drafted["hard"] + 3 * drafted["easy"]) / 9 / 10, rel=0.01
+    )
+    assert reckoned["generator", 2] > reckoned["generator", 1]  # its parents are longer
+
+
+def test_no_answer_is_reckoned_longer_than_its_limit(home: Path) -> None:
+    limits = ("teacher.sampling.max_tokens=90", "referee.sampling.max_tokens=70", "student.sampling.max_tokens=40")
+    _, assumed = estimate_run(resolve("lion-7b", PAID + limits))
+    roles = ("teacher", "referee", "student", "generator")
+    assert [assumed[f"{role}_tokens"][0] for role in roles] == [90, 70, 40, 80]
 
 
 def test_what_the_journal_has_is_free_and_tells_the_usual_length(home: Path) -> None:
