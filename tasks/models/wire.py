@@ -161,9 +161,8 @@ def _usage(usage: Any, text: str, wish: Wish, sampling: Sampling) -> Usage:
     details = counted.get("prompt_tokens_details")
     cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else 0
     prompt = _count(counted.get("prompt_tokens")) or wish.tokens - sampling.max_tokens
-    completion = _count(counted.get("completion_tokens"))
-    if not completion and text:
-        completion = min(len(text.encode(errors="replace")), sampling.max_tokens)
+    unseen = min(len(text.encode(errors="replace")), sampling.max_tokens)
+    completion = _count(counted.get("completion_tokens")) or unseen
     return Usage(prompt, min(cached, prompt), max(completion, _count(counted.get("total_tokens")) - prompt))
 
 

@@ -74,7 +74,8 @@ def test_replies_come_in_the_order_of_the_requests() -> None:
     with FakeOpenAI(answer=lambda body: body["messages"][0]["content"].upper()) as server:
         replies = ask(server, questions(300))
     assert [(reply.id, reply.text) for reply in replies] == [(f"r{n}", f"QUESTION {n}") for n in range(300)]
-    assert replies[0].model == "fake-2026-01-01" and replies[0].completion_tokens > 0
+    assert replies[0].model == "fake-2026-01-01" and replies[0].finish_reason == "stop"
+    assert replies[0].prompt_tokens > 0 and replies[0].completion_tokens > 0
 
 
 def test_a_second_call_sends_no_request_and_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +291,8 @@ def test_the_key_comes_from_a_file_where_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("from-a-file\n")
     with FakeOpenAI(key="from-a-file") as server:
         ask(server, questions(1), api_key_file=str(tmp_path / "key"))
+    with FakeOpenAI(key="another") as server, pytest.raises(FatalEndpointError, match=f"the key in {tmp_path}/key"):
+        ask(server, questions(1), api_key_file=str(tmp_path / "key"))
 
 
 @pytest.mark.parametrize("text", ["", "\n", "sk-with-a-quote”", "sk-one\nsk-two", b"\xff\xfes\0k\0"])
@@ -373,6 +376,7 @@ def test_the_cap_is_never_passed_and_raising_it_finishes_without_a_repetition() 
     [
         (Budget(max_requests=20), "budget.max_requests"),
         (Budget(max_tokens=2000), "budget.max_tokens"),
+        (Budget(max_usd=1, max_requests=20, max_tokens=10**6), "budget.max_requests = 20"),
         (Budget(by_role={"teacher": Limits(max_requests=20)}), "budget.by_role.teacher.max_requests"),
     ],
 )
@@ -689,6 +693,7 @@ def test_what_is_under_way_is_kept_when_the_process_is_told_to_stop(stop: signal
         wait_until(lambda: server.received >= 16)
         caller.send_signal(stop)
         caller.communicate()
+        assert caller.returncode == -stop
         with Journal() as journal:
             assert journal.spent("run").requests == server.bill()["requests"] >= 16
         assert server.received < 64

@@ -111,6 +111,7 @@ def test_a_rejection_says_how_long_to_wait_and_whether_it_may_be_billed(
     error = failure(OpenAIModel(model="m"), status, "", "later", 7.5)
     assert isinstance(error, TransientError)
     assert (error.wait, error.maybe_billed, error.hurried) == (7.5, maybe_billed, hurried)
+    assert str(error) == f"HTTP {status}: later"  # the pause is no longer than there is time for
 
 
 @pytest.mark.parametrize(
