@@ -48,7 +48,10 @@ def test_the_cap_on_attempts_bounds_the_generator(home: Path) -> None:
 
 def test_models_of_this_machine_cost_nothing_and_are_not_in_it(home: Path) -> None:
     assert estimate_run(resolve("offline"))[0] == []
-    assert estimate_run(resolve("offline", ["referee={kind: llm, model: {kind: local}}", "evaluation.by_referee=true"]))[0] == []
+    assert (
+        estimate_run(resolve("offline", ["referee={kind: llm, model: {kind: local}}", "evaluation.by_referee=true"]))[0]
+        == []
+    )
 
 
 def test_dollars_are_tokens_times_price(home: Path) -> None:

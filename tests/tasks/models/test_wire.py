@@ -7,7 +7,7 @@ import pytest
 from storage.journal import Wish
 from tasks.models.chat import Request, Sampling, Status
 from tasks.models.endpoint import OpenAIModel
-from tasks.models.errors import TransientError
+from tasks.models.errors import FatalEndpointError, TransientError
 from tasks.models.prices import Price
 from tasks.models.wire import Dialect, Usage, failure, narrower, said, wish_of
 
@@ -101,6 +101,21 @@ def test_what_is_no_text_is_no_answer(content: Any) -> None:
         said({"choices": [{"message": {"content": content}}]}, WISH, SAMPLING)
 
 
+def test_a_reply_that_broke_off_in_an_error_is_no_answer_and_may_be_billed() -> None:
+    with pytest.raises(TransientError) as caught:
+        said({"choices": [{"message": {"content": "It goes on and"}, "finish_reason": "error"}]}, WISH, SAMPLING)
+    assert caught.value.maybe_billed
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [(402, "", "no"), (429, "insufficient_balance", ""), (429, "", "You exceeded your current quota")],
+)
+def test_an_account_that_is_empty_is_not_waited_for(status: int, code: str, message: str) -> None:
+    error = failure(OpenAIModel(model="m"), status, code, message, 7.5)
+    assert isinstance(error, FatalEndpointError) and "Top up" in str(error)
+
+
 @pytest.mark.parametrize(
     ("status", "maybe_billed", "hurried"),
     [(429, False, True), (500, False, False), (425, False, False), (408, True, False), (504, True, False), (524, True, False)],
@@ -122,6 +137,7 @@ def test_a_rejection_says_how_long_to_wait_and_whether_it_may_be_billed(
         (400, "the temperature in your prompt is not supported", {"temperature": 0.7}),
         (400, "json_schema is not supported", {}),
         (400, "Invalid schema for response_format", {"response_format": {"type": "json_schema"}}),
+        (400, "the prompt is not supported", {"response_format": {"type": "json_schema"}}),
         (500, "json_schema is not supported", {"response_format": {"type": "json_schema"}}),
     ],
 )
