@@ -159,7 +159,7 @@ class FakeOpenAI:
         self.active = self.most_active = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
-        self.batch_script: deque[str] = deque()  # of the next: "ok", "stuck", "expire", "partly", "fail", "unheard"
+        self.batch_script: deque[str] = deque()  # of the next: ok expire partly fail unheard; stuck slow late endless
         self.moved, self.port = moved, port
 
     @property
@@ -363,14 +363,17 @@ class FakeOpenAI:
         if request.match_info["id"] not in self.batches:
             return _error(404, "No batch found", "not_found")
         batch = self.batches[request.match_info["id"]]
-        if batch["status"] == "in_progress" and batch["fate"] != "stuck":
+        if batch["status"] == "in_progress" and batch["fate"] not in {"stuck", "slow", "late", "endless"}:
             self._work_off(batch)
         return web.json_response(batch)
 
     async def _cancel_batch(self, request: web.Request) -> web.Response:
         batch = self.batches[request.match_info["id"]]
-        if batch["status"] == "in_progress":
-            batch["status"] = "cancelled"
+        if batch["fate"] in {"slow", "late"}:  # half of it is done by then, or all
+            self._work_off(batch)
+        if batch["fate"] == "late":
+            return _error(409, f"Cannot cancel a batch with status '{batch['status']}'.", "invalid_request_error")
+        batch["status"] = "cancelling" if batch["fate"] == "endless" else "cancelled"
         return web.json_response(batch)
 
     def _work_off(self, batch: dict[str, Any]) -> None:
@@ -379,7 +382,7 @@ class FakeOpenAI:
         if fate == "fail":
             batch["status"] = "failed"
             return
-        done = lines[: len(lines) // 2] if fate in {"expire", "partly"} else lines
+        done = lines[: len(lines) // 2] if fate in {"expire", "partly", "slow"} else lines
         output, errors = [], []
         for line in lines:
             if fate == "no-max-tokens" and "max_tokens" in line["body"]:
@@ -391,7 +394,7 @@ class FakeOpenAI:
                 self._bill(line["custom_id"], payload["usage"])
                 response = {"status_code": 200, "request_id": "r", "body": payload}
                 output.append({"id": "b", "custom_id": line["custom_id"], "response": response, "error": None})
-            elif fate == "expire":
+            elif fate in {"expire", "slow"}:
                 error = {"code": "batch_expired", "message": "This request could not be executed in time."}
                 errors.append({"id": "b", "custom_id": line["custom_id"], "response": None, "error": error})
             else:

@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -304,7 +305,7 @@ class Batches:
     def _cancel(self, out: list[Batch]) -> None:
         """Stop what is still out: its rows go by ordinary requests, and are not to be paid here as well."""
         for batch in out:
-            self._patiently(self.client.batches.cancel, batch.batch_id)
+            self._patiently(_stop_unless_over, self.client.batches.cancel, batch.batch_id)
         give_up = time.monotonic() + CANCEL_SECONDS
         while out := [batch for batch in out if not self._collected(batch)]:
             if time.monotonic() > give_up:
@@ -352,6 +353,12 @@ def _if_there(ask: Callable[[str], T], id: str) -> T | None:
         return ask(id)
     except openai.NotFoundError:
         return None
+
+
+def _stop_unless_over(stop: Callable[[str], object], id: str) -> None:
+    """Stop a batch. One that has ended since it was looked at is none to be stopped, and endpoints say so by 409 or 400."""
+    with suppress(openai.ConflictError, openai.BadRequestError):
+        stop(id)
 
 
 def _response_in(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,24 +78,20 @@ def test_rows_that_no_batch_answers_go_the_ordinary_way() -> None:
         assert server.received == 2 and server.bill()["twice"] == {}
 
 
-@pytest.mark.parametrize(("poll", "deadline"), [(30, 86_400), (3600, 300)])
-def test_a_batch_is_looked_at_as_often_as_the_settings_say_until_the_deadline(
-    poll: float, deadline: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """For how long one slept. Time passes by that alone."""
     slept: list[float] = []
+    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept))
+    monkeypatch.setattr(batch_module, "time", clock)
+    return slept
+
+
+def test_a_batch_is_looked_at_as_often_as_the_settings_say_until_the_deadline(slept: list[float]) -> None:
     with FakeOpenAI() as server:
-
-        def sleep(seconds: float) -> None:
-            slept.append(seconds)
-            server.batches["batch_0"]["fate"] = "ok"
-
-        monkeypatch.setattr(batch_module.time, "sleep", sleep)
         server.batch_script.append("stuck")
-        assert {reply.status for reply in ask(server, questions(4), batch_poll=poll, batch_deadline=deadline)} == {
-            Status.OK
-        }
-        assert len(slept) == 1 and 0 < slept[0] <= min(poll, deadline)
-        assert server.bill()["requests"] == 4 and server.received == 0
+        assert {reply.status for reply in ask(server, questions(4), batch_poll=30, batch_deadline=100)} == {Status.OK}
+        assert slept == [30, 30, 30, 10]
 
 
 def test_after_the_deadline_the_rest_goes_the_ordinary_way_and_the_batch_is_stopped() -> None:
@@ -103,6 +100,25 @@ def test_after_the_deadline_the_rest_goes_the_ordinary_way_and_the_batch_is_stop
         assert {reply.status for reply in ask(server, questions(4), batch_deadline=0.2)} == {Status.OK}
         assert server.batches["batch_0"]["status"] == "cancelled"
         assert server.received == 4 and server.bill()["twice"] == {}
+
+
+@pytest.mark.parametrize(("fate", "left"), [("slow", 2), ("late", 0)])
+def test_what_a_batch_has_answered_by_the_time_it_is_stopped_is_kept(fate: str, left: int, slept: list[float]) -> None:
+    with FakeOpenAI() as server:
+        server.batch_script.append(fate)
+        assert {reply.status for reply in ask(server, questions(4), batch_deadline=1, deadline=0)} == {Status.OK}
+        assert server.received == left and server.bill()["requests"] == 4 and server.bill()["twice"] == {}
+
+
+def test_a_batch_that_does_not_stop_is_named_and_found_again(slept: list[float]) -> None:
+    with FakeOpenAI() as server:
+        server.batch_script.append("endless")
+        with pytest.raises(FatalEndpointError, match="the batches batch_0 do not stop"):
+            ask(server, questions(4), batch_poll=3600, batch_deadline=3600)
+        assert sum(slept) > 3600 + batch_module.CANCEL_SECONDS and server.received == 0
+        server.batches["batch_0"]["status"] = "cancelled"
+        assert {reply.status for reply in ask(server, questions(4))} == {Status.OK}
+        assert server.bill()["requests"] == 4
 
 
 def test_a_refused_batch_is_told_and_holds_nothing() -> None:
@@ -206,9 +222,10 @@ def test_a_batch_that_was_made_just_before_an_outage_is_found_again(monkeypatch:
 
 def test_a_batch_whose_making_was_not_heard_of_is_not_made_twice() -> None:
     with FakeOpenAI() as server:
+        server.batches["another"] = {"id": "another", "object": "batch", "metadata": None}  # the account's, not ours
         server.batch_script.append("unheard")
         assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
-        assert len(server.batches) == 1 and server.bill()["twice"] == {}
+        assert len(server.batches) == 2 and server.bill()["twice"] == {}
 
 
 def test_a_batch_is_waited_for_though_the_settings_ask_for_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +264,38 @@ def spoil_first_output(server: FakeOpenAI, how: Callable[[bytes], bytes]) -> Non
             server.files[batch["output_file_id"]] = how(server.files[batch["output_file_id"]])
 
     server._work_off = spoiled  # type: ignore[method-assign]
+
+
+def test_a_prompt_that_a_filter_withholds_is_an_outcome_and_goes_into_no_other_batch() -> None:
+    def withhold(data: bytes) -> bytes:
+        first, *others = data.splitlines()
+        body = {"error": {"code": "content_filter", "message": "no"}}
+        return b"\n".join(
+            [json.dumps(json.loads(first) | {"response": {"status_code": 400, "body": body}}).encode(), *others]
+        )
+
+    with FakeOpenAI() as server:
+        spoil_first_output(server, withhold)
+        replies = ask(server, questions(6))
+        assert [reply.status for reply in replies] == [Status.FILTERED] + [Status.OK] * 5
+        assert ask(server, questions(6)) == replies and len(server.batches) == 1 and server.received == 0
+
+
+def test_whoever_asks_for_a_part_of_a_batch_keeps_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_last(data: bytes) -> bytes:
+        *others, last = data.splitlines()
+        body = {"error": {"message": "Use 'max_completion_tokens'"}}
+        return b"\n".join(
+            [*others, json.dumps(json.loads(last) | {"response": {"status_code": 400, "body": body}}).encode()]
+        )
+
+    monkeypatch.setattr(batch_module, "ANSWERS_AT_ONCE", 2)
+    with FakeOpenAI() as server:
+        spoil_first_output(server, refuse_last)
+        dies_at("_collected", crash, server, monkeypatch)
+        assert {reply.status for reply in ask(server, questions(2))} == {Status.OK}
+        assert {reply.status for reply in ask(server, questions(5))} == {Status.OK}
+        assert len(server.batches) == 1 and server.received == 0
 
 
 def test_a_row_of_a_batch_without_an_answer_in_it_counts_as_lost() -> None:
@@ -309,6 +358,24 @@ def test_answers_that_are_gone_are_named_and_given_up_only_where_one_says_so() -
     with Journal() as journal:
         (spent,) = journal.spend()
         assert (spent.requests, spent.lost_requests) == (6, 6)
+
+
+def test_what_was_answered_is_not_lost_with_what_is_gone() -> None:
+    with FakeOpenAI() as server:
+        server.batch_script.append("partly")
+        work_off = server._work_off
+
+        def without_errors(batch: dict[str, Any]) -> None:
+            work_off(batch)
+            server.files[batch["error_file_id"]] = b""  # none
+            server._work_off = work_off  # type: ignore[method-assign]
+
+        server._work_off = without_errors  # type: ignore[method-assign]
+        assert {reply.status for reply in ask(server, questions(6), give_up_batches=True)} == {Status.OK}
+        assert server.bill()["requests"] == 6
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.requests, spent.lost_requests) == (6, 3)
 
 
 def test_a_batch_that_another_process_hands_in_meanwhile_and_leaves_is_waited_for(
