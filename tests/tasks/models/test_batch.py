@@ -1,6 +1,7 @@
 """The Batch API against a real HTTP server: handed in once, found again after a crash, nothing paid twice."""
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ def settings(server: FakeOpenAI, **more: Any) -> OpenAIModel:
 
 
 def ask(server: FakeOpenAI, requests: list[Request], budget: Budget | None = None, **more: Any) -> list[Reply]:
-    account = Account(run_id="run", role="teacher", budget=budget or Budget())
+    account = Account(run_id="run", role="teacher", iteration=2, budget=budget or Budget())
     return answer_all(settings(server, **more), requests, SAMPLING, account, lambda done, total, figures: None)
 
 
@@ -50,7 +51,8 @@ def test_a_batch_answers_all_at_the_batch_price() -> None:
     assert bill["distinct"] == 20 and bill["received"] == 0  # no ordinary request
     with Journal() as journal:
         cost = PRICE.batched().cost(bill["prompt_tokens"], 0, bill["completion_tokens"])
-        assert journal.spent("run").usd == pytest.approx(cost)
+        (spent,) = journal.spend("run")
+        assert (spent.role, spent.iteration, spent.usd) == ("teacher", 2, pytest.approx(cost))
         assert journal.open_batches(server.url, "fake") == []
 
 
@@ -220,6 +222,25 @@ def test_a_batch_that_was_made_just_before_an_outage_is_found_again(monkeypatch:
         assert len(server.batches) == 1 and server.bill()["twice"] == {}
 
 
+def test_a_batch_that_is_just_being_handed_in_is_not_taken_for_one_that_never_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replies: list[list[Reply]] = []
+    with FakeOpenAI() as server:
+        other = threading.Thread(target=lambda: replies.append(ask(server, questions(6))))
+
+        def create_while_another_asks(*args: Any) -> str:
+            monkeypatch.setattr(batch_module.Batches, "_create", CREATE)
+            other.start()
+            other.join(0.3)  # it waits for us
+            return CREATE(*args)
+
+        monkeypatch.setattr(batch_module.Batches, "_create", create_while_another_asks)
+        replies.append(ask(server, questions(6)))
+        other.join()
+        assert replies[0] == replies[1] and len(server.batches) == 1 and server.bill()["twice"] == {}
+
+
 def test_a_batch_whose_making_was_not_heard_of_is_not_made_twice() -> None:
     with FakeOpenAI() as server:
         server.batches["another"] = {"id": "another", "object": "batch", "metadata": None}  # the account's, not ours
@@ -320,6 +341,7 @@ def test_a_row_that_says_in_text_what_went_wrong_keeps_no_other_answer_back(body
         spoil_first_output(server, spoil)
         assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
         assert server.bill()["distinct"] == 6 and server.bill()["requests"] == 8
+        assert server.received == 1  # what was refused goes into no further batch
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def ask(
     **settings: Any,
 ) -> list[Reply]:
     model = OpenAIModel(**{"model": "fake", "base_url": server.url, "price": PRICE, "deadline": 20, **settings})
-    account = Account(run_id=run_id, role=role, budget=budget or Budget())
+    account = Account(run_id=run_id, role=role, iteration=2, budget=budget or Budget())
     return answer_all(model, requests, sampling or Sampling(max_tokens=100), account, on_progress)
 
 
@@ -189,7 +189,8 @@ def test_random_faults_leave_every_answer_billed_once() -> None:
         assert {reply.status for reply in replies} == {Status.OK}
         assert server.bill()["distinct"] == 200 and server.bill()["twice"] == {}
     with Journal() as journal:
-        assert journal.spend("run")[0].lost_requests >= server.bill()["lost"] > 0
+        (spent,) = journal.spend("run")
+        assert (spent.role, spent.iteration) == ("teacher", 2) and spent.lost_requests >= server.bill()["lost"] > 0
 
 
 def test_one_429_with_a_hint_is_asked_again_once() -> None:

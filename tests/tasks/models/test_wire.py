@@ -145,3 +145,14 @@ def test_a_rejection_of_what_was_not_sent_or_not_for_its_kind_changes_no_request
     status: int, message: str, sent: dict[str, Any]
 ) -> None:
     assert narrower(Dialect(), status, message, sent) is None
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_field_that_is_not_known_is_left_out_by_itself(status: int) -> None:
+    sent = {"max_tokens": 7, "temperature": 0.7, "response_format": {"type": "json_object"}}
+    for message, found in (
+        ("use 'max_completion_tokens'", Dialect(max_tokens="max_completion_tokens")),
+        ("Unsupported value: 'top_p'", Dialect(temperature=False)),
+        ("no response_format here", Dialect(response_format="text")),
+    ):
+        assert narrower(Dialect(), status, message, sent) == found
