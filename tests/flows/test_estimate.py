@@ -44,6 +44,8 @@ def test_requests_are_counted_through_the_loop(home: Path) -> None:
 
 def test_the_cap_on_attempts_bounds_the_generator(home: Path) -> None:
     assert lines("new_share=0.1")["generator", 1] == 27
+    assert lines("new_share=1")["generator", 1] == 9
+    assert ("generator", 1) not in lines(overrides=(*PAID, "generate.hard_rows=0", "generate.easy_rows=0"))
 
 
 def test_models_of_this_machine_cost_nothing_and_are_not_in_it(home: Path) -> None:
@@ -63,6 +65,8 @@ def test_dollars_are_tokens_times_price(home: Path) -> None:
     cheaper, _ = estimate_run(resolve("lion-7b", PAID + batch), ["teacher_tokens=100"])
     assert cheaper[0].usd == pytest.approx(line.usd / 2)
     assert total_usd(found) > total_usd(cheaper)
+    free, _ = estimate_run(resolve("lion-7b", (*PAID, *batch, "teacher.model.price=free")), ["teacher_tokens=100"])
+    assert free[0].usd is None and total_usd(free) < total_usd(cheaper)
 
 
 def test_prompts_are_reckoned_as_they_will_be_sent(home: Path) -> None:
@@ -119,7 +123,12 @@ def test_what_the_journal_has_is_free_and_tells_the_usual_length(home: Path) -> 
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("length=3", "no such assumption"), ("new_share=2", "up to 1"), ("teacher_tokens=x", "above 0")],
+    [
+        ("length=3", "no such assumption"),
+        ("new_share=2", "up to 1"),
+        ("teacher_tokens=x", "above 0"),
+        ("teacher_tokens=0", "above 0"),
+    ],
 )
 def test_an_assumption_that_cannot_be_is_named(home: Path, given: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -139,4 +148,7 @@ def test_answers_of_every_teacher_tell_the_usual_length(home: Path) -> None:
     with Journal() as journal:
         for model, tokens in (("gpt-4.1-mini", 100), ("o4-mini", 300)):
             journal.add([Answer(**fields | {"key": model, "model": model, "completion_tokens": tokens})])
-    assert estimate_run(config)[1]["teacher_tokens"] == (200, "mean of 2 answers in the journal")
+    found, assumed = estimate_run(config)
+    assert assumed["teacher_tokens"] == (200, "mean of 2 answers in the journal")
+    parts = [line.requests for line in found if (line.stage, line.iteration) == ("teacher", 1)]
+    assert sum(parts) == 10 and len(parts) == 2 and 0 not in parts

@@ -7,7 +7,7 @@ import pytest
 from storage.journal import Wish
 from tasks.models.chat import Request, Sampling, Status
 from tasks.models.endpoint import OpenAIModel
-from tasks.models.errors import FatalEndpointError, TransientError
+from tasks.models.errors import FatalEndpointError, RequestFailed, TransientError
 from tasks.models.prices import Price
 from tasks.models.wire import Dialect, Usage, failure, narrower, said, wish_of
 
@@ -95,6 +95,11 @@ def test_an_answer_in_parts_is_its_text_without_the_thoughts() -> None:
     assert said({"choices": [{"message": {"content": [thought]}}]}, WISH, SAMPLING).status == Status.EMPTY
 
 
+def test_the_words_of_a_refusal_are_kept_where_there_are_no_others() -> None:
+    heard = said({"choices": [{"message": {"content": None, "refusal": "Not that."}}]}, WISH, SAMPLING)
+    assert (heard.text, heard.status) == ("Not that.", Status.REFUSED)
+
+
 @pytest.mark.parametrize("content", [["a"], [{"text": "a"}], [{"type": "text", "text": 5}], {"text": "a"}, 5])
 def test_what_is_no_text_is_no_answer(content: Any) -> None:
     with pytest.raises(TransientError, match="without an answer"):
@@ -116,6 +121,10 @@ def test_an_account_that_is_empty_is_not_waited_for(status: int, code: str, mess
     assert isinstance(error, FatalEndpointError) and "Top up" in str(error)
 
 
+def test_a_body_that_is_too_large_fails_alone() -> None:
+    assert isinstance(failure(OpenAIModel(model="m"), 413, "", "Payload Too Large", None), RequestFailed)
+
+
 @pytest.mark.parametrize(
     ("status", "maybe_billed", "hurried"),
     [(429, False, True), (500, False, False), (425, False, False), (408, True, False), (504, True, False), (524, True, False)],
@@ -135,6 +144,7 @@ def test_a_rejection_says_how_long_to_wait_and_whether_it_may_be_billed(
         (400, "use 'max_completion_tokens'", {"max_completion_tokens": 7}),
         (400, "'temperature' is not supported", {}),
         (400, "the temperature in your prompt is not supported", {"temperature": 0.7}),
+        (400, "'temperature' must be at most 1", {"temperature": 1.5}),
         (400, "json_schema is not supported", {}),
         (400, "Invalid schema for response_format", {"response_format": {"type": "json_schema"}}),
         (400, "the prompt is not supported", {"response_format": {"type": "json_schema"}}),
