@@ -48,6 +48,18 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_a_team_can_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(f"{os.fstat(file).st_size} bytes"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("renamed"), replace(*paths)))
+    write_atomic(tmp_path / "file", "new")
+    assert done == ["3 bytes", "renamed"]
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
 def test_the_same_rows_are_the_same_object(home: Path) -> None:
     assert a_snapshot() == a_snapshot()
     assert len(list((home / "objects" / "verdicts").iterdir())) == 1
@@ -108,6 +120,12 @@ def test_a_lock_dies_with_its_holder(home: Path) -> None:
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     assert is_locked("x")
+
+    def give_up() -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError), locked("x", on_wait=give_up):
+        pass
     waited = []
     holder.send_signal(signal.SIGKILL)
     holder.wait()
