@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -24,7 +25,7 @@ from tasks.models.client import answer_all
 from tasks.models.endpoint import OpenAIModel, key_of
 from tasks.models.errors import BudgetReached, FatalEndpointError, TooManyFailures, UnknownPrice, scrubbed
 from tasks.models.exchange import check_access
-from tasks.models.pacing import Pace, Throttle, asked_wait
+from tasks.models.pacing import Gate, Pace, Throttle, asked_wait
 from tasks.models.prices import Price
 from tasks.models.wire import keyer
 from tests.fake_openai import FakeOpenAI
@@ -575,6 +576,38 @@ def test_concurrency_halves_once_for_a_burst_and_grows_back() -> None:
     assert 55 < throttle.limit <= 64
 
 
+def test_a_burst_that_was_too_much_halves_what_is_under_way_and_answers_let_it_grow_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tasks.models.client.FIRST_BACKOFF", 0.001)
+    closed: list[float] = []
+    monkeypatch.setattr(Gate, "close_for", lambda gate, seconds: closed.append(seconds))
+    under_way: list[int] = []
+
+    def answer(body: dict[str, Any]) -> str:
+        under_way.append(server.active)
+        return "yes"
+
+    with FakeOpenAI(script=["429-seconds"] * 8, latency=0.04, answer=answer) as server:
+        ask(server, questions(100), max_concurrency=8)
+    assert under_way[0] < 8 == max(under_way)
+    assert closed == [0.05] * 8  # for as long as the endpoint asks nobody asks it
+
+
+def test_of_a_minute_is_taken_what_was_used_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: Counter[Pace] = Counter()
+
+    async def take(pace: Pace, amount: int) -> None:
+        taken[pace] += amount
+
+    monkeypatch.setattr(Pace, "take", take)
+    monkeypatch.setattr(Pace, "give_back", lambda pace, amount: taken.subtract({pace: amount}))
+    with FakeOpenAI(script=["500"]) as server:
+        ask(server, questions(20))
+        bill = server.bill()
+    assert sorted(taken.values()) == [21, bill["prompt_tokens"] + bill["completion_tokens"]]
+
+
 def test_requests_per_minute_are_kept() -> None:
     with FakeOpenAI() as server:
         started = time.monotonic()
@@ -698,6 +731,18 @@ def test_what_is_under_way_is_kept_when_the_process_is_told_to_stop(stop: signal
         with Journal() as journal:
             assert journal.spent("run").requests == server.bill()["requests"] >= 16
         assert server.received < 64
+
+
+def test_a_call_leaves_to_sigterm_what_it_did_before() -> None:
+    def handler(*args: Any) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with FakeOpenAI() as server:
+            ask(server, questions(1))
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill", "sigterm", "ctrl-c"])
