@@ -446,6 +446,19 @@ def test_what_was_sent_and_brought_no_answer_counts_as_lost(fault: str) -> None:
         assert [spent.lost_requests for spent in journal.spend()] == [1]
 
 
+def test_what_may_have_been_billed_counts_though_another_request_ends_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tasks.models.client.FIRST_BACKOFF", 15)  # by then the other has ended it
+    with FakeOpenAI(script=["drop", "ok", "ok", "ok"], always="401") as server:
+        with pytest.raises(FatalEndpointError, match="rejected"):
+            ask(server, questions(20), max_concurrency=2)
+        bill = server.bill()
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.requests, spent.lost_requests) == (bill["requests"], 1) and bill["lost"] == 1
+
+
 def test_nothing_is_lost_where_no_connection_was_made() -> None:
     replies = answer_all(
         OpenAIModel(model="m", base_url="http://127.0.0.1:9", price="free", deadline=0, max_failed_share=1),
