@@ -27,7 +27,7 @@ from queue import Empty, Queue
 from typing import Any, Protocol
 
 from storage.files import Checkpoint, digest_of, digest_of_model, home, locked, write_atomic
-from tasks.jobs.process import ENVIRONMENT, Process, can_fork, gpus, has_torch, start, start_fork, stop
+from tasks.jobs.process import ENVIRONMENT, Process, can_fork, gpus, has_torch, lines_of, start, start_fork, stop
 
 PROGRESS = "@progress "  # a line of the program that starts so is a progress report, not a log line
 REFUSED = "refused: "  # and one that starts so, its last, says what is wrong with what it was given
@@ -303,9 +303,8 @@ def _run(
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     last_word = ""
     try:
-        assert child.stdout is not None
         with log.open("a", buffering=1) as file:  # a line at a time: it is read while the job runs
-            for line in child.stdout:
+            for line in lines_of(child):
                 if line.startswith(PROGRESS):
                     on_progress(json.loads(line.removeprefix(PROGRESS)))
                     continue

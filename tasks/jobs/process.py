@@ -8,7 +8,9 @@ that was once looked at does not survive a fork.
 Imports no torch: the orchestrating process imports this. Only the warm process itself does.
 """
 
+import codecs
 import ctypes
+import io
 import json
 import os
 import runpy
@@ -18,13 +20,14 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 GRACE_SECONDS = 5
+AFTERMATH_SECONDS = 1
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -85,6 +88,28 @@ def start_fork(module: str, argument: str, environment: Mapping[str, str]) -> "F
         except OSError:
             continue  # it ended meanwhile
     return Fork(_Warm(), module, argument, environment)
+
+
+def lines_of(process: "Process") -> Iterator[str]:
+    """What a process prints, line by line, as it comes. To be read by nobody else.
+
+    What a killed process had started may live on, with its output open: once the process is over, only what still comes
+    within a second is waited for, not for the end of all who could write.
+    """
+    assert process.stdout is not None
+    output = process.stdout.fileno()
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
+    begun = ""
+    while True:
+        if select.select([output], [], [], AFTERMATH_SECONDS)[0]:
+            if not (data := os.read(output, LONGEST_MESSAGE)):
+                break
+            *lines, begun = (begun + decoder.decode(data)).split("\n")
+            yield from (line + "\n" for line in lines)
+        elif process.poll() is not None:
+            break
+    if begun := begun + decoder.decode(b"", final=True):
+        yield begun
 
 
 def stop(process: "subprocess.Popen[Any] | Fork", grace: float = GRACE_SECONDS) -> None:

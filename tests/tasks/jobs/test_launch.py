@@ -66,6 +66,19 @@ def test_a_failed_job_says_its_exit_code_and_last_lines(program, tmp_path: Path)
     assert str(pickle.loads(pickle.dumps(failure.value))) == str(failure.value)
 
 
+def test_a_killed_job_is_over_though_what_it_had_started_holds_its_output_open(program, tmp_path: Path) -> None:
+    module = program(
+        "import os, subprocess\n"
+        "orphan = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "(directory / 'orphan').write_text(str(orphan.pid))\n"
+        "print('the last words, without an end of line: ü', end='', flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    with pytest.raises(JobError, match="without an end of line: ü"):
+        run_job(module, {}, tmp_path / "job")
+    os.kill(int((tmp_path / "job" / "orphan").read_text()), signal.SIGKILL)  # it was there, and not waited for
+
+
 def test_exit_zero_without_a_result_is_a_failure(program, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="exit code 0 and no result"):
         run_job(program("pass"), {}, tmp_path / "job")
