@@ -12,6 +12,7 @@ Knows nothing of teachers, pools or Prefect, nor of what goes over the wire: `ta
 import asyncio
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -129,6 +130,7 @@ class _Call:
         self.error: BaseException | None = None
         self.feeder: asyncio.Task[None] | None = None
         self.workers: list[asyncio.Task[None]] = []
+        self.flying: set[asyncio.Task[None]] = set()  # workers whose request is with the endpoint: not to be disturbed
         self.outcomes: list[_Outcome] = []  # not yet durable
         self.usd = 0.0
         self.done = self.found = self.elsewhere = 0
@@ -193,7 +195,10 @@ class _Call:
                 await asyncio.shield(work)
             except asyncio.CancelledError:
                 self.stop(asyncio.CancelledError())
-                await asyncio.wait([work], timeout=TERMINATED_SECONDS if terminated else DRAIN_SECONDS)
+                patience = TERMINATED_SECONDS if terminated else DRAIN_SECONDS
+                if self.flying:
+                    _tell_of_the_last(len(self.flying), patience, by_hand=not terminated)
+                await asyncio.wait([work], timeout=patience)
                 work.cancel()
                 await asyncio.wait([work])
                 self.keep_the_rest()
@@ -207,7 +212,6 @@ class _Call:
         self.unsettled = 0  # claimed, and not yet durable
         self.waiting = 0  # of these: for money to be asked again
         self.settled, self.arrived = asyncio.Event(), asyncio.Event()
-        self.flying: set[asyncio.Task[None]] = set()  # workers whose request is with the endpoint: not to be disturbed
         self.closing = False
         self.retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(self._worth_another_try),
@@ -493,6 +497,16 @@ class _Call:
         elif self.error is None:
             self.replies[index] = Reply(id, Status.FAILED, None, model=self.model.model, error=outcome.error)
             self.failures[outcome.error or ""] += 1
+
+
+def _tell_of_the_last(count: int, seconds: float, by_hand: bool) -> None:
+    """Who has pressed Ctrl-C and hears nothing presses it again, and gives up what is paid for."""
+    again = " Ctrl-C again gives them up." if by_hand else ""
+    print(
+        f"\n  Stopping. Answers under way, to be paid for: {count}. They are waited for, {seconds:g} s at most.{again}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextlib.contextmanager

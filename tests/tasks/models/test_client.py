@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import re
 import signal
 import sqlite3
 import subprocess
@@ -739,8 +740,10 @@ def test_what_is_under_way_is_kept_when_the_process_is_told_to_stop(stop: signal
         caller = start_caller(server, 200)
         wait_until(lambda: server.received >= 16)
         caller.send_signal(stop)
-        caller.communicate()
+        _, said = caller.communicate()
         assert caller.returncode == -stop
+        assert re.search(r"Answers under way, to be paid for: [1-9]", said)
+        assert ("Ctrl-C again gives them up" in said) == (stop == signal.SIGINT)
         with Journal() as journal:
             assert journal.spent("run").requests == server.bill()["requests"] >= 16
         assert server.received < 64
