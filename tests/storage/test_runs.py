@@ -4,20 +4,26 @@ from pathlib import Path
 
 import pytest
 
+from storage import runs
 from storage.files import Checkpoint, StorageError, locked
 from storage.gc import collect, forget
-from storage.runs import IterationRecord, Manifest, load_manifest
+from storage.runs import IterationRecord, Manifest, list_manifests, load_manifest
+from storage.studies import Study
 
 
 def test_a_run_that_is_forgotten_loses_its_records_and_its_students_and_no_pools(home: Path) -> None:
     student = Checkpoint(digest="trained", content="c")
     student.path.mkdir(parents=True)
+    gone = Checkpoint(digest="deleted-by-hand", content="c")
     record, other = home / "results" / "teacher-1", home / "results" / "of-another-run"
     pool = home / "objects" / "pool.parquet"
     for path in (record, other, pool):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    forget(Manifest(run_id="r", stage_keys=["teacher-1"], iterations=[IterationRecord(iteration=1, student=student)]))
+    made = [IterationRecord(iteration=number, student=one) for number, one in enumerate((gone, student), 1)]
+    run = Manifest(run_id="r", stage_keys=["gone-1", "teacher-1"], iterations=made)
+    run.save()
+    forget(run)
     assert not record.exists() and not student.path.exists()
     assert other.exists() and pool.exists()
 
@@ -43,36 +49,70 @@ def student_of(name: str) -> Checkpoint:
     return student
 
 
+def study_of(student: Checkpoint, run_id: str | None = None) -> Study:
+    return Study(
+        study_id="s",
+        student="as it was named",
+        checkpoint=student,
+        run_id=run_id,
+        reference="teacher",
+        questions="q",
+        rows=1,
+    )
+
+
 def test_a_run_that_is_forgotten_leaves_other_runs_their_models_and_its_own_models_no_answers(home: Path) -> None:
-    shared, own = student_of("shared"), student_of("own")
+    shared, evaluated, own = student_of("shared"), student_of("evaluated"), student_of("own")
+    study_of(evaluated, run_id="r").save()
     Manifest(run_id="other", iterations=[IterationRecord(iteration=1, student=shared)]).save()
-    for name, result in (("done", True), ("under-way", False)):
+    for name, model in (("done", own), ("under-way", own), ("of-another", student_of("another"))):
         (home / "jobs" / name).mkdir(parents=True)
-        (home / "jobs" / name / "job.json").write_text(f'{{"model": "{own.path}"}}')
-        if result:
+        (home / "jobs" / name / "job.json").write_text(f'{{"model": "{model.path}"}}')
+        if name != "under-way":
             (home / "jobs" / name / "result.json").write_text("{}")
-    mine = [IterationRecord(iteration=number, student=student) for number, student in enumerate((shared, own), 1)]
+    mine = [
+        IterationRecord(iteration=number, student=student) for number, student in enumerate((shared, evaluated, own), 1)
+    ]
     forget(Manifest(run_id="r", iterations=mine))
-    assert shared.path.exists() and not own.path.exists()
-    assert [path.name for path in (home / "jobs").iterdir()] == ["under-way"]
+    assert shared.path.exists() and evaluated.path.exists() and not own.path.exists()
+    assert sorted(path.name for path in (home / "jobs").iterdir()) == ["of-another", "under-way"]
 
 
 def test_gc_deletes_what_nothing_refers_to_and_nothing_else(home: Path) -> None:
     kept, lost, before = student_of("kept"), student_of("lost"), student_of("made-by-an-earlier-attempt")
-    Manifest(run_id="r", iterations=[IterationRecord(iteration=1, student=kept)], earlier=[before]).save()
-    assert [path for path, _ in collect(delete=False)] == [lost.path]
-    assert lost.path.exists()
+    evaluated = student_of("evaluated")
+    study_of(evaluated).save()
+    (lost.path / "deeper").mkdir()
+    (lost.path / "deeper" / "weights").write_bytes(bytes(70))
+    done, undone = home / "results" / "teacher-1", home / "results" / "of-no-run"
+    for record in (done, undone):
+        record.parent.mkdir(exist_ok=True)
+        record.write_text("{}")
+    iterations = [IterationRecord(iteration=1, student=kept)]
+    Manifest(run_id="r", iterations=iterations, earlier=[before], stage_keys=["teacher-1"]).save()
+    assert collect(delete=False) == [(lost.path, 70), (undone, 2)]
+    assert lost.path.exists() and undone.exists()
     collect(delete=True)
-    assert kept.path.exists() and before.path.exists() and not lost.path.exists()
+    assert all(path.exists() for path in (kept.path, before.path, evaluated.path, done))
+    assert not lost.path.exists() and not undone.exists()
 
 
 def test_gc_deletes_nothing_while_something_is_being_made(home: Path) -> None:
     lost = student_of("lost")
-    with locked("run-r"), pytest.raises(StorageError, match="run-r"):
-        collect(delete=True)
+    with locked("run-r"):
+        assert [path for path, _ in collect(delete=False)] == [lost.path], "to look is allowed"
+        with pytest.raises(StorageError, match="run-r"):
+            collect(delete=True)
     assert lost.path.exists()
     collect(delete=True)
     assert not lost.path.exists()
+
+
+def test_the_run_touched_last_comes_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run_id, at in (("b", "2026-03-01"), ("a", "2026-01-01"), ("c", "2026-02-01"), ("d", "2026-03-01")):
+        monkeypatch.setattr(runs, "now", lambda at=at: at)
+        Manifest(run_id=run_id).save()
+    assert [manifest.run_id for manifest in list_manifests()] == ["d", "b", "c", "a"]
 
 
 def test_what_a_student_descends_from_leaves_out_what_was_rolled_back_and_what_came_later() -> None:
