@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from flows import deployed
 from flows.config import DistillConfig, presets, resolve
 from flows.deployed import _said, distill
 from storage.files import Snapshot
+from storage.journal import Journal
 from storage.pools import write_snapshot
 from storage.runs import Baseline, IterationRecord, Manifest, chains, load_manifest
+from tests.storage.test_journal import ANSWER
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
@@ -136,9 +139,11 @@ def test_a_run_that_goes_on_holds_out_nothing_that_may_have_been_learned(earlier
 
 
 def test_a_run_that_fails_at_once_still_refers_to_all_that_it_had_made(earlier: Manifest) -> None:
+    from flows.chain import is_begun
     from flows.steps import recorded
 
     config = resolve("smoke", ["start_from=run:smoke-1"])
+    assert not is_begun(config)
     made = set(earlier.pointers())
     earlier.model_copy(update={"run_id": config.run_id}).save()
     for _ in range(2):
@@ -146,11 +151,11 @@ def test_a_run_that_fails_at_once_still_refers_to_all_that_it_had_made(earlier: 
             raise RuntimeError("no key")
     failed = load_manifest(config.run_id)
     assert failed and failed.state == "failed" and len(failed.iterations) == 3
-    assert set(failed.pointers()) >= made
+    assert set(failed.pointers()) >= made and is_begun(config)
     with recorded(config):
         pass
     completed = load_manifest(config.run_id)
-    assert completed and completed.pointers() == []
+    assert completed and completed.pointers() == [] and not is_begun(config)
 
 
 def test_a_run_goes_on_after_any_finished_iteration_of_another(earlier: Manifest) -> None:
@@ -180,6 +185,26 @@ def test_a_run_does_not_go_on_from_what_is_not_there(earlier: Manifest, start: s
         start_of(resolve("smoke", [f"start_from={start}"]))
 
 
+def test_a_run_goes_on_only_where_both_its_records_and_its_pools_are_there(earlier: Manifest) -> None:
+    from flows.chain import start_of
+    from flows.config import ConfigError
+
+    unfinished = earlier.iterations.pop()
+    earlier.save()
+    with pytest.raises(ConfigError, match="start_from"):  # what follows the second was not written down
+        start_of(resolve("smoke", ["start_from=run:smoke-1:2"]))
+    earlier.next_pools = unfinished.snapshots
+    earlier.save()
+    going_on = start_of(resolve("smoke", ["start_from=run:smoke-1"]))
+    assert going_on and going_on.pools.cache.digest == "cache_pool-3"
+    with pytest.raises(ConfigError, match="not 3"):
+        start_of(resolve("smoke", ["start_from=run:smoke-1:3"]))
+    earlier.iterations = []
+    earlier.save()
+    with pytest.raises(ConfigError, match="has 0 finished"):
+        start_of(resolve("smoke", ["start_from=run:smoke-1"]))
+
+
 def test_latest_is_the_start_of_a_failed_run_and_the_end_of_a_good_one(earlier: Manifest) -> None:
     from flows.chain import settled
 
@@ -189,6 +214,9 @@ def test_latest_is_the_start_of_a_failed_run_and_the_end_of_a_good_one(earlier: 
     earlier.state = "completed"
     earlier.save()
     assert settled(wish).start_from == "run:smoke-1:3"
+    assert settled(wish.model_copy(update={"name": "other"})).start_from == "base"
+    for named in ("base", "run:smoke-1:1"):
+        assert settled(resolve("smoke", [f"start_from={named}"])).start_from == named
 
 
 def test_a_person_can_lower_the_number_of_rows_and_not_raise_it() -> None:
@@ -197,6 +225,8 @@ def test_a_person_can_lower_the_number_of_rows_and_not_raise_it() -> None:
     config = resolve("lion-7b")
     fewer = lowered(config, 100).generate
     assert (fewer.hard_rows, fewer.easy_rows) == (50, 50)
+    uneven = lowered(resolve("lion-7b", ["generate.hard_rows=30", "generate.easy_rows=10"]), 20).generate
+    assert (uneven.hard_rows, uneven.easy_rows) == (15, 5)
     assert lowered(config, 10_000) == config
 
 
@@ -254,6 +284,7 @@ def test_a_run_that_is_begun_again_shows_what_it_had_until_it_has_as_much(earlie
     again.save()
     shown = load_manifest(earlier.run_id)
     assert shown and len(shown.iterations) == 2, "as many students are measured"
+    assert set(shown.pointers()) >= set(earlier.pointers()), "gc keeps what the third iteration had begun"
 
 
 def test_latest_passes_over_a_run_that_was_stopped_before_its_first_iteration(earlier: Manifest) -> None:
@@ -273,6 +304,12 @@ def test_what_changes_no_answer_makes_no_other_teacher(earlier: Manifest) -> Non
     )
     other = start_of(resolve("smoke", ["start_from=run:smoke-1", "teacher.sampling.max_tokens=7"]))
     assert same and other and (same.same_teacher, other.same_teacher) == (True, False)
+    reseeded = start_of(resolve("smoke", ["start_from=run:smoke-1", "seed=1"]))
+    assert reseeded and not reseeded.same_teacher, "it draws other answers"
+    earlier.config["teacher"]["a_setting_of_an_earlier_version"] = 1
+    earlier.save()
+    unknown = start_of(resolve("smoke", ["start_from=run:smoke-1"]))
+    assert unknown and not unknown.same_teacher
 
 
 class TestApproval:
@@ -313,8 +350,40 @@ class TestApproval:
         self, earlier: Manifest, said: list[dict[str, Any]]
     ) -> None:
         said += [{"decision": "stop here"}, {"decision": "go on"}]
-        assert [self.before(earlier, 1)[1] for _ in range(3)] == [True, False, False]
+        assert [self.before(earlier, 1)[1], self.before(earlier, 1, approve="none")[1]] == [True, False]
+        assert [self.before(earlier, 1)[1] for _ in range(2)] == [False, False]
         assert len(self.asked) == 2
+
+    def test_what_came_of_an_iteration_is_asked_about_once_there_is_one(
+        self, earlier: Manifest, said: list[dict[str, Any]]
+    ) -> None:
+        first, said[:] = earlier.model_copy(update={"iterations": []}), [{}]
+        self.before(first, 1, approve="iteration")
+        assert not self.asked
+        self.before(earlier, 4, approve="iteration")
+        assert "| 2 | 1.000 |  | 0 | 0 |" in self.asked[0][0]
+
+    def test_a_forecast_tells_the_requests_to_come_and_what_each_role_has_cost(self, earlier: Manifest) -> None:
+        from flows.approval import forecast
+        from tasks.refresh import Pools
+
+        with Journal() as journal:
+            paid = replace(ANSWER, run_id=earlier.run_id)
+            journal.add([paid, replace(paid, key="k2"), replace(paid, key="k3", role="referee", cost_usd=3.0)])
+        pools = Pools(train=held_out("a"), cache=held_out("a", "b", "c"))
+
+        def told(*settings: str) -> str:
+            given = ["generate.hard_rows=6", "generate.easy_rows=2", "referee.votes=2", *settings]
+            return forecast(resolve("lion-7b", given), earlier, pools, 7)
+
+        text = told()
+        assert "| teacher | 7 | $0.50 for 2 requests |\n| generator | 8 to 24 | $0.00 for 0 requests |" in text
+        assert "| referee | 16 | $3.00 for 1 requests |" in text, (
+            "three rows and one held-out one, two orders, two votes"
+        )
+        assert "The whole run is estimated at $" in text
+        assert "| referee | 12 |" in told("evaluation.by_referee=false")
+        assert "estimated" not in told("start_from=run:smoke-1"), "it is not known what that run begins with"
 
 
 def test_a_server_of_another_home_is_not_taken_for_ones_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
