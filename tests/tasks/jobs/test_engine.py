@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.jobs import sampling as drawing
 from tasks.jobs.engine import Engine
 from tasks.jobs.network import LlamaNetwork, UnsupportedModel, best_precision, check_can_run, context_of
 from tasks.jobs.sampling import Sampling, draw_tokens
@@ -137,6 +138,16 @@ def test_a_narrow_nucleus_is_the_likeliest_token(engine: Engine) -> None:
     narrow = answers(engine, REQUESTS, Sampling(temperature=1.0, top_p=1e-6, max_tokens=10))
     greedy = answers(engine, REQUESTS, Sampling(max_tokens=10))
     assert {id: reply["text"] for id, reply in narrow.items()} == {id: reply["text"] for id, reply in greedy.items()}
+
+
+@pytest.mark.parametrize("candidates", [1, 512], ids=["sorted whole", "among the likeliest"])
+def test_a_nucleus_is_of_the_probabilities_at_that_temperature(
+    candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "TOP_P_CANDIDATES", candidates)
+    logits = 0.5 * torch.tensor([[0.05, 0.5, 0.15, 0.3]] * 4).log()
+    how = Sampling(temperature=0.5, top_p=0.6)  # 0.5 and 0.3 fill it
+    assert draw_tokens(logits, [0.0, 0.6, 0.65, 0.999], how) == [1, 1, 3, 3]
 
 
 def test_five_rows_in_many_places_work(engine: Engine) -> None:

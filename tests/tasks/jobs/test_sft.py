@@ -25,7 +25,7 @@ from tasks.jobs.launch import JobRefused, run_job
 from tasks.jobs.preflight import estimate
 from tasks.jobs.settings import SftSettings, launcher_command
 from tasks.jobs.sft import one_clear_last_line, raise_unless_saved, train
-from tasks.jobs.template import end_of_turn
+from tasks.jobs.template import encode_prompt, end_of_turn
 from tasks.jobs.trainer import TrainingError, complete_checkpoints, model_inputs, read_history
 
 
@@ -90,7 +90,15 @@ class TestRows:
     def test_an_answer_that_was_never_ended_teaches_no_end(self, home: Path, tokenizer: Any) -> None:
         examples, report = encode(tokenizer, write_rows("It goes on and", whole=False), home)
         assert examples[0]["input_ids"][-1] != end_of_turn(tokenizer)
-        assert report["rows_without_end"] == 1
+        assert (report["rows_with_end_of_turn_in_loss"], report["rows_without_end"]) == (0, 1)
+
+    def test_an_answer_that_is_cut_to_its_end_alone_teaches_nothing(self, home: Path, tokenizer: Any) -> None:
+        data = write_rows("A word.", ask="Say")
+        prompt = len(encode_prompt(tokenizer, [{"role": "user", "content": "Say 0."}]))
+        with pytest.raises(DataError, match="the prompt alone fills max_length"):
+            encode(tokenizer, data, home / "no room", max_length=prompt + 1)
+        examples, report = encode(tokenizer, data, home / "room", max_length=prompt + 2)
+        assert (examples.labelled.tolist(), report["cut"]) == ([2], ["row-0"])
 
     def test_rows_that_teach_nothing_are_left_out_by_name_and_reason(self, home: Path, tokenizer: Any) -> None:
         rows = [("long", "word " * 400, "Yes."), ("blank", "Say", " \n"), ("good", "Say", "A word."),
@@ -111,7 +119,7 @@ class TestRows:
         ).path
         examples, report = encode(tokenizer, data, home, max_length=64)
         assert report["left_out"] == {"no_label": ["long"], "empty": ["blank"], "refused_by_template": []}
-        assert report["cut"] == ["huge"]
+        assert (report["cut"], report["cut_share"]) == (["huge"], 0.5)
         assert sorted(row["instruction_id"] for row in (examples[0], examples[1])) == ["good", "huge"]
         assert examples.lengths.max() == 64
 
