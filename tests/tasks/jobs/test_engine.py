@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.jobs import sampling as drawing
+from tasks.jobs.attention import PAGE
 from tasks.jobs.engine import Engine
 from tasks.jobs.network import LlamaNetwork, UnsupportedModel, best_precision, check_can_run, context_of
 from tasks.jobs.sampling import Sampling, draw_tokens
@@ -100,12 +101,12 @@ def test_greedy_answers_are_those_of_transformers(tiny_model: Path, engine: Engi
 
 
 def test_a_system_prompt_of_the_template_is_computed_once_and_changes_no_answer(tiny_model: Path) -> None:
-    with_preamble = Engine(tiny_model, "fp32")
-    preamble = "<|im_start|>system\nExplain renewable energy in public libraries.<|im_end|>\n"
+    with_preamble = Engine(tiny_model, "fp32", max_batch_rows=2)  # pages go from rows that are done to others
+    preamble = f"<|im_start|>system\n{'Explain renewable energy in public libraries. ' * 12}<|im_end|>\n"
     with_preamble.tokenizer.chat_template = preamble.replace("\n", "{{ '\\n' }}") + CHATML
     without, before = answers(with_preamble, REQUESTS, GREEDY), with_preamble.statistics
     with_preamble.prefix = with_preamble._template_prefix()
-    assert with_preamble.prefix
+    assert len(with_preamble.prefix) > PAGE and len(with_preamble.prefix) % PAGE, "shared pages, and one that is copied"
     with_preamble.statistics = after = Statistics()
     assert {id: reply["text"] for id, reply in answers(with_preamble, REQUESTS, GREEDY).items()} == {
         id: reply["text"] for id, reply in without.items()
