@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tasks.jobs import process
-from tasks.jobs.launch import JobError, make_checkpoint, run_job
+from tasks.jobs.launch import JobError, JobRefused, make_checkpoint, run_job
 from tasks.jobs.process import warm_up
 
 PROGRAM = """
@@ -79,6 +79,18 @@ def test_a_killed_job_is_over_though_what_it_had_started_holds_its_output_open(p
     os.kill(int((tmp_path / "job" / "orphan").read_text()), signal.SIGKILL)  # it was there, and not waited for
 
 
+def test_what_a_job_refuses_is_told_even_where_its_launcher_has_the_last_word(program, tmp_path: Path) -> None:
+    module = program("print('refused: no row has a label'); print('rank 0 failed\\n' * 30); sys.exit(1)")
+    with pytest.raises(JobRefused, match=r"^no row has a label\nWhole log: .*log.txt$"):
+        run_job(module, {}, tmp_path / "job")
+
+
+def test_a_job_that_was_killed_says_what_kills_jobs(program, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="when memory runs out") as failure:
+        run_job(program("import os; os.kill(os.getpid(), 9)"), {}, tmp_path / "job")
+    assert not isinstance(failure.value, ValueError), "it may well end otherwise the next time"
+
+
 def test_exit_zero_without_a_result_is_a_failure(program, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="exit code 0 and no result"):
         run_job(program("pass"), {}, tmp_path / "job")
@@ -92,11 +104,12 @@ def test_who_stumbles_on_its_way_out_has_done_its_work(program, tmp_path: Path) 
 
 
 def test_progress_reaches_the_parent_and_stays_out_of_the_log(program, tmp_path: Path) -> None:
-    seen = []
-    module = program("report_progress(1, 2, loss=0.5); print('a line'); finish(directory, {})")
-    run_job(module, {}, tmp_path / "job", on_progress=seen.append)
+    seen, notable = [], []
+    module = program("report_progress(1, 2, loss=0.5); print('a line\\nOut of memory'); finish(directory, {})")
+    run_job(module, {}, tmp_path / "job", on_progress=seen.append, on_notable_line=notable.append)
     assert seen == [{"done": 1, "total": 2, "loss": 0.5}]
-    assert (tmp_path / "job" / "log.txt").read_text() == "a line\n"
+    assert (tmp_path / "job" / "log.txt").read_text() == "a line\nOut of memory\n"
+    assert notable == ["Out of memory"]
 
 
 def test_a_damaged_model_is_made_again_and_a_whole_one_is_not(home: Path, program) -> None:
