@@ -170,6 +170,15 @@ def test_a_stop_text_ends_the_answer_and_is_left_out(engine: Engine) -> None:
     assert cut["completion_tokens"] < whole["completion_tokens"]
 
 
+def test_a_stop_text_is_found_of_however_many_tokens_it_is_and_the_first_place_counts(engine: Engine) -> None:
+    row = Row(
+        "a", [1], answer=[token for sign in "So far\n### End ###" for token in engine.tokenizer(sign)["input_ids"]]
+    )
+    for stop in (("### End ###",), ("End ###", "### End ###")):
+        assert engine._ending(row, Sampling(stop=stop)) == ("So far\n", "stop")
+    assert engine._ending(row, Sampling(stop=("### End ####",))) == ("", None)
+
+
 def test_the_end_of_turn_ends_the_answer_and_is_left_out(engine: Engine) -> None:
     replies = answers(engine, REQUESTS, Sampling(temperature=1.5, max_tokens=300, seed=1))
     stopped = [reply for reply in replies.values() if reply["finish_reason"] == "stop"]
@@ -182,11 +191,14 @@ def test_an_answer_without_an_end_is_cut_and_says_so(engine: Engine) -> None:
     assert (reply["finish_reason"], reply["completion_tokens"]) == ("length", 3)
 
 
-def test_a_prompt_beyond_the_context_is_refused_by_id_and_the_others_are_answered(engine: Engine) -> None:
+def test_a_prompt_beyond_the_context_or_none_at_all_is_refused_by_id_and_the_others_are_answered(
+    engine: Engine,
+) -> None:
     long = {"id": "long", "messages": [{"role": "user", "content": "bridges " * 500}]}
-    replies = answers(engine, [*REQUESTS[:2], long], GREEDY)
+    replies = answers(engine, [*REQUESTS[:2], long, {"id": "empty", "prompt": ""}], GREEDY)
     assert replies["long"]["text"] is None and replies["long"]["finish_reason"] is None
     assert "488 fit" in replies["long"]["error"]  # a context of 512 less 24 for the answer
+    assert "the prompt has 0 tokens" in replies["empty"]["error"]
     assert replies["r0"]["error"] is None and replies["r1"]["text"]
 
 
