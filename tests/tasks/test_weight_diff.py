@@ -18,8 +18,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def save(model: Any, folder: Path, dtype: torch.dtype, tiny_model: Path) -> Path:
-    """In several shards."""
-    model.to(dtype).save_pretrained(folder, max_shard_size="150KB")
+    """In several shards, one of them of two types: its tensors are not in the order of their names."""
+    model.to(dtype).model.norm.float()
+    model.save_pretrained(folder, max_shard_size="150KB")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return folder
 
@@ -140,6 +141,7 @@ def test_a_diff_that_names_files_elsewhere_is_refused(base: Path, tmp_path: Path
     make_diff(base, base, tmp_path / "diff", "some/base")
     told = json.loads((tmp_path / "diff" / "diff.json").read_text())
     told["tuned"]["files"] = {"../victim": "0"}
+    (tmp_path / "victim").write_text("it is there")
     (tmp_path / "diff" / "diff.json").write_text(json.dumps(told))
     with pytest.raises(DiffError, match="is no file in it"):
         recover(base, tmp_path / "diff", tmp_path / "again")
@@ -156,6 +158,13 @@ def test_what_is_no_model_or_is_there_already_is_refused(base: Path, tmp_path: P
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0nope!")
     with pytest.raises(DiffError, match="not a file of safetensors"):
         make_diff(base, tmp_path / "empty", tmp_path / "diff", "b")
+    (tmp_path / "empty" / "diff.json").write_text('{"format": 2}')
+    with pytest.raises(DiffError, match="is a diff of format 2; this version knows format 1"):
+        recover(base, tmp_path / "empty", tmp_path / "again")
+    file = sorted(base.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-1])  # as a download leaves it that was broken off
+    with pytest.raises(DiffError, match=f"{file} is cut off"):
+        make_diff(base, base, tmp_path / "diff", "b")
 
 
 def test_the_command_makes_and_recovers(base: Path, tiny_model: Path, tmp_path: Path) -> None:
