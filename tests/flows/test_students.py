@@ -42,14 +42,10 @@ def test_the_best_student_is_none_that_was_rolled_back_or_not_evaluated(run: Man
     [
         ("recorded/7", r"recorded-1 has no student of iteration 7\. There are: 0, 1\."),
         ("recorded/best", "an iteration is a number, as in recorded-1/1"),
+        ("begun", "begun-1 has no student yet"),
     ],
 )
-def test_an_iteration_that_is_not_there_is_refused_with_those_that_are(run: Manifest, name: str, why: str) -> None:
+def test_a_student_that_is_not_there_is_refused_with_those_that_are(run: Manifest, name: str, why: str) -> None:
+    Manifest(run_id="begun-1").save()
     with pytest.raises(Refusal, match=why):
         find_student(name)
-
-
-def test_a_run_without_a_student_is_refused_and_no_models_name(home: Path) -> None:
-    Manifest(run_id="begun-1").save()
-    with pytest.raises(Refusal, match="begun-1 has no student yet"):
-        find_student("begun-1")

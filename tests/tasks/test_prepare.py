@@ -4,10 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from tasks.models.local import LocalModel
-from tasks.prepare import ModelNotFound, StudentInit, source_digest
+from tasks.prepare import ModelNotFound, source_digest
 
 
 def digest(name: Path | str) -> str:
@@ -43,10 +42,3 @@ def test_a_folder_without_a_model_is_refused_by_what_it_lacks(
         (folder / name).write_text("{}")
     with pytest.raises(ModelNotFound, match=f"{folder}: {why}"):
         digest(folder)
-
-
-@pytest.mark.parametrize("given", [{"init": "pruned"}, {"layers": 2}, {"init": "base", "layers": 2}])
-def test_a_number_of_layers_goes_with_a_pruned_student_alone(given: dict[str, object]) -> None:
-    with pytest.raises(ValidationError, match="goes with `init: pruned`, and only with it"):
-        StudentInit.model_validate(given)
-    assert StudentInit(init="pruned", layers=2).layers == 2

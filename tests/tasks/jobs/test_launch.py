@@ -64,6 +64,9 @@ def test_a_failed_job_says_its_exit_code_and_last_lines(program, tmp_path: Path)
     with pytest.raises(JobError, match=r"exit code 1(.|\n)*half way(.|\n)*out of luck") as failure:
         run_job(module, {}, tmp_path / "job")
     assert str(pickle.loads(pickle.dumps(failure.value))) == str(failure.value)
+    with pytest.raises(JobError, match="when memory runs out") as failure:
+        run_job(program("import os; os.kill(os.getpid(), 9)"), {}, tmp_path / "job")
+    assert not isinstance(failure.value, ValueError), "it may well end otherwise the next time"
 
 
 def test_a_killed_job_is_over_though_what_it_had_started_holds_its_output_open(program, tmp_path: Path) -> None:
@@ -83,12 +86,6 @@ def test_what_a_job_refuses_is_told_even_where_its_launcher_has_the_last_word(pr
     module = program("print('refused: no row has a label'); print('rank 0 failed\\n' * 30); sys.exit(1)")
     with pytest.raises(JobRefused, match=r"^no row has a label\nWhole log: .*log.txt$"):
         run_job(module, {}, tmp_path / "job")
-
-
-def test_a_job_that_was_killed_says_what_kills_jobs(program, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="when memory runs out") as failure:
-        run_job(program("import os; os.kill(os.getpid(), 9)"), {}, tmp_path / "job")
-    assert not isinstance(failure.value, ValueError), "it may well end otherwise the next time"
 
 
 def test_exit_zero_without_a_result_is_a_failure(program, tmp_path: Path) -> None:

@@ -92,14 +92,6 @@ class TestRows:
         assert examples[0]["input_ids"][-1] != end_of_turn(tokenizer)
         assert (report["rows_with_end_of_turn_in_loss"], report["rows_without_end"]) == (0, 1)
 
-    def test_an_answer_that_is_cut_to_its_end_alone_teaches_nothing(self, home: Path, tokenizer: Any) -> None:
-        data = write_rows("A word.", ask="Say")
-        prompt = len(encode_prompt(tokenizer, [{"role": "user", "content": "Say 0."}]))
-        with pytest.raises(DataError, match="the prompt alone fills max_length"):
-            encode(tokenizer, data, home / "no room", max_length=prompt + 1)
-        examples, report = encode(tokenizer, data, home / "room", max_length=prompt + 2)
-        assert (examples.labelled.tolist(), report["cut"]) == ([2], ["row-0"])
-
     def test_rows_that_teach_nothing_are_left_out_by_name_and_reason(self, home: Path, tokenizer: Any) -> None:
         rows = [("long", "word " * 400, "Yes."), ("blank", "Say", " \n"), ("good", "Say", "A word."),
                 ("huge", "Say", "x" * 100_000)]  # fmt: skip
@@ -122,6 +114,11 @@ class TestRows:
         assert (report["cut"], report["cut_share"]) == (["huge"], 0.5)
         assert sorted(row["instruction_id"] for row in (examples[0], examples[1])) == ["good", "huge"]
         assert examples.lengths.max() == 64
+        data = write_rows("A word.", ask="Say")
+        prompt = len(encode_prompt(tokenizer, [{"role": "user", "content": "Say 0."}]))
+        with pytest.raises(DataError, match="the prompt alone fills max_length"):  # the end alone is no answer
+            encode(tokenizer, data, home / "no room", max_length=prompt + 1)
+        assert encode(tokenizer, data, home / "room", max_length=prompt + 2)[0].labelled.tolist() == [2]
 
     def test_a_row_that_the_template_refuses_is_left_out_and_a_tokenizer_without_an_end_is_refused(
         self, home: Path, tokenizer: Any
