@@ -138,7 +138,8 @@ def test_a_run_that_goes_on_holds_out_nothing_that_may_have_been_learned(earlier
         start.check_holds_out(held_out("What is a volcano?", "Add 2 and 3."))
 
 
-def test_a_run_that_fails_at_once_still_refers_to_all_that_it_had_made(earlier: Manifest) -> None:
+def test_a_run_that_ends_at_once_says_how_and_still_refers_to_all_that_it_had_made(earlier: Manifest) -> None:
+    from flows.approval import NotApproved
     from flows.chain import is_begun
     from flows.steps import recorded
 
@@ -146,9 +147,16 @@ def test_a_run_that_fails_at_once_still_refers_to_all_that_it_had_made(earlier: 
     assert not is_begun(config)
     made = set(earlier.pointers())
     earlier.model_copy(update={"run_id": config.run_id}).save()
-    for _ in range(2):
-        with pytest.raises(RuntimeError), recorded(config):
-            raise RuntimeError("no key")
+    ends: list[tuple[BaseException, str, str]] = [
+        (NotApproved("nobody answered"), "paused", "nobody answered"),
+        (KeyboardInterrupt(), "interrupted", "everything finished is kept"),
+        (RuntimeError("no key"), "failed", "RuntimeError: no key"),
+    ]
+    for error, state, why in ends:
+        with pytest.raises(type(error)), recorded(config):
+            raise error
+        ended = load_manifest(config.run_id)
+        assert ended and ended.error and (ended.state, why in ended.error) == (state, True)
     failed = load_manifest(config.run_id)
     assert failed and failed.state == "failed" and len(failed.iterations) == 3
     assert set(failed.pointers()) >= made and is_begun(config)

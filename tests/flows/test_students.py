@@ -4,18 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from flows.students import find_student
+from flows.students import Student, find_student
 from flows.terminal import Refusal
 from storage.runs import Manifest
+from tasks.models.local import LocalModel
+from tasks.prepare import ModelNotFound
 from tests.recorded import record_run
 
 
 @pytest.fixture
 def run(home: Path) -> Manifest:
-    return record_run()
+    return record_run("recorded-1", None, "student.model.max_batch_rows=7", "student.system_prompt=Be brief.")
 
 
-def test_a_run_the_beginning_of_its_id_an_iteration_and_a_folder_name_a_student(run: Manifest) -> None:
+def test_a_run_the_beginning_of_its_id_an_iteration_and_a_folder_name_a_student(
+    run: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start, trained = (checkpoint for _, checkpoint in run.students())
     names = [None, "recorded-1", "rec", "recorded-1/1", "rec/0", str(start.path)]
     found = [find_student(name) for name in names]
@@ -25,6 +29,12 @@ def test_a_run_the_beginning_of_its_id_an_iteration_and_a_folder_name_a_student(
     ]  # fmt: skip
     assert [student.checkpoint for student in found] == [trained] * 4 + [start] * 2
     assert all(student.manifest == run for student in found)
+    assert (found[0].model.max_batch_rows, found[0].system_prompt) == (7, "Be brief."), "as its run had it"
+    assert Student("from elsewhere", trained).model == LocalModel()
+    (tmp_path / "rec").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound, match=r"rec: no config\.json"):  # a folder comes before a run
+        find_student("rec")
 
 
 def test_the_best_student_is_none_that_was_rolled_back_or_not_evaluated(run: Manifest) -> None:
