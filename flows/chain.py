@@ -80,14 +80,18 @@ def start_of(config: DistillConfig) -> Start | None:
     earlier = load_manifest(run_id)
     if earlier is None:
         raise ConfigError(f"start_from: no run {run_id!r} here. `lion runs` lists them.")
-    finished = [record for record in earlier.iterations if "candidates" in record.snapshots]
+    left = [*(record.snapshots for record in earlier.iterations[1:]), earlier.next_pools]  # the pools after each
+    finished = [
+        record
+        for record, pools in zip(earlier.iterations, left)
+        if "candidates" in record.snapshots and "cache_pool" in pools
+    ]
     wanted = int(number or len(finished))
-    records = finished[:wanted]
-    following = earlier.iterations[wanted].snapshots if wanted < len(earlier.iterations) else earlier.next_pools
-    if not records or len(records) < wanted or "cache_pool" not in following:
+    if not 0 < wanted <= len(finished):
         raise ConfigError(f"start_from: {run_id} has {len(finished)} finished iterations to go on from, not {wanted}.")
+    following = left[wanted - 1]
     return Start(
-        records=records,
+        records=finished[:wanted],
         pools=Pools(train=following["train_pool"], cache=following["cache_pool"]),
         heldout=earlier.baseline.snapshots["heldout"],
         same_teacher=_same_teacher(earlier.config, config),

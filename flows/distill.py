@@ -55,9 +55,11 @@ def distill(config: DistillConfig) -> str:
                     "notes say why. Start again with more seeds, another generator, or a higher generate.max_similarity.",
                 )
                 break
+            manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}  # also if nobody approves
             run.config = approval.before(config, manifest, iteration, pools, run.unanswered_in(pools))
             if approval.is_over:
                 break
+            manifest.next_pools = {}  # of this iteration, once it is done
             pools, student = run.iterate(iteration, pools, student)
             write_report(manifest)
             publish_catalog()

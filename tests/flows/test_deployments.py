@@ -199,8 +199,10 @@ def test_a_run_goes_on_only_where_both_its_records_and_its_pools_are_there(earli
 
     unfinished = earlier.iterations.pop()
     earlier.save()
-    with pytest.raises(ConfigError, match="start_from"):  # what follows the second was not written down
-        start_of(resolve("smoke", ["start_from=run:smoke-1:2"]))
+    with pytest.raises(ConfigError, match="has 1 finished iterations to go on from, not 2"):
+        start_of(resolve("smoke", ["start_from=run:smoke-1:2"]))  # the pools after it were not made
+    going_on = start_of(resolve("smoke", ["start_from=run:smoke-1"]))
+    assert going_on and going_on.pools.cache.digest == "cache_pool-2"
     earlier.next_pools = unfinished.snapshots
     earlier.save()
     going_on = start_of(resolve("smoke", ["start_from=run:smoke-1"]))
@@ -370,6 +372,50 @@ class TestApproval:
         assert not self.asked
         self.before(earlier, 4, approve="iteration")
         assert "| 2 | 1.000 |  | 0 | 0 |" in self.asked[0][0]
+
+    def test_a_run_that_nobody_approved_of_can_be_gone_on_from(
+        self, earlier: Manifest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import flows.distill as page
+        from flows import approval
+        from flows.chain import start_of
+        from tasks.refresh import Pools
+
+        class Run:
+            """One whose iterations cost nothing."""
+
+            def __init__(self, config: DistillConfig, manifest: Manifest):
+                self.config, self.manifest = config, manifest
+
+            def baseline(self, start: Any) -> tuple[Pools, None]:
+                self.manifest.baseline.snapshots["heldout"] = held_out("h")
+                return Pools(train=held_out("a"), cache=held_out("a")), None
+
+            def iterate(self, iteration: int, pools: Pools, student: None) -> tuple[Pools, None]:
+                self.manifest.iterations.append(earlier.iterations[iteration - 1])
+                self.manifest.save()
+                assert not load_manifest(self.config.run_id).next_pools, "these would be of the iteration before"
+                return Pools(train=held_out("b"), cache=held_out("a", "b")), None
+
+            def unanswered_in(self, pools: Pools) -> int:
+                return 0
+
+            def is_stalled(self, *, last: bool) -> bool:
+                return False
+
+        def ask(*_: Any) -> None:
+            raise approval.NotApproved("nobody answered")
+
+        monkeypatch.setattr(approval.Approval, "_ask", ask)
+        monkeypatch.setattr(approval, "on_a_server", lambda: True)
+        monkeypatch.setattr(page, "Run", Run)
+        for name in ("write_report", "publish_catalog", "publish_artifacts"):
+            monkeypatch.setattr(page, name, lambda *_: None)
+        config = resolve("smoke", ["approve=iteration", "iterations=2"])
+        with pytest.raises(approval.NotApproved):
+            page.distill.fn(config)
+        start = start_of(resolve("smoke", [f"start_from=run:{config.run_id}"]))
+        assert start and (len(start.records), start.pools.train, start.pools.cache.rows) == (1, held_out("b"), 2)
 
     def test_a_forecast_tells_the_requests_to_come_and_what_each_role_has_cost(self, earlier: Manifest) -> None:
         from flows.approval import forecast
