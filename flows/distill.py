@@ -55,7 +55,7 @@ def distill(config: DistillConfig) -> str:
                     "notes say why. Start again with more seeds, another generator, or a higher generate.max_similarity.",
                 )
                 break
-            manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}  # also if nobody approves
+            manifest.next_pools = pools.by_view  # also if nobody approves
             run.config = approval.before(config, manifest, iteration, pools, run.unanswered_in(pools))
             if approval.is_over:
                 break
@@ -66,7 +66,7 @@ def distill(config: DistillConfig) -> str:
             publish_artifacts(manifest)
             if run.is_stalled(last=iteration == first + config.iterations - 1):
                 break  # nothing is gained; the manifest's notes say so
-        manifest.next_pools = {"train_pool": pools.train, "cache_pool": pools.cache}
+        manifest.next_pools = pools.by_view
     write_report(manifest)
     publish_catalog()
     return manifest.run_id
@@ -151,7 +151,7 @@ class Run:
         self.manifest.iterations.append(record)
         step = Steps(self.manifest, record)
         made = record.snapshots
-        made |= {"train_pool": pools.train, "cache_pool": pools.cache}
+        made |= pools.by_view
 
         # IMITATION: the teacher answers, the student learns the answers. The train pool is part of the cache
         # pool, so one call answers both; what earlier iterations asked is not asked again.

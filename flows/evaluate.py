@@ -151,8 +151,8 @@ class _Evaluation:
         name = self.config.reference
         if name == "teacher":
             return self._ready(self.distill.teacher.model), 0
-        if expanded(name).is_file():
-            return read_answers(expanded(name), self.questions)
+        if (file := expanded(name)).is_file():
+            return read_answers(file, self.questions)
         return ReadyModel(settings=self.distill.student.model, checkpoint=find_student(name).checkpoint), 0
 
     def _ready(self, settings: ModelSettings) -> ReadyModel:

@@ -82,7 +82,8 @@ def _named(name: str | None) -> Student:
         return best_student(find_run(None))
     manifests = list_manifests()
     run, _, iteration = name.partition("/")
-    if run and not expanded(name).is_dir():
+    folder = expanded(name)
+    if run and not folder.is_dir():
         found = [manifest for manifest in manifests if manifest.run_id.startswith(run)]
         if found and not iteration:
             return best_student(found[0])
@@ -92,9 +93,9 @@ def _named(name: str | None) -> Student:
             raise Refusal(f"{name}: an iteration is a number, as in {found[0].run_id}/1.")
     for manifest in manifests:
         for number, checkpoint in manifest.students():
-            if checkpoint.path == expanded(name).resolve():
+            if checkpoint.path == folder.resolve():
                 return Student(f"{manifest.run_id}/{number}", checkpoint, manifest, number)
-    if manifests and name != "embedded" and not expanded(name).is_dir():
+    if manifests and name != "embedded" and not folder.is_dir():
         there = ", ".join(manifest.run_id for manifest in manifests)
         note.print(
             f"{name} is no run here (there are: {there}) and no folder: taken for a model's name.", soft_wrap=True

@@ -112,6 +112,11 @@ def read_csv(text: str, **options: Any) -> "csv.DictReader[str]":
     return csv.DictReader(io.StringIO(text, newline=""), **options)
 
 
+def repeated(names: Sequence[str]) -> list[str]:
+    """The names of columns that are there more than once: of two such columns a row, which is a dict, has one."""
+    return sorted({name for name in names if names.count(name) > 1})
+
+
 def lock_file(name: str) -> Path:
     """The file whose lock is the lock `name` of this home."""
     return home() / "locks" / f"{name}.lock"

@@ -20,6 +20,7 @@ from storage.files import (
     canonical_json,
     digest_of,
     digest_of_bytes,
+    repeated,
     write_atomic,
 )
 from storage.tables import SCHEMAS
@@ -96,8 +97,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """
     try:
         file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := repeated(file.schema_arrow.names):
             raise StorageError(f"{path}: the column {', '.join(twice)} is there twice")
         for batch in file.iter_batches():
             yield from batch.to_pylist()

@@ -7,7 +7,6 @@ when enough are accepted or when the cap on attempts is reached; a shortfall is 
 import json
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,7 +19,7 @@ from storage.pools import by_id, instruction_id, write_snapshot
 from storage.runs import Generated
 from tasks.contamination import Evaluated, whole_text
 from tasks.models.budget import Account
-from tasks.models.chat import Reply, Request, Sampling, Status, storable
+from tasks.models.chat import JSON_OBJECT, Reply, Request, Sampling, Status, storable
 from tasks.models.local import LocalModel
 from tasks.models.prompts import load
 from tasks.models.ready import ModelSettings, ReadyModel, answer
@@ -232,7 +231,6 @@ class _Judge:
         return {"rejection": None}
 
 
-OBJECT = re.compile(r"\{\s*[\"}]")
 _JSON = json.JSONDecoder(strict=False)  # models put line breaks into strings
 _UNUSABLE = {
     Status.TRUNCATED: Rejection.TRUNCATED,
@@ -252,7 +250,7 @@ def _candidate_in_json(text: str) -> dict[str, Any]:
     """Instruction and input of the first JSON object that has them, whatever stands around it; the whole text where the
     model gave none, as long as it did not try to."""
     with suppress(RecursionError):  # nested a thousand deep: what is inside is not looked for, brace by brace
-        for brace in OBJECT.finditer(text):
+        for brace in JSON_OBJECT.finditer(text):
             try:
                 said = _JSON.raw_decode(text, brace.start())[0]
             except ValueError:  # also a number of thousands of digits

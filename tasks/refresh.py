@@ -15,6 +15,11 @@ class Pools(BaseModel):
     train: Snapshot
     cache: Snapshot
 
+    @property
+    def by_view(self) -> dict[str, Snapshot]:
+        """As a manifest keeps them."""
+        return {"train_pool": self.train, "cache_pool": self.cache}
+
 
 @stage("refresh", version=VERSION)
 def refresh_pools(cache_pool: Snapshot, candidates: Snapshot) -> Pools:

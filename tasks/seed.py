@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.files import OPERATIONAL, Snapshot, StorageError, digest_of, digest_of_file, expanded, read_csv
+from storage.files import OPERATIONAL, Snapshot, StorageError, digest_of, digest_of_file, expanded, read_csv, repeated
 from storage.pools import instruction_id, read_parquet, write_snapshot
 from tasks.contamination import find_near
 from tasks.models.chat import NOT_STORABLE, is_storable
@@ -246,8 +246,7 @@ def _jsonl(path: Path) -> Records:
 def _csv(path: Path) -> Records:
     reader = read_csv(_text(path), strict=True)
     try:
-        names = reader.fieldnames or []
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := repeated(reader.fieldnames or []):
             raise SeedError(f"{path}, line 1: the column {', '.join(twice)} is there twice. Rename one.")
         for record in reader:
             if None in record:

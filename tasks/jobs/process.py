@@ -67,14 +67,12 @@ def warm_up() -> None:
         _idle.append(_Warm())
 
 
-def start(command: list[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """A fresh process that ends with this one, its output as one stream of text."""
+def start(command: list[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """A fresh process that ends with this one, its output as one stream."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         env=environment,
         preexec_fn=die_with_parent,
     )
@@ -162,7 +160,7 @@ class Fork:
         self._warm = warm
         self.returncode: int | None = None
         output, theirs = os.pipe()
-        self.stdout: IO[str] = os.fdopen(output, errors="replace")
+        self.stdout: IO[bytes] = os.fdopen(output, "rb")
         asked = {"module": module, "argument": argument, "environment": dict(environment), "folder": str(Path.cwd())}
         try:
             socket.send_fds(warm.socket, [json.dumps(asked).encode()], [theirs])
@@ -209,7 +207,7 @@ class Fork:
         return message
 
 
-Process = subprocess.Popen[str] | Fork  # of a job
+Process = subprocess.Popen[bytes] | Fork  # of a job
 
 
 def _serve(control: socket.socket, preloaded: list[str]) -> NoReturn:

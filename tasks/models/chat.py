@@ -4,6 +4,7 @@ Every model, a local checkpoint or an endpoint far away, takes requests and give
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # Finish reasons of an answer that was cut: OpenAI's; Mistral's at the end of the context; those of gateways that pass a
 # provider's own on; DeepSeek's where it had no room to go on.
+JSON_OBJECT = re.compile(r"\{\s*[\"}]")  # a brace by itself begins none, and json's errors count all lines before it
 CUT = ("length", "model_length", "max_tokens", "insufficient_system_resource")
 
 

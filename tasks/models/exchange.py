@@ -88,7 +88,6 @@ class Connection:
         self.dialect, self.remember = dialect, remember
         self.secrets = secrets_of(model)
         self.url = f"{model.base_url}/chat/completions"
-        self.timeout = httpx2.Timeout(model.timeout, connect=CONNECT_SECONDS)
 
     async def send(self, request: Request, wish: Wish) -> Said:
         """Send a request once.
@@ -104,7 +103,6 @@ class Connection:
             # A gateway that knows how can recognise a repetition by the key, and we can find a request in its log.
             "headers": {"Idempotency-Key": wish.key},
             "idempotency_key": wish.key,
-            "timeout": self.timeout,
             "params": {},
             "max_retries": 0,
         }
@@ -156,6 +154,7 @@ async def connected(
         api_key=key_of(model),
         base_url=model.base_url,
         default_headers=NO_TELEMETRY | headers_of(model),
+        timeout=timeout,
         max_retries=0,
         http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout, follow_redirects=False),
     ) as client:

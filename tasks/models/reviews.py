@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from tasks.models.chat import storable
+from tasks.models.chat import JSON_OBJECT, storable
 
 BEST, WORST = 10, 1
 
@@ -71,7 +71,6 @@ def _judged(pairs: set[Pair], evidence: str | None) -> Parsed:
 
 
 NO_SCORES: dict[str, Any] = {"first_score": None, "second_score": None}
-OBJECT = re.compile(r"\{\s*[\"}]")  # a brace by itself is none: json's errors count all lines before them
 KEYED = re.compile(r"\{\s*\"(?:evidence|first_score|second_score)\"")
 
 
@@ -83,7 +82,7 @@ def _objects_with_scores(text: str) -> tuple[list[dict[str, Any]], str]:
     """The outermost JSON objects of a text that have both scores, and what follows the last of them."""
     decoder, at, found = json.JSONDecoder(object_pairs_hook=_without_repetition), 0, []
     rest = text
-    while brace := OBJECT.search(text, at):
+    while brace := JSON_OBJECT.search(text, at):
         at = brace.start()
         try:
             said, at = decoder.raw_decode(text, at)

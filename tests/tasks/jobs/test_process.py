@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tasks.jobs import process
-from tasks.jobs.process import start_fork, stop
+from tasks.jobs.process import lines_of, start_fork, stop
 
 PROGRAM = {
     "good": "import os, sys, torch; print(sys.argv[1], os.environ['WORD'], os.getcwd(), flush=True)",
@@ -37,7 +37,7 @@ def test_a_fork_has_its_own_arguments_environment_and_folder(environment, tmp_pa
     start_fork("job_exits", "", environment).wait()
     monkeypatch.chdir(tmp_path)
     job = start_fork("job_good", "an argument", environment)
-    assert job.stdout.read() == f"an argument hello {tmp_path}\n"
+    assert "".join(lines_of(job)) == f"an argument hello {tmp_path}\n"
     assert job.wait() == 0
 
 
@@ -64,14 +64,14 @@ def test_two_jobs_at_a_time_have_two_warm_processes(environment) -> None:
 @pytest.mark.parametrize(("program", "said"), [("exits", "said\nout of luck\n"), ("raises", "RuntimeError: broken\n")])
 def test_a_fork_fails_as_python_does(environment, program: str, said: str) -> None:
     job = start_fork(f"job_{program}", "", environment)
-    assert job.stdout.read().endswith(said)
+    assert "".join(lines_of(job)).endswith(said)
     assert job.wait() == 1
 
 
 @needs_forks
 def test_a_killed_warm_process_takes_its_job_along_and_the_next_job_has_a_new_one(environment) -> None:
     job = start_fork("job_waits", "", environment)
-    assert job.stdout.readline() == "begun\n"
+    assert next(lines_of(job)) == "begun\n"
     child = psutil.Process(job.pid)
     child.parent().kill()
     assert job.wait() == -signal.SIGKILL
