@@ -205,8 +205,14 @@ def _filled_up(wanted: Sequence[int], tiles: Sequence[int]) -> np.ndarray:
 
 
 def best_precision(device: torch.device) -> str:
-    """The fastest type that the hardware itself computes in; emulated bf16 is slower than fp32."""
+    """The fastest type that the hardware itself computes in.
+
+    Emulated bf16 is slower than fp32. So are vectors of bf16 on Intel since Sapphire Rapids, which is meant to use AMX:
+    where a hypervisor hides that, products in bf16 have half the rate of fp32 (measured on Emerald Rapids). On Cooper
+    Lake (oneDNN's issue 894) and on AMD they are faster.
+    """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
+    slow = able.get("cpu_name", "").startswith("Intel") and able.get("avx512_fp16")  # which Cooper Lake has not
+    return "bf16" if able.get("amx_bf16") or (able.get("avx512_bf16") and not slow) else "fp32"

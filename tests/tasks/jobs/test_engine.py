@@ -250,10 +250,23 @@ def test_the_loss_of_an_answer_does_not_depend_on_the_company_to_the_last_bit(ti
     assert alone == together
 
 
-def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    for able, precision in (({}, "fp32"), ({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
-        assert best_precision(torch.device("cpu")) == precision
+@pytest.mark.parametrize(
+    ("cpu", "able", "precision"),
+    [
+        ("without", [], "fp32"),
+        ("Intel Xeon", ["avx512_bf16", "avx512_fp16", "amx_bf16"], "bf16"),  # Sapphire Rapids
+        ("Intel Xeon", ["avx512_bf16", "avx512_fp16"], "fp32"),  # its AMX hidden by a hypervisor
+        ("Intel Xeon", ["avx512_bf16"], "bf16"),  # Cooper Lake
+        ("AMD EPYC", ["avx512_bf16"], "bf16"),  # Zen 4
+        ("AMD EPYC", ["avx512_bf16", "avx512_fp16"], "bf16"),  # Zen 6
+    ],
+)
+def test_precision_follows_the_hardware(
+    cpu: str, able: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capabilities = {"cpu_name": cpu, **dict.fromkeys(able, True)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert best_precision(torch.device("cpu")) == precision
 
 
 @pytest.mark.parametrize(
