@@ -16,7 +16,7 @@ from tasks.jobs.launch import RUNNER, run_together
 from tasks.jobs.process import gpus
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status, status_of
 
-ENGINE_VERSION = 6  # raise it when the engine gives other tokens for the same request
+ENGINE_VERSION = 7  # raise it when the engine gives other tokens for the same request
 
 
 class LocalModel(BaseModel):
