@@ -18,6 +18,7 @@ os.environ |= {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_API_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///:memory:",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # as the command line has it: a busy machine takes long
     "HF_HUB_OFFLINE": "1",
     "PREFECT_PROFILES_PATH": os.devnull,  # a server of the tests' own, not the one that prefect.toml leads to
 }
