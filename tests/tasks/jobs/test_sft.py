@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from storage.pools import write_snapshot
-from tasks.jobs.dataset import DataError, Examples, Order, encode_rows, order_of_rows, packed, padded
+from tasks.jobs.dataset import COLLATE, DataError, Examples, Order, encode_rows, order_of_rows, packed, padded
 from tasks.jobs.distributed import SettingsError
 from tasks.jobs.launch import JobRefused, run_job
 from tasks.jobs.preflight import estimate
 from tasks.jobs.settings import SftSettings, launcher_command
 from tasks.jobs.sft import one_clear_last_line, raise_unless_saved, train
 from tasks.jobs.template import encode_prompt, end_of_turn
-from tasks.jobs.trainer import TrainingError, complete_checkpoints, model_inputs, read_history
+from tasks.jobs.trainer import TrainingError, Watch, complete_checkpoints, model_inputs, read_history
 
 
 def write_rows(*answers: str, ask: str = "Say something about the number", whole: bool = True) -> Path:
@@ -344,6 +344,81 @@ class TestTraining:
         small = train_here(job, home / "small")
         np.testing.assert_allclose(large["loss_by_step"][1:], small["loss_by_step"][1:], rtol=0.05)
         assert large["steps"] == small["steps"] == 6
+
+    def test_a_training_that_was_stopped_goes_on_from_its_newest_checkpoint_as_if_it_never_was(
+        self, home: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Stopped(BaseException):
+            pass
+
+        def stop(watch: Watch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 9:
+                raise Stopped
+
+        data = write_rows(*NUMBERS)
+        settings = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "peft": "lora", "save_total_limit": 2}
+        undisturbed = train_here(make_job(tiny_model, data, save_steps=0, **settings), home / "whole")
+        job = make_job(tiny_model, data, save_steps=2, **settings)
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(Watch, "on_step_end", stop)
+            train_here(job, home / "job")
+        kept = sorted(path.parent.name for path in home.glob("job/trainer/*/complete"))
+        assert kept == sorted(path.name for path in home.glob("job/trainer/checkpoint-*"))
+        assert kept == ["checkpoint-6", "checkpoint-8"]
+        resumed = train_here(job, home / "job")
+        assert resumed["preflight"]["resumed_from"] == "checkpoint-8"
+        for name in ("loss_by_step", "train_loss", "steps", "tokens", "padded_tokens", "padding_share"):
+            assert resumed[name] == undisturbed[name], name
+        weights = [load_file(home / folder / "model.safetensors") for folder in ("whole", "job")]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        history = [json.loads(line) for line in (home / "job" / "history.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in history] == list(range(1, 13))
+        assert [entry["seconds"] for entry in history] == sorted(entry["seconds"] for entry in history)
+        assert resumed["seconds"] == history[-1]["seconds"]
+
+    def test_every_token_of_every_epoch_is_counted_once(self, home: Path, tiny_model: Path, tokenizer: Any) -> None:
+        data = write_rows(*NUMBERS)
+        examples, _ = encode(tokenizer, data, home)
+        result = train_here(make_job(tiny_model, data, num_train_epochs=3, packing="none"), home / "job")
+        assert result["tokens"] == 3 * examples.lengths.sum() < result["padded_tokens"]
+        assert result["padding_share"] == round(1 - result["tokens"] / result["padded_tokens"], 4)
+
+    def test_the_validation_loss_is_that_of_the_held_out_rows_under_the_saved_model(
+        self, home: Path, tiny_model: Path, tokenizer: Any
+    ) -> None:
+        answers = [f"{'very ' * (number * 3)}{number}" for number in range(24)]  # batches differ in labels
+        data = write_rows(*answers)
+        examples, _ = encode(tokenizer, data, home)
+        job = make_job(tiny_model, data, validation_share=0.3, peft="lora", lora_dropout=0.5)
+        result = train_here(job, home / "job")
+        trained, held_out = examples.split(0.3, seed=0)
+        assert (result["rows"], result["validation_rows"]) == (len(trained), len(held_out)) == (17, 7)
+        model = AutoModelForCausalLM.from_pretrained(home / "job", use_cache=False).eval()
+        batch = padded([held_out[place] for place in range(len(held_out))])
+        with torch.no_grad():
+            expected = model(**model_inputs(batch)).loss.item()
+        assert result["validation_loss"] == pytest.approx(expected, rel=1e-4)
+
+    def test_an_adapter_has_the_shape_that_was_asked_for(self, home: Path, tiny_model: Path) -> None:
+        asked = {"lora_rank": 3, "lora_alpha": 5, "lora_dropout": 0.25, "lora_target": r".*\.q_proj"}
+        train_here(make_job(tiny_model, write_rows(*NUMBERS[:4]), peft="lora", **asked), home / "job")
+        kept = json.loads((home / "job" / "adapter" / "adapter_config.json").read_text())
+        assert (kept["r"], kept["lora_alpha"], kept["lora_dropout"]) == (3, 5, 0.25)
+        assert {name.split(".")[-3] for name in load_file(home / "job" / "adapter" / "adapter_model.safetensors")} == {
+            "q_proj"
+        }
+
+    def test_labels_at_the_wrong_places_are_found_out_before_the_first_step(
+        self, home: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def one_off(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            batch = padded(rows)
+            return batch | {"logits_to_keep": batch["logits_to_keep"].roll(1, 1)}
+
+        monkeypatch.setitem(COLLATE, "none", one_off)
+        with pytest.raises(TrainingError, match="our batches give this model another loss than its own"):
+            train_here(make_job(tiny_model, write_rows(*NUMBERS), packing="none"), home / "job")
+        assert not (home / "job" / "history.jsonl").exists()
 
     def test_packed_rows_train_without_padding(self, home: Path, tiny_model: Path) -> None:
         result = train_here(make_job(tiny_model, write_rows(*NUMBERS), packing="packed"), home / "job")
