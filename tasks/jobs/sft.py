@@ -86,6 +86,11 @@ def load_model(job: dict[str, Any], settings: SftSettings, precision: str, devic
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
+        if "not found in the base model" in str(error):
+            raise SettingsError(
+                f"lora_target: {settings.lora_target} names none of this model's layers; take all-linear, or a regular "
+                r"expression for whole names, such as .*\.(q|v)_proj"
+            ) from None
         if "lora_dropout" not in str(error):
             raise
         raise SettingsError("this model's experts take no dropout in their adapters: set lora_dropout: 0") from None

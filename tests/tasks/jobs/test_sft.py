@@ -420,6 +420,11 @@ class TestTraining:
             train_here(make_job(tiny_model, write_rows(*NUMBERS), packing="none"), home / "job")
         assert not (home / "job" / "history.jsonl").exists()
 
+    def test_a_lora_target_that_names_no_layer_is_refused_with_the_way_out(self, home: Path, tiny_model: Path) -> None:
+        job = make_job(tiny_model, write_rows(*NUMBERS[:4]), peft="lora", lora_target="q_proj")
+        with pytest.raises(SettingsError, match="lora_target: q_proj names none of this model's layers"):
+            train_here(job, home / "job")
+
     def test_packed_rows_train_without_padding(self, home: Path, tiny_model: Path) -> None:
         result = train_here(make_job(tiny_model, write_rows(*NUMBERS), packing="packed"), home / "job")
         assert result["padding_share"] == 0
