@@ -1,6 +1,7 @@
 """The trainer: what it learns from, what it leaves out, and that the same job gives the same weights."""
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -16,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from storage.pools import write_snapshot
 from tasks.jobs.dataset import COLLATE, DataError, Examples, Order, encode_rows, order_of_rows, packed, padded
 from tasks.jobs.distributed import SettingsError
 from tasks.jobs.launch import JobRefused, run_job
-from tasks.jobs.preflight import estimate
+from tasks.jobs.preflight import advice, estimate
 from tasks.jobs.settings import SftSettings, launcher_command
 from tasks.jobs.sft import one_clear_last_line, raise_unless_saved, train
 from tasks.jobs.template import encode_prompt, end_of_turn
@@ -191,8 +192,10 @@ class TestOrder:
         for step in range(0, 2000, 256):
             assert sorted(grouped[step : step + 256]) == sorted(random[step : step + 256])
 
-    def test_on_every_device_a_grouped_batch_is_of_like_length(self) -> None:
-        batches = self.LENGTHS[self.order(1, packing="grouped")].reshape(-1, 8)
+    @pytest.mark.parametrize("global_batch_size", [8, 256])
+    def test_on_every_device_a_grouped_batch_is_of_like_length(self, global_batch_size: int) -> None:
+        order = self.order(1, packing="grouped", global_batch_size=global_batch_size)
+        batches = self.LENGTHS[order].reshape(-1, 8)
         padding = 1 - batches.sum() / (batches.max(1) * 8).sum()
         assert padding < 0.05
 
@@ -270,8 +273,6 @@ class TestSettings:
         self, home: Path, tokenizer: Any
     ) -> None:
         examples, _ = encode(tokenizer, write_rows("Yes."), home)
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         with torch.device("meta"):
             seven_billion = LlamaForCausalLM(LlamaConfig())
         settings = SftSettings(strategy="ddp", processes_per_node=8)
@@ -281,6 +282,99 @@ class TestSettings:
         assert needed["fsdp"] < needed["deepspeed-zero2"] < needed["ddp"]
         assert "gradient_checkpointing: true" in told["advice"]
         assert "peft: lora" in told["advice"]
+
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [  # bytes a parameter: 2 computed with, 4 of gradient, 12 of master weight and Adam; 32 layers, one of them whole
+            ({}, {"single": 18, "ddp": 18, "deepspeed-zero2": 2 + 2, "deepspeed-zero3": 2.25 + 1 / 16, "fsdp": 2.25 + 1 / 16}),
+            ({"precision": "fp32"}, {"ddp": 16, "deepspeed-zero2": 4 + 1.5, "fsdp": 2 + 1 / 8}),
+            ({"offload": "optimizer"}, {"ddp": 18, "deepspeed-zero2": 2, "deepspeed-zero3": 0.25 + 1 / 16, "fsdp": 2.25 + 1 / 16}),
+            ({"offload": "parameters"}, {"deepspeed-zero2": 2, "deepspeed-zero3": 1 / 8, "fsdp": 1 / 8}),
+            ({"peft": "lora"}, {"single": 2, "ddp": 2, "deepspeed-zero2": 2, "fsdp": 0.25 + 1 / 16}),
+            ({"peft": "qlora", "strategy": "ddp"}, {"single": 1, "ddp": 1, "deepspeed-zero2": 1}),
+        ],
+    )  # fmt: skip
+    def test_memory_is_that_of_weights_gradients_and_optimizer_as_the_strategy_shares_them_out(
+        self, settings: dict[str, Any], expected: dict[str, float], home: Path, tokenizer: Any
+    ) -> None:
+        examples, _ = encode(tokenizer, write_rows("Yes."), home)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig())
+        if "peft" in settings:
+            model.requires_grad_(False)
+        if settings.get("peft") == "qlora":  # as much as two weights in 4 bit
+            model.to(torch.float8_e4m3fn)
+        given = SftSettings(**{"strategy": "deepspeed-zero3", "processes_per_node": 8} | settings)
+        precision = "fp32" if given.precision == "fp32" else "bf16"
+        told = estimate(given, precision, torch.device("cpu"), model, examples)
+        billions = sum(weight.numel() for weight in model.parameters()) / 1e9
+        for strategy, bytes_a_parameter in expected.items():
+            needed = told["needed_gb_a_process"][strategy]
+            assert needed == pytest.approx(bytes_a_parameter * billions, abs=0.3), strategy
+
+    def test_memory_of_activations_grows_with_the_batch_and_the_longest_row_and_hardly_where_they_are_computed_twice(
+        self, home: Path, tokenizer: Any
+    ) -> None:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig())
+        short, _ = encode(tokenizer, write_rows("Yes."), home / "short")
+        mixed, _ = encode(tokenizer, write_rows("Yes.", "Yes " * 300), home / "mixed", max_length=2048)
+
+        def needed(examples: Examples, rows: int, **settings: Any) -> float:
+            given = SftSettings(per_device_train_batch_size=rows, global_batch_size=rows, **settings)
+            told = estimate(given, "bf16", torch.device("cpu"), model, examples)
+            return told["needed_gb_a_process"]["single"]
+
+        weights = 2 * needed(short, 64) - needed(short, 128)
+        activations = needed(short, 64) - weights
+        longer = mixed.lengths.max() / short.lengths.max()
+        assert activations == pytest.approx(64 * int(short.lengths[0]) * 4096 * 33 * 34 / 1e9, rel=0.1)
+        assert needed(mixed, 64) - weights == pytest.approx(longer * activations, rel=0.1)
+        assert needed(short, 64, gradient_checkpointing=True) - weights < 0.15 * activations
+        dropped_out = needed(short, 64, peft="lora") - needed(short, 64, peft="lora", lora_dropout=0.0)
+        assert 0 < dropped_out < activations
+
+    def test_the_time_is_that_of_six_operations_a_parameter_and_token_at_half_the_devices_speed(
+        self, home: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ticks = itertools.count()
+        monkeypatch.setattr("time.perf_counter", lambda: next(ticks))  # each product takes a second
+        examples, _ = encode(tokenizer, write_rows(*NUMBERS), home)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig())
+        operations = sum(weight.numel() for weight in model.parameters()) * int(examples.lengths.sum())
+
+        def seconds(**settings: Any) -> float:
+            given = SftSettings(**{"num_train_epochs": 1} | settings)
+            return estimate(given, "fp32", torch.device("cpu"), model, examples)["seconds"]
+
+        assert seconds() == pytest.approx(6 * operations / 512**3, abs=1)
+        assert seconds(num_train_epochs=3) == pytest.approx(3 * seconds(), abs=2)
+        assert seconds(gradient_checkpointing=True) == pytest.approx(8 / 6 * seconds(), abs=2)
+        assert seconds(strategy="ddp", processes_per_node=4) == pytest.approx(seconds() / 4, abs=2)
+
+    def test_advice_names_only_what_would_change_something(self, home: Path, tokenizer: Any, tiny_model: Path) -> None:
+        everything = (
+            "to make it fit: gradient_checkpointing: true; strategy: fsdp or deepspeed-zero3 on several devices; "
+            "deepspeed-zero3 with offload: parameters; peft: lora; a shorter max_length"
+        )
+        assert advice(SftSettings(), []) == advice(SftSettings(), ["single"]) == everything
+        sparing = {"gradient_checkpointing": True, "peft": "lora", "processes_per_node": 2}
+        two = SftSettings(strategy="ddp", per_device_train_batch_size=2, **sparing)
+        assert (
+            advice(two, ["ddp", "fsdp", "deepspeed-zero3"])
+            .split("; ")[0]
+            .startswith("to make it fit: a smaller per_device_train_batch_size")
+        )
+        assert "; strategy: fsdp or deepspeed-zero3; deepspeed-zero3 with offload" in advice(
+            two, ["ddp", "fsdp", "deepspeed-zero3"]
+        )
+        assert "peft" not in advice(two, []) and "checkpointing" not in advice(two, [])
+        last = SftSettings(strategy="deepspeed-zero3", offload="parameters", **sparing)
+        assert advice(last, []) == "to make it fit: a shorter max_length"
+        examples, _ = encode(tokenizer, write_rows("Yes."), home)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        assert estimate(SftSettings(), "fp32", torch.device("cpu"), model, examples)["advice"] is None
 
 
 class TestTraining:
@@ -376,12 +470,21 @@ class TestTraining:
         assert [entry["seconds"] for entry in history] == sorted(entry["seconds"] for entry in history)
         assert resumed["seconds"] == history[-1]["seconds"]
 
-    def test_every_token_of_every_epoch_is_counted_once(self, home: Path, tiny_model: Path, tokenizer: Any) -> None:
+    def test_each_step_trains_on_the_rows_of_its_epochs_order_and_counts_their_tokens(
+        self, home: Path, tiny_model: Path, tokenizer: Any
+    ) -> None:
         data = write_rows(*NUMBERS)
         examples, _ = encode(tokenizer, data, home)
-        result = train_here(make_job(tiny_model, data, num_train_epochs=3, packing="none"), home / "job")
+        job = make_job(tiny_model, data, num_train_epochs=3, packing="none")
+        result = train_here(job, home / "job")
         assert result["tokens"] == 3 * examples.lengths.sum() < result["padded_tokens"]
         assert result["padding_share"] == round(1 - result["tokens"] / result["padded_tokens"], 4)
+        history = [json.loads(line) for line in (home / "job" / "history.jsonl").read_text().splitlines()]
+        told = np.diff([entry["tokens"] for entry in history], prepend=0).reshape(3, 6)
+        trained, _ = examples.split(0.0, seed=0)
+        for epoch in range(3):  # each in an order of its own
+            order = order_of_rows(trained.lengths, SftSettings(**job["config"]), seed=0, epoch=epoch)
+            assert told[epoch].tolist() == trained.lengths[order].reshape(6, 4).sum(1).tolist()
 
     def test_the_validation_loss_is_that_of_the_held_out_rows_under_the_saved_model(
         self, home: Path, tiny_model: Path, tokenizer: Any
