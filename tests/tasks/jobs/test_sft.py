@@ -209,9 +209,14 @@ class TestOrder:
 
     def test_the_longest_row_comes_first_even_where_it_fills_no_batch(self) -> None:
         settings = SftSettings(per_device_train_batch_size=8, global_batch_size=16, packing="none")
-        for seed in range(40):
+        for seed in range(400):
             lengths = np.random.default_rng(seed).permutation(60) + 5
             assert lengths[order_of_rows(lengths, settings, seed=seed, epoch=0)[:8]].max() == 64
+
+    @pytest.mark.parametrize("packing", ["none", "grouped", "packed"])
+    def test_fewer_rows_than_are_computed_at_once_are_all_shown(self, packing: Any) -> None:
+        settings = SftSettings(per_device_train_batch_size=8, global_batch_size=8, packing=packing)
+        assert sorted(order_of_rows(self.LENGTHS[:3], settings, seed=0, epoch=0)) == [0, 1, 2]
 
     @pytest.mark.parametrize("collate", [padded, packed])
     def test_several_processes_get_as_many_batches_and_no_row_twice(
