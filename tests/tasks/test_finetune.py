@@ -162,3 +162,37 @@ def test_several_processes_share_the_processors_and_other_machines_are_told_what
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     train_student(both, Checkpoint(digest="s", content="s"), data, 0)
     assert asked[2]["environment"] == {}, "whoever runs it has chosen"
+
+
+def test_another_student_other_rows_another_seed_and_another_trainer_are_another_training(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, jobs = [], []
+
+    def make_checkpoint(module: str, job: dict[str, Any], made_from: dict[str, Any], **options: Any) -> Any:
+        folders.append(checkpoint_folder(module, made_from))
+        jobs.append(job)
+        return Checkpoint(digest="d", content="c"), MADE
+
+    monkeypatch.setattr(finetune, "make_checkpoint", make_checkpoint)
+    example = {"messages": [{"role": "user", "content": "?"}], "response": "!", "whole": True}
+    one, other = (
+        write_snapshot("examples", [{"instruction_id": name} | example], step="t", version=1) for name in "ab"
+    )
+    student, another = (Checkpoint(digest=digest, content=digest) for digest in "st")
+    for asked in ((student, one, 0), (another, one, 0), (student, other, 0), (student, one, 1), (student, one, 0)):
+        train_student(SftSettings(), *asked)
+        assert (jobs[-1]["model"], jobs[-1]["data"], jobs[-1]["seed"]) == (
+            str(asked[0].path),
+            str(asked[1].path),
+            asked[2],
+        )
+    assert folders[0] == folders[4] and len(set(folders)) == 4
+    monkeypatch.setattr(finetune, "VERSION", finetune.VERSION + 1)
+    train_student(SftSettings(), student, one, 0)
+    assert folders[5] not in folders[:5]
+
+
+def test_a_file_without_a_row_is_refused() -> None:
+    with pytest.raises(NothingToTrainOn, match="the file holds no row"):
+        examples_of([], None)

@@ -61,6 +61,21 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         choose_device(settings)
 
 
+def test_a_single_process_takes_the_first_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for before, after in (("3,5", "3"), (None, "0")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if before:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+        assert choose_device(SftSettings()) == torch.device("cuda", 0)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    choose_device(SftSettings(strategy="ddp", processes_per_node=2))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
 def test_the_trainer_is_told_what_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     settings = SftSettings(

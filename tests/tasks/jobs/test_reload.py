@@ -1,5 +1,6 @@
 """What is saved of a weight."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from tasks.jobs import reload
-from tasks.jobs.reload import merge_adapter, rounded, save_model
+from tasks.jobs.reload import merge_adapter, rounded, save_model, stored_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -63,6 +64,30 @@ def test_what_was_not_trained_is_saved_as_it_is(tmp_path: Path) -> None:
     (found,) = [tensor for name, tensor in saved.items() if name.endswith("e_score_correction_bias")]
     assert torch.equal(found, bias)
     assert saved["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_a_model_that_lacks_a_weight_is_not_saved_and_a_tied_one_is_known_by_its_first_name(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    weights = model.state_dict()
+    del weights["lm_head.weight"]
+    save_model(weights, model, torch.float32, tmp_path / "tied")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "tied"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"lacks the weights \['model.layers.2.mlp.up_proj.weight'\]"):
+        save_model(weights, model, torch.float32, tmp_path / "lacking")
+    assert not (tmp_path / "lacking").exists()
+
+
+def test_the_precision_of_a_model_is_that_of_its_config(tiny_model: Path, tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).save_pretrained(tmp_path)
+        assert stored_dtype(str(tmp_path)) == dtype
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: said for key, said in config.items() if key != "dtype"}))
+    assert stored_dtype(str(tmp_path)) == torch.float32
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MixtralConfig])

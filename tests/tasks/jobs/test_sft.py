@@ -336,6 +336,8 @@ class TestSettings:
         assert activations == pytest.approx(64 * int(short.lengths[0]) * 4096 * 33 * 34 / 1e9, rel=0.1)
         assert needed(mixed, 64) - weights == pytest.approx(longer * activations, rel=0.1)
         assert needed(short, 64, gradient_checkpointing=True) - weights < 0.15 * activations
+        twice = 64 * 4096 * int(mixed.lengths.max()) * (32 * 2 + 34) + 10 * 64 * int(mixed.labelled.max()) * 32000
+        assert needed(mixed, 64, gradient_checkpointing=True) - weights == pytest.approx(twice / 1e9, rel=0.02)
         dropped_out = needed(short, 64, peft="lora") - needed(short, 64, peft="lora", lora_dropout=0.0)
         assert 0 < dropped_out < activations
 
@@ -595,6 +597,31 @@ class TestTraining:
             raise torch.OutOfMemoryError("CUDA out of memory")
         with pytest.raises(SystemExit, match="peft: lora"), one_clear_last_line(job):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (DataError("no row"), "refused: no row"),
+            (SettingsError("no GPU"), "refused: no GPU"),
+            (TrainingError("the loss is nan"), "error: the loss is nan"),
+            (MemoryError(), r"error: out of memory \(of the host\); to make it fit"),
+        ],
+    )
+    def test_what_we_know_ends_the_job_in_one_line_and_says_whose_fault_it_is(
+        self, error: Exception, line: str, tiny_model: Path
+    ) -> None:
+        with pytest.raises(SystemExit, match=line), one_clear_last_line(make_job(tiny_model, Path("none"))):
+            raise error
+
+    def test_what_we_do_not_know_keeps_its_traceback(self, tiny_model: Path) -> None:
+        job = make_job(tiny_model, Path("none"))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), one_clear_last_line(job):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    def test_other_processes_than_the_settings_say_are_refused(self, home: Path, tiny_model: Path) -> None:
+        both = {"strategy": "ddp", "processes_per_node": 2, "global_batch_size": 8}
+        with pytest.raises(SettingsError, match="1 processes were started, and the settings say 2"):
+            train_here(make_job(tiny_model, write_rows(*NUMBERS), **both), home / "job")
 
     def test_lora_keeps_its_adapter_and_merges_it_into_the_model(self, home: Path, tiny_model: Path) -> None:
         data = write_rows(*NUMBERS)
