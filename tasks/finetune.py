@@ -135,7 +135,7 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
     assistant's, or the columns of the table `examples`. A row without an id of its own is named by its place.
 
     Raises:
-        NothingToTrainOn: a record holds no answer, or no text that can be kept; the message names its place.
+        NothingToTrainOn: a record holds no question, no answer, or no text that can be kept; the message names its place.
     """
     rows = []
     for where, record in records:
@@ -153,15 +153,18 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
                     f"{where}: no answer to train on (found: {found}). Wanted: `instruction` and `output`, or "
                     "`messages` whose last is the assistant's."
                 )
-        if not isinstance(known.get("input"), str | None) or not all(map(_is_turn, asked)):
+        if not isinstance(known.get("input"), str | None) or not asked or not all(map(_is_turn, asked)):
             raise NothingToTrainOn(
                 f"{where}: `input` must be a text, and `messages` a list of a `role` ({', '.join(ROLES)}) and a text as "
                 "`content` each"
             )
+        whole = known.get("whole")  # null in a table is what is not there
+        if not isinstance(whole, bool | None):
+            raise NothingToTrainOn(f"{where}: `whole` must be true, or false of an answer that was cut")
         if not is_storable([asked, answer]):
             raise NothingToTrainOn(f"{where}: {NOT_STORABLE}")
         named = next((str(known[key]) for key in ("instruction_id", "id") if known.get(key) is not None), where)
-        rows.append({"instruction_id": named, "messages": asked, "response": answer, "whole": known.get("whole", True)})
+        rows.append({"instruction_id": named, "messages": asked, "response": answer, "whole": whole is not False})
     if not rows:
         raise NothingToTrainOn("the file holds no row")
     return rows

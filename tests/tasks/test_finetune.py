@@ -104,6 +104,7 @@ def test_only_whole_good_answers_are_trained_on_and_the_others_are_counted(
         {"messages": [{"content": "?"}, {"role": "assistant", "content": "!"}]},
         {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "!"}]},
         {"messages": [{"role": "user", "content": "?"}, {"role": "tool", "content": "1"}], "response": "!"},
+        {"messages": [], "response": "!"},
     ],
 )
 def test_a_turn_that_is_none_is_named(record: dict[str, Any]) -> None:
@@ -191,6 +192,15 @@ def test_another_student_other_rows_another_seed_and_another_trainer_are_another
     monkeypatch.setattr(finetune, "VERSION", finetune.VERSION + 1)
     train_student(SftSettings(), student, one, 0)
     assert folders[5] not in folders[:5]
+
+
+@pytest.mark.parametrize("whole", ["false", 0])
+def test_whether_an_answer_is_whole_is_not_guessed(whole: Any) -> None:
+    record = {"messages": [{"role": "user", "content": "?"}], "response": "!", "whole": whole}
+    with pytest.raises(NothingToTrainOn, match="line 1: `whole` must be true, or false"):
+        examples_of([("line 1", record)], None)
+    (row,) = examples_of([("line 1", record | {"whole": None})], None)  # as Parquet says that it is not there
+    assert row["whole"] is True
 
 
 def test_a_file_without_a_row_is_refused() -> None:
