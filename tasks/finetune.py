@@ -156,7 +156,7 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
         if not isinstance(known.get("input"), str | None) or not asked or not all(map(_is_turn, asked)):
             raise NothingToTrainOn(
                 f"{where}: `input` must be a text, and `messages` a list of a `role` ({', '.join(ROLES)}) and a text as "
-                "`content` each"
+                "`content` each, at least one before the answer"
             )
         whole = known.get("whole")  # null in a table is what is not there
         if not isinstance(whole, bool | None):
