@@ -1,17 +1,25 @@
 """The report says whether it helped: by the measure that the run goes by, with its interval, and of how many."""
 
+import re
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from storage.catalog import query
+from storage.files import Checkpoint
+from storage.journal import Journal, Loss
 from storage.pools import instruction_id
-from storage.runs import Manifest
-from tasks.gains import Described, gain_charts
-from tasks.report import HARD_SHARE, MOST_CATEGORIES, verdict, write_report
+from storage.runs import Generated, Interval, JudgeHealth, Manifest
+from storage.studies import Figures, Relative, Study
+from tasks.gains import MOST, Described, gain_charts, most_improved
+from tasks.report import HARD_SHARE, MOST_CATEGORIES, charts, progress_rows, verdict, widest, write_report
+from tasks.selection import compare
 from tests import recorded
-from tests.recorded import HELDOUT_IDS, evaluation, record_run, reviews, snapshot
+from tests.recorded import HELDOUT_IDS, IDS, evaluation, record_run, responses, reviews, snapshot
+from tests.storage.test_journal import ANSWER
 
 
 def with_student(manifest: Manifest, *rows: tuple[str, float, float], **changed: Any) -> Manifest:
@@ -110,3 +118,273 @@ def test_the_hard_share_shows_the_largest_categories_and_counts_the_others(
     if categories > bars:
         others = categories - MOST_CATEGORIES + 1
         assert {"category": f"{others} smaller ones", "share": 0, "hard": 0, "rows": others} in rows
+
+
+@pytest.fixture
+def run(home: Path) -> Manifest:
+    """A run of two iterations, the second rolled back, none of whose counts are alike."""
+    run = record_run()
+    first, before = run.iterations[0], run.baseline.evaluation
+    assert first.evaluation and before
+    first.train_rows, first.cache_rows, first.trained_rows = 21, 34, 20
+    first.hard, first.easy, first.undecided = 5, 7, 11
+    first.generated = Generated(accepted=13, rejected={"near_duplicate": 2, "surplus": 15}, wanted=19, notes=["few"])
+    first.seconds, first.cached = {"finetune": 20.46, "teacher": 3.0}, {"finetune": False, "teacher": True}
+    run.baseline.seconds, run.baseline.cached = {"seeds": 1.2}, {"seeds": False}
+    worse = evaluation(("Lava", 25.0, 4.0), ("6", 11.0, 2.0))
+    run.iterations.append(
+        first.model_copy(
+            update={
+                "iteration": 2, "evaluation": worse, "comparison": compare(worse, first.evaluation, 1, 0),
+                "rolled_back": True, "notes": ["rolled back"], "left_out": {}, "threshold": None,
+                "generated": Generated(accepted=1, wanted=3), "seconds": {"finetune": 9.0}, "cached": {"finetune": False},
+                "training": {"loss_by_step": [[1, 7.0], [2, 5.0]]},
+            }
+        )
+    )  # fmt: skip
+    return run
+
+
+def page_of(run: Manifest) -> str:
+    return write_report(run).read_text()
+
+
+def table(page: str, column: str) -> list[list[str]]:
+    """The cells of the table that has such a column."""
+    (found,) = (each for each in re.findall("<table>(.*?)</table>", page, re.S) if f">{column}</th>" in each)
+    rows = re.findall("<tr>(.*?)</tr>", found, re.S)
+    return [[words(cell) for cell in re.findall("<t[dh].*?>(.*?)</t[dh]>", row, re.S)] for row in rows]
+
+
+def words(html: str) -> str:
+    return " ".join(unescape(re.sub("<[^>]+>", " ", html)).split())
+
+
+def articles(page: str) -> list[str]:
+    return [words(article) for article in re.findall("<article>(.*?)</article>", page, re.S)]
+
+
+def marks(drawn: list[dict[str, str]], title: str) -> list[str]:
+    """What the chart says of each thing it draws, axes and legends left out."""
+    (chart,) = (each for each in drawn if each["title"] == title)
+    said = [unescape(text) for text in re.findall('aria-label="([^"]+)"', chart["svg"])]
+    return sorted({text for text in said if not text.startswith(("X-axis", "Y-axis", "Symbol legend"))})
+
+
+def test_each_iteration_is_a_row_of_the_table_with_every_count_under_its_own_name(run: Manifest) -> None:
+    page = page_of(run)
+    names, *rows = table(page, "train rows")
+    assert [dict(zip(names, row, strict=True)) for row in rows[1:]] == [
+        {"iteration": "1", "train rows": "20 of 21", "cache rows": "34", "hard": "5", "easy": "7", "undecided": "11"}
+        | {"threshold": "1.00", "accepted": "13 of 19", "rejected": "17", "held-out loss": "1.500", "score": "4.50"}
+        | {"gain in loss [95 %]": "+1.500 [+1.000, +2.000]", "seconds": "23"},
+        {"iteration": "2", "train rows": "20 of 21", "cache rows": "34", "hard": "5", "easy": "7", "undecided": "11"}
+        | {"threshold": "", "accepted": "1 of 3", "rejected": "0", "held-out loss": "1.800", "score": "3.00"}
+        | {"gain in loss [95 %]": "-0.300 [-0.500, -0.100] rolled back", "seconds": "9"},
+    ]
+    assert rows[0] == ["start", *[""] * 8, "3.000", "1.50", "", "1"]
+    said = words(page)
+    assert "Iteration 1: few" in said and "Iteration 2: rolled back" in said
+    assert "Iteration 1: not trained on: 1 failed" in said and "Iteration 2: not trained on" not in said
+    assert "Kept out of the pools because they are near a held-out instruction: 1 seeds, 2 candidates." in said
+    assert "loss 3.000 → 1.500 nats per token, score 1.50 → 4.50 of 10" in said
+    assert "The student to use is that of iteration 1." in said
+
+
+def test_a_student_that_was_rolled_back_without_a_figure_is_marked_so(run: Manifest) -> None:
+    comparison = run.iterations[1].comparison
+    assert comparison
+    run.iterations[1].comparison = comparison.model_copy(update={"loss_gain": None})
+    assert table(page_of(run), "train rows")[-1][-2] == "rolled back"
+
+
+def test_the_stages_times_stand_under_their_iteration_and_what_was_there_already_is_cached(run: Manifest) -> None:
+    assert table(page_of(run), "stage") == [
+        ["stage", "before", "1", "2"],
+        ["seeds", "1.2 s", "", ""],
+        ["finetune", "", "20.5 s", "9.0 s"],
+        ["teacher", "", "cached", ""],
+    ]
+
+
+def test_the_table_of_the_judge_has_each_share_under_its_own_name_and_no_share_is_no_zero(run: Manifest) -> None:
+    unusable = {"unparsable": 3}
+    run.iterations[0].judge = JudgeHealth(
+        reviews=40, unusable=unusable, unusable_share=0.075, pairs=18, flip_share=0.5, tie_share=0.25, position_bias=-0.5,
+        vote_agreement=0.75,
+    )  # fmt: skip
+    run.iterations[1].judge = JudgeHealth(reviews=2, pairs=0)
+    names, *rows = table(page_of(run), "winner changes with the order")
+    assert [dict(zip(names, row, strict=True)) for row in rows] == [
+        {"iteration": "1", "reviews": "40", "unusable": "8% 3 unparsable", "pairs": "18"}
+        | {"winner changes with the order": "50%", "ties": "25%"}
+        | {"first place is worth": "-0.50 points", "votes agree": "75%"},
+        {"iteration": "2", "reviews": "2", "unusable": "", "pairs": "0"}
+        | {"winner changes with the order": "", "ties": "", "first place is worth": "", "votes agree": ""},
+    ]
+
+
+def test_what_was_paid_is_told_by_role_with_its_sum(run: Manifest) -> None:
+    paid = replace(ANSWER, run_id=run.run_id, cost_usd=0.25, prompt_tokens=10, completion_tokens=7)
+    lost = Loss(run.run_id, "referee", 0, "m", tokens=100, usd=0.75, created=ANSWER.created)
+    with Journal() as journal:
+        journal.add([paid, replace(paid, key="k2"), replace(paid, key="k3", role="referee", iteration=0)], [lost])
+    names, *rows = table(page_of(run), "dollars")
+    assert names == ["role", "model", "iteration", "requests", "tokens in", "out", "dollars", "perhaps"]
+    assert sorted(rows) == [
+        ["all", "", "", "3", "30", "21", "0.7500", ""],
+        ["referee", "m", "before", "1", "10", "7", "0.2500", "0.7500"],
+        ["teacher", "m", "1", "2", "20", "14", "0.5000", ""],
+    ]
+
+
+def test_the_evaluations_of_its_students_are_in_the_report_and_no_others(run: Manifest) -> None:
+    mean, effect = Interval(value=0.8, low=0.7, high=0.9), Interval(value=-0.25, low=-1, high=1)
+    figures = Figures(
+        questions=9, by_order={}, mean=mean, pooled=None, wins=2, ties=3, losses=4, position_effect=effect
+    )  # fmt: skip
+    for run_id, name, suite in (
+        (run.run_id, "q.jsonl", {}),
+        ("another", "p", {}),
+        (run.run_id, "s", {"arc": {"acc": 0.5}}),
+    ):
+        Study(
+            study_id=name, student="s", checkpoint=Checkpoint(digest="d", content="c"), run_id=run_id, iteration=2,
+            reference="teacher", questions=name, rows=8, settings={"referee": {"kind": "llm"}}, suite=suite,
+            relative=None if suite else Relative(overall=figures, by_category={}, left_out=0, tie_margin=0.5),
+        ).save()  # fmt: skip
+    names, *rows = table(page_of(run), "against")
+    assert rows[1] == ["arc", "2", "acc 0.5"]
+    assert dict(zip(names, rows[0], strict=True)) == {
+        "questions": "q.jsonl", "iteration": "2", "against": "teacher", "referee": "llm", "turns": "9",
+        "relative score [95 %]": "80.0 % [70.0, 90.0]", "won / tied / lost": "2 / 3 / 4", "first place is worth": "-0.25 points",
+    }  # fmt: skip
+    assert len(rows) == 2
+
+
+def test_each_answer_stands_under_the_name_of_who_gave_it(run: Manifest) -> None:
+    made = run.iterations[1].snapshots
+    cut = [row | {"status": "truncated"} for row in responses(["It is blue.", "4, 6, 8.", None], "student")]
+    made["student_responses"] = snapshot("responses", cut, "student")
+    assert articles(page_of(run)) == [
+        "science · gap 4.00 Why is the sky blue? Teacher, 8.5 Rayleigh scattering. Student, 4.5 (cut) It is blue.",
+        "science · gap 0.00 Name three prime numbers. Teacher, 6.0 2, 3 and 5. Student, 6.0 (cut) 4, 6, 8.",
+        "science · score 1.00 → 6.00 What is a volcano? Before hm Now Lava. Teacher A mountain.",
+        "science · score 2.00 → 3.00 Add 2 and 3. Before hm Now 5 Teacher 5",
+    ]
+
+
+def test_the_widest_gaps_are_those_of_the_last_iteration_that_was_judged(run: Manifest) -> None:
+    first, last = run.iterations
+    swapped = [
+        {
+            "instruction_id": key,
+            "teacher_score": 9.0,
+            "student_score": 9.0 - gap,
+            "score_gap": gap,
+            "difficulty": "hard",
+        }
+        for key, gap in zip(IDS, (1.0, 5.0, 3.0), strict=True)
+    ]
+    last.snapshots = first.snapshots | {"verdicts": snapshot("verdicts", swapped, "discriminate")}
+    assert [(row["score_gap"], row["instruction"]) for row in widest(run, 2)] == [
+        (5.0, recorded.SEEDS[1]),
+        (3.0, recorded.SEEDS[2]),
+    ]
+    del last.snapshots["verdicts"]
+    assert [row["score_gap"] for row in widest(run, 9)] == [4.0, 0.0]
+    run.iterations.clear()
+    assert widest(run, 9) == []
+
+
+def test_only_answers_that_gained_are_most_improved_and_no_more_than_the_page_has_room_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "HELDOUT", [f"Ask {number:02}." for number in range(MOST + 3)])
+    run = record_run_with_scores([1.0] * (MOST + 3), [1.0, 0.5, *(2.0 + number for number in range(MOST + 1))])
+    found = most_improved(run)
+    assert [row["gained"] for row in found] == [float(gained) for gained in range(MOST + 1, 1, -1)]
+    assert found[0]["instruction"] == f"Ask {MOST + 2:02}."
+    run.iterations[0].rolled_back = True
+    assert most_improved(run) == [], "the student to use is the one before training"
+
+
+def record_run_with_scores(before: list[float], after: list[float]) -> Manifest:
+    """A run of one iteration with these scores of its held-out answers."""
+    ids = [instruction_id(text, None) for text in recorded.HELDOUT]
+    run = Manifest(run_id="r", iterations=[])
+    run.baseline.student = Checkpoint(digest="before", content="c")
+    run.baseline.evaluation = evaluation(*(("hm", 1.0, score) for score in before))
+    run.baseline.snapshots = {
+        "heldout": snapshot("instructions", recorded.instructions(recorded.HELDOUT, "heldout"), "seed"),
+        "heldout_answers": snapshot("responses", responses(["Yes."] * len(ids), "teacher", ids), "teacher"),
+    }
+    student = Checkpoint(digest="after", content="c")
+    now = evaluation(*(("hm", 1.0, score) for score in after))
+    run.iterations.append(recorded.IterationRecord(iteration=1, student=student, evaluation=now))
+    return run
+
+
+def test_the_charts_of_the_held_out_figures_draw_value_and_interval_of_each_iteration(run: Manifest) -> None:
+    drawn, at = charts(run), "iteration (0: before training)"
+    assert marks(drawn, "Held-out loss") == [
+        f"{at}: 0; nats per token: 3; high: 3", f"{at}: 0; value: 3", f"{at}: 1; nats per token: 1; high: 2",
+        f"{at}: 1; value: 1.5", f"{at}: 2; nats per token: 1.1; high: 2.5", f"{at}: 2; value: 1.8",
+    ]  # fmt: skip
+    assert marks(drawn, "Held-out score") == [
+        f"{at}: 0; score: 1; high: 2", f"{at}: 0; value: 1.5", f"{at}: 1; score: 3; high: 6", f"{at}: 1; value: 4.5",
+        f"{at}: 2; score: 2; high: 4", f"{at}: 2; value: 3",
+    ]  # fmt: skip
+    assert marks(drawn, "Relative score") == [
+        f"{at}: 0; % of the teacher: 10; high: 20", f"{at}: 0; value: 15", f"{at}: 1; % of the teacher: 30; high: 60",
+        f"{at}: 1; value: 45", f"{at}: 2; % of the teacher: 20; high: 40", f"{at}: 2; value: 30",
+    ]  # fmt: skip
+    assert marks(drawn, "Gain of each iteration") == [
+        f"{at}: 1; nats per token: 1; high: 2", f"{at}: 1; value: 1.5", f"{at}: 2; nats per token: −0.5; high: −0.1",
+        f"{at}: 2; value: −0.3", "zero: 0",
+    ]  # fmt: skip
+    assert marks(drawn, "Training loss") == [
+        "optimizer step: 1; nats per token: 3; iteration: 1",
+        "optimizer step: 1; nats per token: 7; iteration: 2",
+    ]
+
+
+def test_the_charts_of_the_rows_count_gaps_hard_ones_and_candidates(run: Manifest) -> None:
+    run.iterations[1].threshold = 2.5
+    drawn = charts(run)
+    assert marks(drawn, "Score gaps, iteration 1") == [
+        "score gap: 0 – 0.2; instructions: 1", "score gap: 3.8 – 4; instructions: 1", "threshold: 1",
+    ]  # fmt: skip
+    assert "threshold: 2.5" in marks(drawn, "Score gaps, iteration 2")
+    (bar, label) = marks(drawn, "Hard share by category, iteration 2")
+    assert label == f"{bar}; label: 1 of 2" and bar.endswith("%; category: science")
+    assert marks(drawn, "What became of the candidates") == [
+        "candidates: 13; outcome: accepted; iteration: 1", "candidates: 15; outcome: surplus; iteration: 1",
+        "candidates: 1; outcome: accepted; iteration: 2", "candidates: 2; outcome: near_duplicate; iteration: 1",
+    ]  # fmt: skip
+
+
+def test_what_there_are_no_data_for_has_no_chart(home: Path) -> None:
+    assert charts(Manifest(run_id="r")) == []
+    assert progress_rows(Manifest(run_id="r")) == [
+        {"iteration": 0, "loss": None, "score": None, "heldout": 0, "measured": 0, "scored": 0, "relative": None}
+        | {"judged": 0, "seconds": {}, "cached": {}, "record": None}
+    ]
+
+
+def test_the_lineage_names_every_snapshot_by_what_it_is_in_the_run(run: Manifest) -> None:
+    names, *rows = table(page_of(run), "snapshot")
+    assert names == ["snapshot", "iteration", "rows", "made by", "from", "digest"]
+    made = run.iterations[0].snapshots
+    for row in (
+        ["heldout_answers", "before", "2", "teacher v1", "heldout (before)", run.baseline.snapshots["heldout_answers"].digest],
+        ["verdicts", "1", "3", "discriminate v1", "reviews (1)", made["verdicts"].digest],
+        ["reviews", "1", "6", "referee v1", "seeds (before), teacher_responses (1), student_responses (1)", made["reviews"].digest],
+        ["student", "before", "", "prepare", "", "recorded-1-start"],
+        ["student", "1", "", "finetune", "", "recorded-1-trained"],
+    ):  # fmt: skip
+        assert row in rows
+    made["reviews"].path.unlink()
+    rows = table(page_of(run), "snapshot")[1:]
+    assert ["verdicts", "1", "3", "discriminate v1", "reviews (1)", made["verdicts"].digest] in rows
+    assert not [row for row in rows if row[0] == "reviews"], "what is gone is not shown"
