@@ -12,9 +12,14 @@ from flows.config import resolve
 from flows.evaluate import EvaluateConfig, _Evaluation
 from flows.students import Student
 from storage.files import Checkpoint
-from storage.studies import Study
+from storage.pools import by_id, read_rows
+from storage.studies import Study, load_study
+from tasks import questions
+from tasks.models.chat import Reply, Request, Sampling, Status
+from tasks.models.ready import ReadyModel
 from tasks.relative import relative_score
 from tests.lion import lion
+from tests.recorded import record_run
 
 QUESTIONS = [
     {"question_id": 1, "category": "writing", "turns": ["Write a poem about bridges.", "Make it shorter."]},
@@ -66,6 +71,107 @@ def test_a_student_that_is_run_otherwise_is_another_study(home: Path, tmp_path: 
     answers.write_text(json.dumps({"question_id": 2, "choices": [{"turns": ["2, 3, 5."]}]}) + "\n")
     assert study_of() == study_of("student.model.max_batch_rows=7")
     assert len({study_of(), study_of("student.model.quantization=4bit"), study_of("student.model.precision=fp32")}) == 3
+
+
+REMOTE = "teacher.model={kind: openai, model: t, base_url: 'http://127.0.0.1:9/v1', api_key_env: null, price: free}"
+SAID = {
+    "Write a poem about bridges.": "Steel and stone.",
+    "Make it shorter.": "Steel.",
+    "What are prime numbers?": None,
+}
+TAUGHT = {"Write a poem about bridges.": "Steel and stone.", "Make it shorter.": "Stone."}
+TAUGHT |= {"What are prime numbers?": "They have two divisors."}
+
+
+@pytest.fixture
+def evaluated(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An evaluation without Prefect of a run's student that says SAID, while an endpoint says TAUGHT; and who was asked how."""
+    run, seen = record_run(), dict[str, tuple[Sampling, str]]()
+    (_, student) = run.students()[1]
+
+    def answer(model: ReadyModel, requests: list[Request], sampling: Sampling, *rest: Any, **more: Any) -> list[Reply]:
+        kind = model.settings.kind
+        said = TAUGHT if kind == "openai" else SAID
+        for request in requests:
+            seen[kind] = sampling, request.messages[0]["content"]
+        texts = {request.id: said[request.messages[-1]["content"]] for request in requests}
+        return [Reply(key, Status.OK if text else Status.FAILED, text, model=kind) for key, text in texts.items()]
+
+    monkeypatch.setattr(questions, "answer", answer)
+    monkeypatch.setattr(_Evaluation, "_step", lambda self, stage, *inputs: stage.fn(*inputs))
+
+    def evaluate(**changed: Any) -> tuple[Study, dict[str, Any]]:
+        settings = [REMOTE, "teacher.system_prompt=Teach.", "student.system_prompt=Learn."]
+        settings += ["teacher.sampling.max_tokens=11", "evaluation.sampling.max_tokens=12"]
+        config = EvaluateConfig(questions=asked(tmp_path), distill=resolve("smoke", settings), **changed)
+        study_id = _Evaluation(config, Student(f"{run.run_id}/1", student, run, 1)).run()
+        study = load_study(study_id)
+        assert study
+        return study, seen
+
+    return evaluate
+
+
+def test_a_study_keeps_whose_answers_are_whose_and_of_what_its_figures_are(evaluated: Any) -> None:
+    study, seen = evaluated()
+    assert (study.run_id, study.iteration, study.student, study.rows) == ("recorded-1", 1, "recorded-1/1", 2)
+    assert {
+        role: [row["response"] for row in read_rows(study.snapshots[role])] for role in ("student", "reference")
+    } == {
+        "student": list(SAID.values()),
+        "reference": list(TAUGHT.values()),
+    }
+    assert {kind: (sampling.max_tokens, system) for kind, (sampling, system) in seen.items()} == {
+        "local": (12, "Learn."),
+        "openai": (11, "Teach."),
+    }
+    relative = study.relative
+    assert {name: part.questions for name, part in relative.by_category.items()} == {"writing": 2}
+    assert (relative.left_out, study.notes[0]) == (1, "1 turns without a valid review in every order: left out")
+    assert (relative.overall.wins, relative.overall.ties, relative.overall.losses) == (0, 1, 1)
+    mean = relative.overall.mean
+    assert mean.low == mean.value == mean.high, "the two turns are one conversation, and drawn together"
+    first = read_rows(study.snapshots["questions"])[0]["instruction_id"]
+    (review,) = (row for row in read_rows(study.snapshots["reviews"]) if row["instruction_id"] == first)
+    assert (review["student_score"], review["teacher_score"]) == (10, 10)
+
+
+def test_the_files_of_a_study_name_each_answers_model(evaluated: Any) -> None:
+    study, _ = evaluated()
+    written = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in study.folder.glob("*.jsonl")
+    }
+    assert written["question"] == QUESTIONS
+    for name, model, said in (("student", "recorded-1/1", SAID), ("reference", "teacher", TAUGHT)):
+        texts = [text or "" for text in said.values()]
+        assert [(line["model_id"], line["choices"][0]["turns"]) for line in written[name]] == [
+            (model, texts[:2]),
+            (model, texts[2:]),
+        ]
+    assert [(line["model_1"], line["model_2"], line["g1_winner"]) for line in written["reviews"]] == [
+        ("recorded-1/1", "teacher", winner) for winner in ("tie", "model_2", "error")
+    ]
+
+
+def test_turns_that_a_file_of_answers_lacks_are_counted(evaluated: Any, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"question_id": 1, "choices": [{"turns": ["Steel and stone."]}]}) + "\n")
+    study, seen = evaluated(reference=str(answers), tie_margin=2.0)
+    assert list(seen) == ["local"]
+    assert f"2 turns have no answer in {answers}: left out" in study.notes
+    assert (study.relative.overall.questions, study.relative.left_out, study.relative.tie_margin) == (1, 2, 2.0)
+    assert [row["response"] for row in by_id(study.snapshots["reference"]).values()] == ["Steel and stone.", None, None]
+
+
+def test_questions_that_were_left_out_are_counted_and_only_so_many_are_asked(
+    evaluated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = {"question_id": 3, "category": "math", "turns": ["What are prime numbers?", "Why?"]}
+    monkeypatch.setitem(globals(), "QUESTIONS", [*QUESTIONS, again])
+    study, _ = evaluated(max_questions=3)
+    assert study.rows == 2 and "1 questions begin as an earlier one does: left out" in study.notes
+    study, _ = evaluated(max_questions=1)
+    assert study.rows == 1 and len(read_rows(study.snapshots["questions"])) == 2
 
 
 def test_the_table_shows_any_category_and_no_interval_of_one_question(capsys: pytest.CaptureFixture[str]) -> None:
