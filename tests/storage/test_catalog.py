@@ -9,7 +9,7 @@ from storage.catalog import ask, life_of, publish, query
 from storage.files import Snapshot, StorageError
 from storage.pools import instruction_id, write_snapshot
 from storage.runs import IterationRecord, Manifest
-from tests.recorded import HELDOUT, record_run
+from tests.recorded import HELDOUT, IDS, record_run
 
 
 def instructions(*names: str, parent: str | None = None) -> Snapshot:
@@ -103,3 +103,50 @@ def test_a_damaged_table_is_named_with_its_run(home: Path) -> None:
 
 def test_columns_of_one_name_are_all_there(home: Path) -> None:
     assert ask("select 1 as a, 2 as a, 3 as a") == [{"a": 1, "a_1": 2, "a_2": 3}]
+
+
+def test_every_view_has_the_rows_of_its_own_table_with_run_and_iteration(home: Path) -> None:
+    run = record_run()
+    counted = {
+        view: ask(f"select run_id, iteration, count(*) as n from {view} group by all order by iteration")
+        for view in ("train_pool", "cache_pool", "responses", "reviews", "verdicts", "candidates")
+    }
+    rows = {"train_pool": 3, "cache_pool": 3, "responses": 6, "reviews": 6, "verdicts": 3, "candidates": 1}
+    assert counted == {view: [{"run_id": run.run_id, "iteration": 1, "n": n}] for view, n in rows.items()}
+    assert ask("select iteration, sum(score) as total from evaluations group by all order by all") == [
+        {"iteration": 0, "total": 3.0},
+        {"iteration": 1, "total": 9.0},
+    ]
+
+
+def test_the_life_of_a_row_shows_what_was_said_of_it_and_of_no_other(home: Path) -> None:
+    record_run()
+    life = life_of(IDS[0])
+    assert [row["instruction"] for row in life["instruction"]] == ["Why is the sky blue?"]
+    assert (life["parent"], life["candidate"], life["evaluations"]) == ([], [], [])
+    assert [(row["role"], row["response"]) for row in life["responses"]] == [
+        ("student", "It is blue."),
+        ("teacher", "Rayleigh scattering."),
+    ]
+    assert [(row["order"], row["teacher_score"], row["student_score"]) for row in life["reviews"]] == [
+        ("student_first", 8.0, 5.0),
+        ("teacher_first", 9.0, 4.0),
+    ]
+    assert [(row["iteration"], row["score_gap"], row["difficulty"]) for row in life["verdicts"]] == [(1, 4.0, "hard")]
+    assert [row["rejection"] for row in life["children"]] == ["near_duplicate"]
+
+
+def test_a_statement_that_cannot_be_run_is_answered_with_the_views_there_are(home: Path) -> None:
+    with pytest.raises(StorageError, match=r"(?s)no_such_view.*Views: train_pool, cache_pool, responses"):
+        ask("select * from no_such_view")
+
+
+def test_a_snapshot_that_is_gone_leaves_the_other_rows_to_be_asked(home: Path) -> None:
+    run = record_run()
+    run.iterations[0].snapshots["student_responses"].path.unlink()
+    assert ask("select distinct role from responses") == [{"role": "teacher"}]
+
+
+def test_a_statement_has_its_parameters(home: Path) -> None:
+    record_run()
+    assert ask("select score_gap from verdicts where difficulty = $said", {"said": "easy"}) == [{"score_gap": 0.0}]

@@ -7,8 +7,9 @@ import pytest
 from storage import runs
 from storage.files import Checkpoint, StorageError, locked
 from storage.gc import collect, forget
-from storage.runs import IterationRecord, Manifest, list_manifests, load_manifest
+from storage.runs import Baseline, IterationRecord, Manifest, list_manifests, load_manifest
 from storage.studies import Study
+from tests.recorded import evaluation, record_run
 
 
 def test_a_run_that_is_forgotten_loses_its_records_and_its_students_and_no_pools(home: Path) -> None:
@@ -122,3 +123,41 @@ def test_what_a_student_descends_from_leaves_out_what_was_rolled_back_and_what_c
     assert [record.iteration for record in run.lineage(3)] == [1, 3]
     run.config = {"student": {"init_from": "base"}}
     assert [record.iteration for record in run.lineage(4)] == [4]
+
+
+def test_the_student_to_use_is_the_last_one_that_was_measured_and_not_rolled_back(home: Path) -> None:
+    run = Manifest(run_id="r")
+    assert run.best() is None and run.students() == [] and run.evaluations() == {}
+    measured = evaluation(("Lava.", 20.0, 6.0), ("5", 10.0, 3.0))
+    students = [Checkpoint(digest=f"s{number}", content="c") for number in range(4)]
+    run.baseline = Baseline(student=students[0])
+    assert run.best() == (0, students[0])
+    run.iterations = [
+        IterationRecord(iteration=1, student=students[1], evaluation=measured),
+        IterationRecord(iteration=2, student=students[2], evaluation=measured, rolled_back=True),
+        IterationRecord(iteration=3, student=students[3]),
+        IterationRecord(iteration=4),
+    ]
+    assert run.best() == (1, students[1])
+    assert run.students() == list(enumerate(students)), "also one that was rolled back can be talked to"
+    assert list(run.evaluations()) == [1, 2]
+    run.iterations[0].rolled_back = True
+    assert run.best() == (0, students[0])
+
+
+def test_a_run_is_whole_while_all_it_made_is_there_and_its_report(home: Path) -> None:
+    run = record_run()
+    run.baseline.student = run.iterations[0].student = None  # files that only look like checkpoints
+    assert not run.is_whole(), "it has no report"
+    (run.folder / "report.html").write_text("<p>")
+    assert run.is_whole()
+    run.iterations[0].snapshots["reviews"].path.write_bytes(b"x")
+    assert not run.is_whole()
+
+
+def test_a_manifest_that_cannot_be_read_is_named_with_the_way_out(home: Path) -> None:
+    run = Manifest(run_id="r")
+    run.save()
+    (run.folder / "manifest.json").write_text("{")
+    with pytest.raises(StorageError, match=r"(?s)manifest\.json cannot be read .* Move it away and run again"):
+        list_manifests()
