@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from storage.files import Checkpoint, Snapshot
-from storage.pools import by_id, write_snapshot
+from storage.pools import by_id, read_lineage, write_snapshot
 from storage.runs import Evaluation
 from tasks import evaluate
 from tasks.evaluate import EvaluationConfig, evaluate_student
@@ -80,7 +80,18 @@ def test_the_student_is_asked_what_the_teacher_answered_and_as_in_training(evalu
 def test_an_answer_that_failed_has_no_score_and_one_that_was_not_scored_no_loss(evaluated: Evaluate) -> None:
     found, _, _ = evaluated({"a": None, "b": "用 Python 写一个排序函数"}, {"a": (30.0, 10), "b": (None, 0)})
     assert (found.loss, found.score, found.scored) == (3.0, 10.0, 1)
-    assert by_id(found.details)["a"]["score"] is None
+    rows = by_id(found.details)
+    assert [(rows[key]["status"], rows[key]["response"], rows[key]["score"]) for key in "ab"] == [
+        ("failed", None, None),
+        ("ok", "用 Python 写一个排序函数", 10.0),
+    ]
+
+
+def test_the_figures_know_which_answers_they_were_held_against(evaluated: Evaluate) -> None:
+    found, _, _ = evaluated({"a": "Hm.", "b": "Hm."}, {"a": (1.0, 1), "b": (1.0, 1)})
+    lineage = read_lineage(found.details)
+    assert lineage["step"] == "evaluate" and lineage["inputs"][1] == teacher_answers().digest, "no gain without them"
+    assert len(lineage["inputs"]) == 2
 
 
 @pytest.mark.parametrize("losses", [{"a": (math.nan, 10), "b": (20.0, 40)}, {"a": (None, 0), "b": (None, 0)}])

@@ -30,6 +30,7 @@ from tasks.human import (
     new_study,
     read_sheet,
     results,
+    results_as_json,
     votes_of,
     write_sheet,
 )
@@ -65,6 +66,21 @@ def test_votes_count_for_the_model_and_not_for_the_place(study: HumanStudy) -> N
     assert found.win_share.low < 0.5 < found.win_share.high
     assert found.agreement is None
     assert results(study)["honest"].votes == 0 and results(study)["honest"].win_share is None
+
+
+def test_shares_are_of_all_votes_and_each_count_is_of_what_it_says(study: HumanStudy) -> None:
+    for voter, winners in {"ann": ["a", "a", "b", "tie", "a", "a"], "bob": ["a", "b", "b"]}.items():
+        cast(study, [say(study, voter, f"q{n}", winner) for n, winner in enumerate(winners)])
+    found = results(study)["helpful"]
+    assert (found.votes, found.items, found.voters, found.shared_items) == (9, 6, 2, 3)
+    assert (found.wins, found.ties, found.losses) == (5, 1, 3)
+    assert found.win_share and found.win_share.value == pytest.approx(5 / 9)
+    assert found.loss_share and found.loss_share.value == pytest.approx(3 / 9)
+    # Both alike on two of three; by chance 2/3 * 1/3 + 1/3 * 2/3 of them.
+    assert found.agreement == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
+    told = json.loads(results_as_json(study))
+    assert (told["study"], told["a"], told["b"]) == (study.study_id, "student", "gpt")
+    assert (told["aspects"]["helpful"]["wins"], told["aspects"]["honest"]["votes"]) == (5, 0)
 
 
 def test_the_last_vote_of_a_voter_counts(study: HumanStudy) -> None:
@@ -178,6 +194,19 @@ def test_a_sheet_goes_out_and_its_votes_come_back(study: HumanStudy, tmp_path: P
     assert (found["helpful"].wins, found["honest"].ties, found["harmless"].votes) == (20, 3, 0)
     write_sheet(study, "ann", path)
     assert read_sheet(study, "ann", path) == 23, "one that goes out again holds what was voted"
+
+
+def test_a_sheet_shows_what_its_own_voter_was_asked_and_said(home: Path, tmp_path: Path) -> None:
+    item = Item(item="q1", instruction="Translate.", input="Guten Tag", a="alpha", b="beta")
+    study, path = new_study("student", "gpt", [item], seed=0), tmp_path / "ann.csv"
+    cast(study, [say(study, "ann", "q1", "a"), say(study, "ann", "q1", "tie", "harmless")])
+    cast(study, [say(study, "bob", "q1", "tie", "honest")])
+    write_sheet(study, "ann", path)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["item"], row["instruction"], row["input"]) == ("q1", "Translate.", "Guten Tag")
+    assert row[row["helpful"]] == "alpha" and {row["first"], row["second"]} == {"alpha", "beta"}
+    assert (row["honest"], row["harmless"]) == ("", "tie")
 
 
 def test_a_wrong_cell_and_a_wrong_voter_are_named_and_nothing_is_taken(study: HumanStudy, tmp_path: Path) -> None:
