@@ -180,7 +180,8 @@ def _chart(title: str, note: str, chart: alt.Chart | alt.LayerChart) -> dict[str
 
 
 def _gaps(record: IterationRecord) -> alt.LayerChart:
-    rows = query("select score_gap from verdicts where score_gap is not null", verdicts=record.snapshots["verdicts"])
+    decided = "select score_gap from verdicts where difficulty <> 'undecided'"  # a weak teacher's rows have gaps, too
+    rows = query(decided, verdicts=record.snapshots["verdicts"])
     bars = (
         alt.Chart(alt.Data(values=rows))
         .mark_bar(color=STUDENT, opacity=0.75)

@@ -25,6 +25,7 @@ def run(home: Path) -> Manifest:
     """A run none of whose counts are alike."""
     run = record_run("recorded-1", None, "name=mine")
     record = run.iterations[0]
+    record.cache_rows = 34
     record.hard, record.easy, record.undecided = 5, 7, 11
     record.generated = Generated(accepted=13, rejected={"near_duplicate": 2, "surplus": 15}, wanted=19)
     record.seconds = {"finetune": 20.4, "teacher": 3.2}

@@ -364,6 +364,20 @@ def test_the_charts_of_the_rows_count_gaps_hard_ones_and_candidates(run: Manifes
     ]  # fmt: skip
 
 
+def test_a_row_whose_teacher_is_weak_is_neither_left_nor_right_of_the_line(run: Manifest) -> None:
+    made = run.iterations[0].snapshots
+    (row,) = query("select * from verdicts where difficulty = 'hard'", verdicts=made["verdicts"])
+    weak = {"score_gap": 3.0, "difficulty": "undecided", "reason": "weak_teacher"}
+    verdicts = [row, row | {"instruction_id": IDS[1], "teacher_score": 4.0, "student_score": 1.0} | weak]
+    made["verdicts"] = snapshot("verdicts", verdicts, "discriminate")
+    bars = [mark for mark in marks(charts(run), "Score gaps, iteration 1") if "instructions" in mark]
+    assert len(bars) == 1 and bars[0].endswith("instructions: 1")
+    made["verdicts"] = snapshot("verdicts", verdicts[1:], "discriminate")
+    run.iterations[0].threshold = None
+    drawn = charts(run)
+    assert not [mark for mark in marks(drawn, "Score gaps, iteration 1") if "instructions" in mark]
+
+
 def test_what_there_are_no_data_for_has_no_chart(home: Path) -> None:
     assert charts(Manifest(run_id="r")) == []
     assert progress_rows(Manifest(run_id="r")) == [
