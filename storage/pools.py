@@ -73,14 +73,25 @@ def read_rows(snapshot: Snapshot, columns: Sequence[str] | None = None) -> list[
     try:
         return pq.read_table(snapshot.path, columns=list(columns) if columns else None, memory_map=True).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise StorageError(
-            f"{snapshot.path} is gone or damaged. The same command as before notices it, and makes it again."
-        ) from error
+        raise _gone(snapshot) from error
 
 
 def read_lineage(snapshot: Snapshot) -> dict[str, Any]:
-    """`step`, `version` and `inputs` (digests) from the footer."""
-    return json.loads(pq.read_schema(snapshot.path).metadata[LINEAGE])
+    """`step`, `version` and `inputs` (digests) from the footer.
+
+    Raises:
+        StorageError: it is gone or damaged.
+    """
+    try:
+        return json.loads(pq.read_schema(snapshot.path).metadata[LINEAGE])
+    except (pa.ArrowException, OSError) as error:
+        raise _gone(snapshot) from error
+
+
+def _gone(snapshot: Snapshot) -> StorageError:
+    return StorageError(
+        f"{snapshot.path} is gone or damaged. The same command as before notices it, and makes it again."
+    )
 
 
 def by_id(snapshot: Snapshot, columns: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
