@@ -323,6 +323,9 @@ def test_only_answers_that_gained_are_most_improved_and_no_more_than_the_page_ha
     found = most_improved(run)
     assert [row["gained"] for row in found] == [float(gained) for gained in range(MOST + 1, 1, -1)]
     assert found[0]["instruction"] == f"Ask {MOST + 2:02}."
+    one = evaluation(*(("hm", 1.0, score) for score in [0.5, *[1.0] * (MOST + 1), 3.0]))
+    run.iterations[0].evaluation = one
+    assert [row["gained"] for row in most_improved(run)] == [2.0], "an answer that stayed as good has not gained"
     run.iterations[0].rolled_back = True
     assert most_improved(run) == [], "the student to use is the one before training"
 
