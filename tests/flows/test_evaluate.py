@@ -90,12 +90,11 @@ def evaluated(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     (_, student) = run.students()[1]
 
     def answer(model: ReadyModel, requests: list[Request], sampling: Sampling, *rest: Any, **more: Any) -> list[Reply]:
-        kind = model.settings.kind
-        said = TAUGHT if kind == "openai" else SAID
+        name, said = (model.checkpoint.digest, SAID) if model.checkpoint else ("endpoint", TAUGHT)
         for request in requests:
-            seen[kind] = sampling, request.messages[0]["content"]
+            seen[name] = sampling, request.messages[0]["content"]
         texts = {request.id: said[request.messages[-1]["content"]] for request in requests}
-        return [Reply(key, Status.OK if text else Status.FAILED, text, model=kind) for key, text in texts.items()]
+        return [Reply(key, Status.OK if text else Status.FAILED, text, model=name) for key, text in texts.items()]
 
     monkeypatch.setattr(questions, "answer", answer)
     monkeypatch.setattr(_Evaluation, "_step", lambda self, stage, *inputs: stage.fn(*inputs))
@@ -121,9 +120,9 @@ def test_a_study_keeps_whose_answers_are_whose_and_of_what_its_figures_are(evalu
         "student": list(SAID.values()),
         "reference": list(TAUGHT.values()),
     }
-    assert {kind: (sampling.max_tokens, system) for kind, (sampling, system) in seen.items()} == {
-        "local": (12, "Learn."),
-        "openai": (11, "Teach."),
+    assert {name: (sampling.max_tokens, system) for name, (sampling, system) in seen.items()} == {
+        "recorded-1-trained": (12, "Learn."),
+        "endpoint": (11, "Teach."),
     }
     relative = study.relative
     assert {name: part.questions for name, part in relative.by_category.items()} == {"writing": 2}
@@ -153,11 +152,24 @@ def test_the_files_of_a_study_name_each_answers_model(evaluated: Any) -> None:
     ]
 
 
+def test_another_students_answers_are_asked_for_as_this_ones_are(evaluated: Any) -> None:
+    study, seen = evaluated(reference="recorded-1/0")
+    assert study.reference == "recorded-1/0"
+    assert {name: (sampling.max_tokens, system) for name, (sampling, system) in seen.items()} == {
+        "recorded-1-trained": (12, "Learn."),
+        "recorded-1-start": (12, "Learn."),
+    }
+    assert study.relative.overall.mean.value == 1
+    seen.clear()
+    again, _ = evaluated(reference="recorded-1/0")
+    assert (again, seen) == (study, {}), "what is there is not asked for again"
+
+
 def test_turns_that_a_file_of_answers_lacks_are_counted(evaluated: Any, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     answers.write_text(json.dumps({"question_id": 1, "choices": [{"turns": ["Steel and stone."]}]}) + "\n")
     study, seen = evaluated(reference=str(answers), tie_margin=2.0)
-    assert list(seen) == ["local"]
+    assert list(seen) == ["recorded-1-trained"]
     assert f"2 turns have no answer in {answers}: left out" in study.notes
     assert (study.relative.overall.questions, study.relative.left_out, study.relative.tie_margin) == (1, 2, 2.0)
     assert [row["response"] for row in by_id(study.snapshots["reference"]).values()] == ["Steel and stone.", None, None]
