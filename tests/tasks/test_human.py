@@ -285,9 +285,10 @@ def test_a_torn_vote_is_cut_off_before_the_next_is_written(study: HumanStudy) ->
     item = study.items[0].item
     cast(study, [Vote(item=item, voter="ann", aspect="helpful", choice="first")])
     file = study.folder / "votes.jsonl"
-    file.write_text(file.read_text() + '{"item": "to')
+    file.write_text(file.read_text() + '{"item": "to' + "o" * 500)  # longer than the line that takes its place
     cast(study, [Vote(item=item, voter="ben", aspect="helpful", choice="tie")])
     assert [vote.voter for vote in votes_of(study).values()] == ["ann", "ben"]
+    assert file.read_text().endswith('"tie"}\n')
     file.write_text("no vote\n" + file.read_text())
     with pytest.raises(HumanEvalError, match=r"votes\.jsonl, line 1: no vote"):
         votes_of(study)
