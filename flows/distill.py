@@ -30,7 +30,7 @@ from tasks.referee import LLMReferee, review_responses
 from tasks.refresh import Pools, refresh_pools
 from tasks.report import write_report
 from tasks.seed import load_seeds
-from tasks.selection import compare, gain_in, is_stalled, is_worse, told
+from tasks.selection import compare, gain_in, is_stalled, is_worse, same_reference, told
 from tasks.shards import shards_by
 from tasks.student import answer_with_student
 from tasks.teacher import answer_with_teacher
@@ -129,6 +129,11 @@ class Run:
     def go_on_from(self, start: Start) -> tuple[Pools, Checkpoint]:
         """The pools and the student that an earlier run ended with, its iterations being part of this run's."""
         self.manifest.iterations = list(start.records)
+        measured = self.manifest.baseline.evaluation
+        assert measured, "the baseline comes first"
+        others = [each for each in start.records if each.evaluation and not same_reference(each.evaluation, measured)]
+        for record in others:
+            record.evaluation = None
         if start.same_teacher:
             self.answers = [start.records[-1].snapshots["teacher_responses"]]
         kept = [record for record in start.records if not record.rolled_back]
@@ -137,6 +142,12 @@ class Run:
             self.standing = record = kept[-1]
             assert record.student, "a finished iteration has a student"
             record.evaluation = self._evaluate(Steps(self.manifest, record), record.student, record.iteration)
+        if unlike := [record.iteration for record in others if not record.evaluation]:
+            warn(
+                self.manifest,
+                f"Held-out figures of iteration {', '.join(map(str, unlike))} are of other answers than this run's, and not "
+                f"shown here; they are in the run that it goes on from.",
+            )
         assert self.standing.student
         return start.pools, self.standing.student
 

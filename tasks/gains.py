@@ -13,7 +13,7 @@ from storage.catalog import query
 from storage.files import Snapshot
 from storage.pools import read_lineage, read_rows
 from storage.runs import Evaluation, Interval, Manifest
-from tasks.selection import loss_per_token, mean_score, relative_to_teacher, same_reference
+from tasks.selection import loss_per_token, mean_score, relative_to_teacher
 
 STUDENT, INK = "#2f7ed8", "#7a828e"  # a blue; a grey that reads on white and on black
 MOST = 10  # examples shown
@@ -36,8 +36,6 @@ def gain_charts(manifest: Manifest) -> list[Described]:
     """Loss and scores by iteration, gain over the student before, training loss; each where there are data for it."""
     charts: list[Described] = []
     evaluations = manifest.evaluations()
-    if start := evaluations.get(0):  # earlier iterations of a chain may have had another teacher
-        evaluations = {number: each for number, each in evaluations.items() if same_reference(each, start)}
     judged = any(evaluation.reviews for evaluation in evaluations.values())
 
     def relative(evaluation: Evaluation) -> Interval | None:

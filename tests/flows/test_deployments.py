@@ -22,6 +22,7 @@ from storage.files import Snapshot
 from storage.journal import Journal
 from storage.pools import write_snapshot
 from storage.runs import Baseline, IterationRecord, Manifest, chains, load_manifest
+from tests import recorded
 from tests.storage.test_journal import ANSWER
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,30 @@ def test_a_run_that_goes_on_holds_out_nothing_that_may_have_been_learned(earlier
     start.check_holds_out(held_out("What is a volcano?"))
     with pytest.raises(ConfigError, match="1 held-out instructions were not held out before"):
         start.check_holds_out(held_out("What is a volcano?", "Add 2 and 3."))
+
+
+def test_held_out_figures_of_other_answers_are_not_shown_beside_a_runs_own(home: Path) -> None:
+    from flows.chain import Start
+    from flows.distill import Run
+    from storage.catalog import query
+    from tasks.refresh import Pools
+
+    earlier = recorded.record_run()
+    alike, baseline = earlier.iterations[0], earlier.baseline
+    assert alike.evaluation
+    rows = query("select * from rows", rows=alike.evaluation.details)
+    elsewhere = recorded.snapshot("evaluations", rows, "evaluate", baseline.snapshots["heldout_answers"])
+    other = alike.model_copy(
+        update={"iteration": 2, "evaluation": alike.evaluation.model_copy(update={"details": elsewhere})}
+    )
+    alike.rolled_back = other.rolled_back = True  # so neither goes on, and neither is measured again
+    pools = Pools(train=baseline.snapshots["seeds"], cache=baseline.snapshots["seeds"])
+    run = Run(resolve("smoke"), Manifest(run_id="r", baseline=baseline))
+    run.standing = baseline
+    run.go_on_from(Start([alike, other], pools, baseline.snapshots["heldout"], same_teacher=False))
+    assert list(run.manifest.evaluations()) == [0, 1]
+    [warning] = run.manifest.warnings
+    assert "iteration 2 are of other answers" in warning
 
 
 def test_a_run_that_ends_at_once_says_how_and_still_refers_to_all_that_it_had_made(earlier: Manifest) -> None:

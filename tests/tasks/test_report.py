@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from storage.catalog import query
-from storage.files import Checkpoint, StorageError
+from storage.files import Checkpoint
 from storage.journal import Journal, Loss
 from storage.pools import instruction_id
 from storage.runs import Generated, Interval, JudgeHealth, Manifest
@@ -118,24 +118,6 @@ def test_the_hard_share_shows_the_largest_categories_and_counts_the_others(
     if categories > bars:
         others = categories - MOST_CATEGORIES + 1
         assert {"category": f"{others} smaller ones", "share": 0, "hard": 0, "rows": others} in rows
-
-
-def test_figures_of_another_teachers_answers_are_not_on_one_line(home: Path) -> None:
-    run = record_run()
-    earlier = run.iterations[0].evaluation
-    assert earlier
-    rows = query("select * from rows", rows=earlier.details)
-    other = snapshot("evaluations", rows, "evaluate", run.baseline.snapshots["heldout_answers"])
-    run.iterations[0].evaluation = earlier.model_copy(update={"details": other})
-    drawn = {title: chart.to_dict()["data"]["values"] for title, _, chart in gain_charts(run)[:3]}
-    assert {title: [point["iteration"] for point in points] for title, points in drawn.items()} == {
-        "Held-out loss": [0],
-        "Held-out score": [0],
-        "Relative score": [0],
-    }
-    other.path.unlink()
-    with pytest.raises(StorageError, match="is gone or damaged"):
-        gain_charts(run)
 
 
 @pytest.fixture
