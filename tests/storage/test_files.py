@@ -87,6 +87,9 @@ def test_a_missing_snapshot_is_noticed(home: Path) -> None:
     snapshot.path.unlink()
     with pytest.raises(StorageError, match="missing"):
         snapshot.verify()
+    for read in (read_rows, read_lineage):
+        with pytest.raises(StorageError, match="is gone or damaged"):
+            read(snapshot)
 
 
 def test_a_row_that_does_not_fit_its_table_is_refused(home: Path) -> None:
