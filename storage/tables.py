@@ -48,7 +48,7 @@ REVIEWS = pa.schema(
 VERDICTS = pa.schema(
     [
         pa.field("instruction_id", text, nullable=False),
-        pa.field("teacher_score", pa.float64()),  # mean over orders and votes, null where undecided
+        pa.field("teacher_score", pa.float64()),  # mean over orders and votes, null where a review is missing
         pa.field("student_score", pa.float64()),
         pa.field("score_gap", pa.float64()),  # teacher - student
         pa.field("threshold", pa.float64()),  # the gap from which a row is hard, in this iteration
