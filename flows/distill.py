@@ -145,8 +145,8 @@ class Run:
         if unlike := [record.iteration for record in others if not record.evaluation]:
             warn(
                 self.manifest,
-                f"Held-out figures of iteration {', '.join(map(str, unlike))} are of other answers than this run's, and not "
-                f"shown here; they are in the run that it goes on from.",
+                f"Loss and score of iteration {', '.join(map(str, unlike))} are of other answers than this run's, and not shown "
+                "here: they are in the run that it goes on from. The gains of its iterations are of those answers.",
             )
         assert self.standing.student
         return start.pools, self.standing.student

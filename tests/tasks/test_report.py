@@ -191,6 +191,14 @@ def test_each_iteration_is_a_row_of_the_table_with_every_count_under_its_own_nam
     assert "The student to use is that of iteration 1." in said
 
 
+def test_iterations_whose_figures_are_left_out_are_counted_all_the_same(run: Manifest) -> None:
+    assert "after 2 iterations" in words(page_of(run))
+    run.iterations[0].evaluation = None
+    assert "after 2 iterations" in words(page_of(run))
+    run.iterations.pop()
+    assert "after 0 iterations" in words(page_of(run))
+
+
 def test_a_student_that_was_rolled_back_without_a_figure_is_marked_so(run: Manifest) -> None:
     comparison = run.iterations[1].comparison
     assert comparison
