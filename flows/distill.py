@@ -132,7 +132,7 @@ class Run:
         measured = self.manifest.baseline.evaluation
         assert measured, "the baseline comes first"
         others = [each for each in start.records if each.evaluation and not same_reference(each.evaluation, measured)]
-        for record in others:
+        for record in others:  # two yardsticks do not go into one row or line
             record.evaluation = None
         if start.same_teacher:
             self.answers = [start.records[-1].snapshots["teacher_responses"]]
@@ -146,7 +146,7 @@ class Run:
             warn(
                 self.manifest,
                 f"Loss and score of iteration {', '.join(map(str, unlike))} are of other answers than this run's, and not shown "
-                "here: they are in the run that it goes on from. The gains of its iterations are of those answers.",
+                "here: they are in the run that it goes on from. Earlier gains are of those answers, too.",
             )
         assert self.standing.student
         return start.pools, self.standing.student

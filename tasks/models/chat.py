@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # Finish reasons of an answer that was cut: OpenAI's; Mistral's at the end of the context; those of gateways that pass a
 # provider's own on; DeepSeek's where it had no room to go on.
-JSON_OBJECT = re.compile(r"\{\s*[\"}]")  # a brace by itself begins none, and json's errors count all lines before it
 CUT = ("length", "model_length", "max_tokens", "insufficient_system_resource")
+JSON_OBJECT = re.compile(r"\{\s*[\"}]")  # a brace by itself begins none, and json's errors count all lines before it
 
 
 class Status(StrEnum):
