@@ -42,7 +42,11 @@ class Steps:
             result_storage=home() / "results",
         )
         state: State[Any] = named(*inputs, return_state=True)  # type: ignore[assignment]
-        result = state.result()
+        try:
+            result = state.result()
+        except Exception:  # the message that follows may be of a setting that several stages have
+            note.print(f"  {self.where:<12} {name:<18} stopped")
+            raise
         cached = state.name == "Cached"
         seconds = time.perf_counter() - started
         self.record.seconds[name] = round(seconds, 2)

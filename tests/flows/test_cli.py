@@ -129,6 +129,14 @@ def test_a_changed_threshold_reruns_discrimination_and_what_follows_alone(ran: P
     assert not cached["discriminate"]
 
 
+def test_the_stage_that_could_not_be_done_is_named(ran: Path, tiny_model: Path) -> None:
+    done = lion(ran, *arguments(tiny_model, "--set=evaluation.sampling.max_tokens=512"), code=2)
+    lines = done.stderr.split("\n")
+    stopped = next(at for at, line in enumerate(lines) if line.endswith("stopped"))
+    assert lines[stopped].split() == ["baseline", "evaluate", "stopped"]
+    assert lines[stopped + 1].startswith("error: max_tokens 512 leaves no room")
+
+
 def test_a_run_that_goes_on_where_no_new_instruction_was_found_says_so(ran: Path, tiny_model: Path) -> None:
     command = arguments(tiny_model, "--set", "generate.sampling.max_tokens=1")  # no candidate is long enough
     said = lion(ran, *command, "--set", "iterations=1").stderr
