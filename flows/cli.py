@@ -346,9 +346,9 @@ def _print_run(manifest: Any) -> None:
         record = line["record"]
         table.add_row(
             str(line["iteration"] or "start"),
-            f"{record.trained_rows} of {record.train_rows}" if record else "",
-            f"{record.hard}/{record.easy}/{record.undecided}" if record else "",
-            f"{record.generated.accepted}/{sum(record.generated.rejected.values())}" if record else "",
+            f"{record.trained_rows:,} of {record.train_rows:,}" if record else "",
+            f"{record.hard:,}/{record.easy:,}/{record.undecided:,}" if record else "",
+            f"{record.generated.accepted:,}/{sum(record.generated.rejected.values()):,}" if record else "",
             _figure(line["loss"], 3) + (" (rolled back)" if record and record.rolled_back else ""),
             _figure(line["score"], 2),
             *([f"{line['relative'].value:.1%} of {line['judged']}" if line["relative"] else ""] if judged else []),

@@ -51,6 +51,7 @@ def finetune(
         "rows",
         "steps",
         "train_loss",
+        "validation_rows",
         "validation_loss",
         "tokens",
         "padding_share",

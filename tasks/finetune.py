@@ -125,6 +125,8 @@ def train_student(settings: SftSettings, student: Checkpoint, data: Snapshot, se
     # The trainer's own last deed; one killed in it leaves the weights and the optimizer there, several times the model.
     shutil.rmtree(checkpoint.path / "trainer", ignore_errors=True)
     left_out = {reason: len(ids) for reason, ids in figures["left_out"].items() if ids}
+    if figures["validation_rows"]:
+        left_out["validation"] = figures["validation_rows"]
     return TrainedStudent(
         checkpoint=checkpoint, examples=data, rows=figures["rows"], left_out=left_out, figures=figures
     )

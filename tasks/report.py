@@ -59,6 +59,7 @@ def write_report(manifest: Manifest) -> Path:
     """Write `report.html` into the run's folder and return its path."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True)
+    environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["share"] = lambda share: "" if share is None else f"{share:.0%}"
     environment.filters["figure"] = lambda figure, digits: "no figure" if figure is None else f"{figure:.{digits}f}"
     environment.filters["cut"] = _cut

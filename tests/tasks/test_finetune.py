@@ -12,7 +12,7 @@ from tasks.finetune import FinetuneConfig, NothingToTrainOn, examples_of, finetu
 from tasks.jobs.launch import checkpoint_folder
 from tasks.jobs.settings import SftSettings, launcher_command
 
-MADE = {"left_out": {"no_label": ["a"], "empty": []}, "rows": 1}
+MADE = {"left_out": {"no_label": ["a"], "empty": []}, "rows": 1, "validation_rows": 2}
 
 
 def test_alpaca_and_messages_and_our_own_rows_become_examples() -> None:
@@ -80,7 +80,7 @@ def test_only_whole_good_answers_are_trained_on_and_the_others_are_counted(
         ("a", "answer", True), ("d", "answer", True)
     ]  # fmt: skip
     assert [said["content"] for said in rows[0]["messages"]] == ["Be brief.", "a\n\n1 2"]
-    assert trained.left_out == {"truncated": 1, "failed": 1, "unanswered": 1, "no_label": 1}
+    assert trained.left_out == {"truncated": 1, "failed": 1, "unanswered": 1, "no_label": 1, "validation": 2}
     assert trained.rows == 1
 
     often = FinetuneConfig.model_validate({"training": {"save_steps": 7, "report_to": ["wandb"]}})
@@ -132,7 +132,7 @@ def test_what_a_trainer_killed_at_its_very_end_left_behind_is_cleared_away(
     monkeypatch.setattr(finetune, "make_checkpoint", lambda *args, **options: (made, MADE))
     data = write_snapshot("examples", [], step="t", version=1)
     trained = train_student(SftSettings(), Checkpoint(digest="s", content="s"), data, 0)
-    assert (trained.checkpoint, trained.left_out) == (made, {"no_label": 1})
+    assert (trained.checkpoint, trained.left_out) == (made, {"no_label": 1, "validation": 2})
     assert made.path.is_dir() and not (made.path / "trainer").exists()
 
 

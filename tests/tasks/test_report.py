@@ -54,7 +54,7 @@ def test_every_held_out_figure_has_its_unit_and_number_and_a_missing_one_is_no_z
     text = " ".join(write_report(run).read_text().split())
     assert "score 1.50 &rarr; <b>no figure</b> of 10, on 2 of 2 instructions, after 1 iteration." in text
     assert "At iteration 1 only 0 have a score." in text
-    assert "[50.0, 50.0] of 1</span>" in text, "the other pair of answers has no valid review"
+    assert '[50.0, 50.0]</span><span class="under">of 1</span>' in text, "the other pair of answers has no valid review"
 
 
 def test_an_iteration_that_did_not_end_is_not_counted(home: Path) -> None:
@@ -126,7 +126,8 @@ def run(home: Path) -> Manifest:
     run = record_run()
     first, before = run.iterations[0], run.baseline.evaluation
     assert first.evaluation and before
-    first.train_rows, first.cache_rows, first.trained_rows = 21, 34, 20
+    first.train_rows, first.cache_rows, first.trained_rows = 52_002, 34, 51_393
+    first.left_out = {"failed": 1, "no_label": 89, "validation": 519}
     first.hard, first.easy, first.undecided = 5, 7, 11
     first.generated = Generated(accepted=13, rejected={"near_duplicate": 2, "surplus": 15}, wanted=19, notes=["few"])
     first.seconds, first.cached = {"finetune": 20.46, "teacher": 3.0}, {"finetune": False, "teacher": True}
@@ -151,7 +152,7 @@ def page_of(run: Manifest) -> str:
 
 def table(page: str, column: str) -> list[list[str]]:
     """The cells of the table that has such a column."""
-    (found,) = (each for each in re.findall("<table>(.*?)</table>", page, re.S) if f">{column}</th>" in each)
+    (found,) = (each for each in re.findall("<table.*?>(.*?)</table>", page, re.S) if f">{column}</th>" in each)
     rows = re.findall("<tr>(.*?)</tr>", found, re.S)
     return [[words(cell) for cell in re.findall("<t[dh].*?>(.*?)</t[dh]>", row, re.S)] for row in rows]
 
@@ -175,17 +176,18 @@ def test_each_iteration_is_a_row_of_the_table_with_every_count_under_its_own_nam
     page = page_of(run)
     names, *rows = table(page, "train rows")
     assert [dict(zip(names, row, strict=True)) for row in rows[1:]] == [
-        {"iteration": "1", "train rows": "20 of 21", "cache rows": "34", "hard": "5", "easy": "7", "undecided": "11"}
-        | {"threshold": "1.00", "accepted": "13 of 19", "rejected": "17", "held-out loss": "1.500", "score": "4.50"}
-        | {"gain in loss [95 %]": "+1.500 [+1.000, +2.000]", "seconds": "23"},
-        {"iteration": "2", "train rows": "20 of 21", "cache rows": "34", "hard": "5", "easy": "7", "undecided": "11"}
-        | {"threshold": "", "accepted": "1 of 3", "rejected": "0", "held-out loss": "1.800", "score": "3.00"}
-        | {"gain in loss [95 %]": "-0.300 [-0.500, -0.100] rolled back", "seconds": "9"},
+        {"iteration": "1", "train rows": "51,393 of 52,002", "cache rows": "34", "hard": "5", "easy": "7"}
+        | {"undecided": "11", "threshold": "1.00", "accepted": "13 of 19", "rejected": "17", "held-out loss": "1.500"}
+        | {"score": "4.50", "gain in loss [95 %]": "+1.500 [+1.000, +2.000]", "seconds": "23"},
+        {"iteration": "2", "train rows": "51,393 of 52,002", "cache rows": "34", "hard": "5", "easy": "7"}
+        | {"undecided": "11", "threshold": "", "accepted": "1 of 3", "rejected": "0", "held-out loss": "1.800"}
+        | {"score": "3.00", "gain in loss [95 %]": "-0.300 [-0.500, -0.100] rolled back", "seconds": "9"},
     ]
     assert rows[0] == ["start", *[""] * 8, "3.000", "1.50", "", "1"]
     said = words(page)
     assert "Iteration 1: few" in said and "Iteration 2: rolled back" in said
-    assert "Iteration 1: not trained on: 1 failed" in said and "Iteration 2: not trained on" not in said
+    why = "1 failed, 89 whose prompt fills max_length, 519 kept for validation"
+    assert f"Iteration 1: not trained on: {why}" in said and "Iteration 2: not trained on" not in said
     assert "Kept out of the pools because they are near a held-out instruction: 1 seeds, 2 candidates." in said
     assert "loss 3.000 → 1.500 nats per token, score 1.50 → 4.50 of 10" in said
     assert "The student to use is that of iteration 1." in said
