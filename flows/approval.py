@@ -70,6 +70,7 @@ class Approval:
         # Whoever starts a run again that was to stop here may have changed their mind.
         if asks and (known is None or known["decision"] == "stop here"):
             text = forecast(config, manifest, pools, unanswered) if self.asks == "spend" else summary(manifest)
+            manifest.save()  # one killed while it waits can be gone on from, too
             known = manifest.approvals[iteration] = self._ask(text, f"{manifest.run_id}-{iteration}").model_dump()
             manifest.save()
         if known is None:

@@ -429,6 +429,7 @@ class TestApproval:
                 return False
 
         def ask(*_: Any) -> None:
+            waiting.append(start_of(resolve("smoke", [f"start_from=run:{config.run_id}"])))
             raise approval.NotApproved("nobody answered")
 
         monkeypatch.setattr(approval.Approval, "_ask", ask)
@@ -437,9 +438,11 @@ class TestApproval:
         for name in ("write_report", "publish_catalog", "publish_artifacts"):
             monkeypatch.setattr(page, name, lambda *_: None)
         config = resolve("smoke", ["approve=iteration", "iterations=2"])
+        waiting: list[Any] = []
         with pytest.raises(approval.NotApproved):
             page.distill.fn(config)
         start = start_of(resolve("smoke", [f"start_from=run:{config.run_id}"]))
+        assert waiting == [start], "and so can one that is killed while it waits"
         assert start and (len(start.records), start.pools.train, start.pools.cache.rows) == (1, held_out("b"), 2)
 
     def test_a_forecast_tells_the_requests_to_come_and_what_each_role_has_cost(self, earlier: Manifest) -> None:
