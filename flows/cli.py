@@ -28,6 +28,8 @@ from flows import (
     commands_training,
 )
 from flows.terminal import (
+    LOOK,
+    LOOP,
     AsJson,
     ConfigFile,
     Home,
@@ -78,7 +80,7 @@ def lion(
     pass
 
 
-@app.command()
+@app.command(rich_help_panel=LOOP)
 def run(
     preset: Preset = None,
     config: ConfigFile = None,
@@ -138,7 +140,7 @@ def run(
     _print_run(finished)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def show(
     run_id: RunName = None,
     as_json: AsJson = False,
@@ -153,7 +155,7 @@ def show(
         _print_run(manifest)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def runs(as_json: AsJson = False, home: Home = None) -> None:
     """List the runs of this home, the latest first. Runs that go on from each other are one line."""
     use_home(home)
@@ -173,7 +175,7 @@ def runs(as_json: AsJson = False, home: Home = None) -> None:
     print_rows(rows, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def pools(as_json: AsJson = False, home: Home = None) -> None:
     """Count the rows of every pool, by run, iteration and origin."""
     use_home(home)
@@ -188,7 +190,7 @@ def pools(as_json: AsJson = False, home: Home = None) -> None:
     print_rows(ask(sql), as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def sql(
     statement: Annotated[
         str,
@@ -209,7 +211,7 @@ def sql(
     print_rows(rows, as_json=as_json, as_csv=as_csv)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def row(
     instruction_id: Annotated[str, typer.Argument(metavar="ID", help="An instruction_id.")],
     as_json: AsJson = False,
@@ -231,7 +233,7 @@ def row(
             print_rows(rows)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Really delete. Without it only say what would go.")] = False,
     home: Home = None,
@@ -247,7 +249,7 @@ def gc(
     out.print(f"{len(found)} things, {total:.1f} MB " + ("deleted" if delete else "would go; --delete does it"))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOP)
 def config(preset: Preset = None, file: ConfigFile = None, overrides: Overrides = None) -> None:
     """Print the complete settings that a run would have, with the meaning of each."""
     from flows.config import explain, resolve

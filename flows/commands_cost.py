@@ -9,6 +9,8 @@ import typer
 from rich.table import Column, Table
 
 from flows.terminal import (
+    LOOK,
+    LOOP,
     AsJson,
     ConfigFile,
     Home,
@@ -24,7 +26,7 @@ from flows.terminal import (
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(rich_help_panel=LOOP)
 def estimate(
     preset: Preset = None,
     config: ConfigFile = None,
@@ -73,7 +75,7 @@ def estimate(
         out.print(f"  {name} = {value:g} ", out.render_str(why, style="dim"), soft_wrap=True)
 
 
-@commands.command()
+@commands.command(rich_help_panel=LOOK)
 def spend(
     run_id: Annotated[str | None, typer.Option("--run", help="Only this run.")] = None,
     as_json: AsJson = False,

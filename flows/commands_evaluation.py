@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from flows.terminal import (
+    HELPED,
     AsJson,
     ConfigFile,
     Home,
@@ -36,7 +37,7 @@ StudentName = Annotated[
 ]
 
 
-@commands.command()
+@commands.command(rich_help_panel=HELPED)
 def evaluate(
     student: StudentName = None,
     reference: Annotated[
@@ -145,7 +146,7 @@ def _settings(
     return type(settings).model_validate(settings.model_dump() | {"referee": judge})
 
 
-@commands.command()
+@commands.command(rich_help_panel=HELPED)
 def best(
     run_id: RunName = None,
     as_json: AsJson = False,
@@ -168,7 +169,7 @@ def best(
     print(found.checkpoint.path)
 
 
-@commands.command()
+@commands.command(rich_help_panel=HELPED)
 def contamination(
     against: Annotated[
         str, typer.Option("--against", help="Instructions of an evaluation, in any form; bundled: the held-out set.")
@@ -209,7 +210,7 @@ def contamination(
     note.print(f"{len(rows)} of {len(pool)} instructions in pools are near one of the {len(turns)} of {against}.")
 
 
-@commands.command()
+@commands.command(rich_help_panel=HELPED)
 def compare(
     run_ids: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Ids of runs, or their beginnings.")],
     as_json: AsJson = False,
@@ -262,7 +263,7 @@ def compare(
         print_rows([{"": key} | {id: json.dumps(s.get(key)) for id, s in zip(ids, settings)} for key in keys])
 
 
-@commands.command()
+@commands.command(rich_help_panel=HELPED)
 def ablate(
     arms: Annotated[
         str, typer.Option("--arms", help="Some of adversarial, random-generation, imitation-only; with commas.")

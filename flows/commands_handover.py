@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from flows.terminal import (
+    USE,
     CheckpointName,
     Home,
     Refusal,
@@ -28,7 +29,7 @@ Form = Literal["alpaca", "sharegpt", "messages", "dpo", "parquet", "hf"]
 What = Literal["training", "train_pool", "cache_pool"]
 
 
-@commands.command()
+@commands.command(rich_help_panel=USE)
 def export(
     to: Annotated[Path, typer.Option("--to", help="The file to write; for hf a folder.")],
     run_id: RunName = None,
@@ -54,7 +55,7 @@ def export(
         note.print("The settings name no terms for the teacher's text: --set teacher.license=... Look them up.")
 
 
-@commands.command()
+@commands.command(rich_help_panel=USE)
 def card(
     student: CheckpointName = None,
     to: Annotated[Path | None, typer.Option("--to", help="The file to write; by default it is printed.")] = None,
@@ -74,7 +75,7 @@ def card(
         note.print(f"Card in {to}", soft_wrap=True)
 
 
-@commands.command()
+@commands.command(rich_help_panel=USE)
 def push(
     repository: Annotated[str, typer.Argument(metavar="REPOSITORY", help="On the Hub, as in my-name/my-student.")],
     student: CheckpointName = None,

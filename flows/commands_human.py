@@ -5,14 +5,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.terminal import AsJson, Home, Refusal, check_is_new, note, out, print_rows, use_home, with_bounds
+from flows.terminal import (
+    HELPED,
+    AsJson,
+    Home,
+    Refusal,
+    check_is_new,
+    note,
+    out,
+    print_rows,
+    use_home,
+    with_bounds,
+)
 
 if TYPE_CHECKING:
     from tasks.human import AspectResult
 
 commands = typer.Typer()
 human = typer.Typer(help="Let people judge: blind, in random order, by aspect.", no_args_is_help=True)
-commands.add_typer(human, name="human-eval")
+commands.add_typer(human, name="human-eval", rich_help_panel=HELPED)
 
 StudyId = Annotated[
     str | None, typer.Argument(metavar="[STUDY]", help="A study's id or its beginning; by default the last.")

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import Home, Refusal, note, settle_home
+from flows.terminal import SERVER, Home, Refusal, note, settle_home
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(rich_help_panel=SERVER)
 def up(
     host: Annotated[
         str | None, typer.Option("--host", help="Listen here, for others. Wants PREFECT_SERVER_API_AUTH_STRING.")
@@ -28,7 +28,7 @@ def up(
     note.print(f"UI: {service.ui_url()}", soft_wrap=True)
 
 
-@commands.command()
+@commands.command(rich_help_panel=SERVER)
 def deploy(home: Home = None) -> None:
     """Bring the work pool, the deployments and the automations on the server up to date."""
     _settle(home)
@@ -38,7 +38,7 @@ def deploy(home: Home = None) -> None:
         note.print(f"  {name}")
 
 
-@commands.command()
+@commands.command(rich_help_panel=SERVER)
 def worker(
     healthcheck: Annotated[
         bool, typer.Option("--healthcheck", help="Tell by HTTP, port 8080, whether it polls.")
@@ -52,7 +52,7 @@ def worker(
     raise typer.Exit(service.run_worker(healthcheck))
 
 
-@commands.command()
+@commands.command(rich_help_panel=SERVER)
 def down(home: Home = None) -> None:
     """Stop the worker and the server that `lion up` has started. Flow runs under way are ended, and can go on."""
     _settle(home)

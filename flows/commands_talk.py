@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.terminal import CheckpointName, Home, Refusal, check_is_new, note, out, use_home
+from flows.terminal import ALONE, USE, CheckpointName, Home, Refusal, check_is_new, note, out, use_home
 from storage.files import write_json_lines, write_json_list
 
 commands = typer.Typer()
@@ -16,7 +16,7 @@ commands = typer.Typer()
 WRITERS = {".jsonl": write_json_lines, ".json": write_json_list}
 
 
-@commands.command()
+@commands.command(rich_help_panel=USE)
 def chat(
     student: CheckpointName = None,
     system: Annotated[str | None, typer.Option("--system", help="Said before the conversation.")] = None,
@@ -53,7 +53,7 @@ def chat(
                 said = [*asked, {"role": "assistant", "content": answer}]
 
 
-@commands.command()
+@commands.command(rich_help_panel=USE)
 def demo(
     student: CheckpointName = None,
     teacher: Annotated[
@@ -107,7 +107,7 @@ def _asked() -> str | None:
         return None
 
 
-@commands.command()
+@commands.command(rich_help_panel=USE)
 def serve(student: CheckpointName = None, home: Home = None) -> None:
     """Print the lines that serve a checkpoint behind an OpenAI-compatible API, with vLLM and with transformers."""
     use_home(home)
@@ -123,7 +123,7 @@ def serve_lines(path: str) -> list[str]:
     return [f"vllm serve {model} --served-model-name student", f"transformers serve {model}"]
 
 
-@commands.command()
+@commands.command(rich_help_panel=ALONE)
 def answer(
     data: Annotated[
         str, typer.Option("--data", help="Instructions: Alpaca, messages or plain lines; .json, .jsonl, .csv, .txt, …")

@@ -6,11 +6,23 @@ from typing import Annotated
 
 import typer
 
-from flows.terminal import ConfigFile, Home, Overrides, Preset, check_is_new, note, out, print_rows, use_home
+from flows.terminal import (
+    ALONE,
+    USE,
+    ConfigFile,
+    Home,
+    Overrides,
+    Preset,
+    check_is_new,
+    note,
+    out,
+    print_rows,
+    use_home,
+)
 
 commands = typer.Typer()
 diff = typer.Typer(help="A tuned model as its exact difference to a base: make it, and recover the model from it.")
-commands.add_typer(diff, name="diff")
+commands.add_typer(diff, name="diff", rich_help_panel=USE)
 
 NAMED = 5  # rows named by reason in the terminal; result.json names all
 
@@ -18,7 +30,7 @@ Base = Annotated[str, typer.Option("--base", help="The base model: a folder, a H
 NewFolder = Annotated[Path, typer.Option("--out", help="A new folder for the result.")]
 
 
-@commands.command()
+@commands.command(rich_help_panel=ALONE)
 def finetune(
     data: Annotated[
         str,

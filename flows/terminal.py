@@ -44,6 +44,10 @@ note = Terminal(stderr=True)
 if not out.is_terminal and "COLUMNS" not in os.environ:
     out.width = 10_000  # a table is as wide as its rows: whoever reads a pipe looks for an id on one line
 
+# Under what `lion --help` lists a command.
+LOOP, LOOK, HELPED = "The loop", "What there is", "Did it help?"
+USE, ALONE, SERVER = "The student in use", "One stage alone", "A Prefect server on this machine"
+
 Home = Annotated[Path | None, typer.Option("--home", help="Where everything is kept. [LION_HOME, default ./.lion]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting.")]

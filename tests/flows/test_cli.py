@@ -376,6 +376,12 @@ def test_a_port_that_is_taken_is_bad_input_and_no_cap_that_was_reached() -> None
         serve(FastAPI(), taken.getsockname()[1])
 
 
+def test_the_help_lists_every_command_under_a_heading(tmp_path: Path) -> None:
+    said = lion(tmp_path, "--help").stdout
+    assert "─ The loop ─" in said
+    assert "─ Commands ─" not in said, "what has no heading"
+
+
 def test_lion_tells_its_version(tmp_path: Path) -> None:
     assert lion(tmp_path, "--version").stdout == f"lion {version('lion-distill')}\n"
 
