@@ -336,7 +336,8 @@ def _main() -> None:
 
 
 def _print_run(manifest: Any) -> None:
-    from tasks.report import progress_rows
+    from storage.files import StorageError
+    from tasks.report import progress_rows, verdict
 
     lines = progress_rows(manifest)
     table = Table(title=f"{manifest.run_id} · {manifest.state_now()}", title_justify="left", title_style="bold")
@@ -356,6 +357,12 @@ def _print_run(manifest: Any) -> None:
             *([f"{line['relative'].value:.1%} of {line['judged']}" if line["relative"] else ""] if judged else []),
         )
     out.print(table)
+    try:
+        said = verdict(manifest)
+    except StorageError as error:  # all else is in the manifest
+        said = str(error)
+    if said:
+        out.print(Text(said, "bold"), soft_wrap=True)
     if measured := lines[0]["measured"]:
         scored = dict.fromkeys(str(line["scored"]) for line in lines if line["measured"])
         out.print(

@@ -122,9 +122,11 @@ def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def verdict(manifest: Manifest) -> str:
-    """Whether the student to use is better than the one before training, by the measure that the run goes by."""
+    """Whether the student to use is better than the one before training, by the measure that the run goes by; and which
+    it is, where it is not the last."""
     evaluations, best = manifest.evaluations(), manifest.best()
-    start, now = evaluations.get(0), evaluations.get(best[0] if best else 0)
+    place = best[0] if best else 0
+    start, now = evaluations.get(0), evaluations.get(place)
     if start is None or now is None or not manifest.iterations:
         return ""
     measure = manifest.config["stop"]["measure"]
@@ -135,7 +137,10 @@ def verdict(manifest: Manifest) -> str:
         said = "That the student got better is not sure"
     else:
         said = "The student got better"
-    return f"{said} ({told(gain, measure)})."
+    said = f"{said} ({told(gain, measure)})."
+    if place == len(manifest.iterations):
+        return said
+    return f"{said} The student to use is {f'that of iteration {place}' if place else 'the one before any training'}."
 
 
 def charts(manifest: Manifest) -> list[dict[str, str]]:

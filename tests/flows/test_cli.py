@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from fastapi import FastAPI
 
 from flows.commands_talk import serve_lines
 from flows.terminal import Refusal, print_rows, settle_home
+from storage.runs import Manifest
+from tasks.report import verdict
 from tests.lion import COMMAND, arguments, digests, environment, lion, shown
 
 
@@ -31,7 +34,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return home
 
 
-def test_show_tells_what_each_iteration_did(ran: Path) -> None:
+def test_show_tells_what_each_iteration_did(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LION_HOME", str(ran))
     run = shown(ran)
     (iteration,) = run["iterations"]
     assert run["state"] == "completed"
@@ -41,6 +45,14 @@ def test_show_tells_what_each_iteration_did(ran: Path) -> None:
     assert iteration["evaluation"]["loss"] < run["baseline"]["evaluation"]["loss"]
     assert set(iteration["seconds"]) == set(iteration["cached"]) >= {"teacher", "finetune", "student", "generate"}
     assert run["config"]["discriminate"]["threshold_kind"] == "quantile"
+    assert f"\n{verdict(Manifest.model_validate(run))}\n" in lion(ran, "show").stdout
+
+
+def test_show_tells_what_it_can_where_an_object_is_gone(ran: Path, tmp_path: Path) -> None:
+    shutil.copytree(ran, tmp_path / "home")
+    shutil.rmtree(tmp_path / "home" / "objects" / "evaluations")
+    said = lion(tmp_path / "home", "show").stdout
+    assert "is gone or damaged. The same command" in said and "Seconds by stage" in said
 
 
 def test_the_report_needs_no_network(ran: Path) -> None:

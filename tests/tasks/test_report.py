@@ -62,7 +62,7 @@ def test_an_iteration_that_did_not_end_is_not_counted(home: Path) -> None:
     run.iterations.append(run.iterations[0].model_copy(update={"iteration": 2, "evaluation": None}))
     text = " ".join(write_report(run).read_text().split())
     assert "after 1 iteration. <b>The student got better" in text
-    assert "</b> The student to use is that of iteration 1." in text
+    assert "nats per token, 95 % interval" in text and "). The student to use is that of iteration 1.</b>" in text
 
 
 def test_a_referees_scores_and_a_metrics_are_not_on_one_chart(home: Path) -> None:
