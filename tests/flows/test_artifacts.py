@@ -73,7 +73,7 @@ def test_each_iteration_has_its_counts_and_figures_and_a_missing_figure_is_no_ze
         {"iteration": 1, "trained on": "2 of 3", "hard / easy / undecided": "5 / 7 / 11", "new / rejected": "13 / 17"}
         | {"loss": 1.5, "score": 4.5, "judged, %": 62.5, "seconds": 24},
     ]
-    assert said.startswith("Run recorded-1. ")
+    assert said.startswith("Run recorded-1. The student got better (gain in loss: +1.5")
 
 
 def test_the_hardest_rows_stand_widest_gap_first_with_each_answer_in_its_own_column(
