@@ -55,10 +55,10 @@ def settled(config: DistillConfig) -> DistillConfig:
     elif last.state == "completed":
         start = f"run:{last.run_id}:{len(last.iterations)}"
     else:
-        start = last.config["start_from"]
+        start = last.start_from
     while start.endswith(":0"):  # somebody stopped that run before its first iteration: it ended where it began
         stopped = load_manifest(start.removeprefix("run:").removesuffix(":0"))
-        start = stopped.config["start_from"] if stopped else "base"
+        start = stopped.start_from if stopped else "base"
     return config.model_copy(update={"start_from": start})
 
 

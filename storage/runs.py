@@ -134,6 +134,11 @@ class Manifest(BaseModel):
     def folder(self) -> Path:
         return folder_of(self.run_id)
 
+    @property
+    def start_from(self) -> str:
+        """Where it went on from; a run of before one could go on began from the base."""
+        return self.config.get("start_from", "base")
+
     def begin_again(self, before: "Manifest") -> None:
         """Take over from an earlier attempt at this run: it shows what that one had made until it has made as much."""
         self._before = before
@@ -229,8 +234,7 @@ def chains(manifests: Sequence[Manifest]) -> list[list[Manifest]]:
     by_id = {manifest.run_id: manifest for manifest in manifests}
 
     def before(manifest: Manifest) -> Manifest | None:
-        start: str = manifest.config.get("start_from", "base")
-        return by_id.get(start.removeprefix("run:").partition(":")[0])
+        return by_id.get(manifest.start_from.removeprefix("run:").partition(":")[0])
 
     gone_on_from = {earlier.run_id for manifest in manifests if (earlier := before(manifest))}
     found = []

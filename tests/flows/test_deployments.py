@@ -254,6 +254,14 @@ def test_latest_is_the_start_of_a_failed_run_and_the_end_of_a_good_one(earlier: 
         assert settled(resolve("smoke", [f"start_from={named}"])).start_from == named
 
 
+def test_latest_is_the_base_where_the_last_run_failed_before_a_run_could_go_on_from_another(earlier: Manifest) -> None:
+    from flows.chain import settled
+
+    earlier.state, earlier.config = "failed", {"name": earlier.config["name"]}  # as it was written then
+    earlier.save()
+    assert settled(resolve("smoke", ["start_from=latest"])).start_from == "base"
+
+
 def test_a_person_can_lower_the_number_of_rows_and_not_raise_it() -> None:
     from flows.approval import lowered
 
