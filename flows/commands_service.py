@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from flows.terminal import SERVER, Home, Refusal, note, settle_home
 
@@ -23,6 +24,13 @@ def up(
     service = _at_the_root()
 
     note.print("Server started." if service.start_server(host) else "A server answers already.")
+    if service.is_outdated():  # it may lack what keeps strangers' pages out
+        note.print(
+            Text("note:", "yellow"),
+            "It was started with other settings than it would be now, as by an earlier version. `lion down`, then "
+            "`lion up`, starts it anew; flow runs under way are ended, and can go on.",
+            soft_wrap=True,
+        )
     deploy(home)
     note.print("Worker started." if service.start_worker() else "The worker runs already.")
     note.print(f"UI: {service.ui_url()}", soft_wrap=True)

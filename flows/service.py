@@ -85,6 +85,16 @@ def start_server(host: str | None = None) -> bool:
     return True
 
 
+def is_outdated() -> bool:
+    """Whether our server was started with other settings than it would be now, as by an earlier version."""
+    pid = _pid("server")
+    if pid is None:
+        return False
+    told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    wanted = [f"{name}={value}" for name, value in environment().items() if name.startswith("PREFECT_SERVER_")]
+    return any(setting.encode() not in told for setting in wanted)
+
+
 def start_worker() -> bool:
     """Start a worker for the pool; False where ours runs already."""
     if _pid("worker") is not None:

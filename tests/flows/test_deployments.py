@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -488,20 +490,39 @@ def test_a_server_of_another_home_is_not_taken_for_ones_own(home: Path, monkeypa
         assert service.start_server() is False
 
 
+@contextmanager
+def posing_as_the_server(home: Path, **variables: str) -> Iterator[int]:
+    """A process that is taken for the server of `home`, unless its own variables say that it is none."""
+    code = "import time; time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code, "prefect", "server"], env=os.environ | variables)
+    try:
+        (home / "prefect").mkdir(parents=True, exist_ok=True)
+        (home / "prefect" / "server.pid").write_text(str(child.pid))
+        deadline = time.monotonic() + 10
+        while b"prefect" not in Path(f"/proc/{child.pid}/cmdline").read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield child.pid
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_a_process_of_another_home_is_not_taken_for_ones_own(home: Path) -> None:
     from flows import service
 
-    code = "import time; time.sleep(60)"
-    command = [sys.executable, "-c", code, "prefect", "server"]
     for value, ours in ((str(home), True), ("/another", False)):
-        child = subprocess.Popen(command, env=os.environ | {"LION_HOME": value})
-        try:
-            (home / "prefect").mkdir(parents=True, exist_ok=True)
-            (home / "prefect" / "server.pid").write_text(str(child.pid))
-            deadline = time.monotonic() + 10
-            while b"prefect" not in Path(f"/proc/{child.pid}/cmdline").read_bytes() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert (service._pid("server") == child.pid) is ours
-        finally:
-            child.kill()
-            child.wait()
+        with posing_as_the_server(home, LION_HOME=value) as pid:
+            assert (service._pid("server") == pid) is ours
+
+
+def test_a_server_that_an_earlier_version_started_is_told_from_one_of_this_version(home: Path) -> None:
+    from flows import service
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
+        assert not service.is_outdated(), "none runs"
+        now = service.environment()
+        with posing_as_the_server(home, **now):
+            assert not service.is_outdated()
+        before = now | {"PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "false"}
+        with posing_as_the_server(home, **before):
+            assert service.is_outdated()
