@@ -35,6 +35,7 @@ class Steps:
             label: the stage's name in the manifest, where one stage runs twice in an iteration.
         """
         name = label or stage.name
+        self.manifest.save()  # with what the stage before made: were this one killed, gc would take it
         started = time.perf_counter()
         named = stage.with_options(
             task_run_name=f"{name} · {self.where}",
