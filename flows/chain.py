@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from flows.config import ConfigError, DistillConfig
-from storage.files import Snapshot
+from storage.files import Snapshot, StorageError
 from storage.pools import by_id
-from storage.runs import IterationRecord, list_manifests, load_manifest
+from storage.runs import IterationRecord, Manifest, list_manifests, load_manifest
 from tasks.policies import identity
 from tasks.refresh import Pools
 from tasks.teacher import TeacherConfig
@@ -66,6 +66,23 @@ def is_begun(config: DistillConfig) -> bool:
     """Whether this very run was begun before and has not come to its end."""
     before = load_manifest(config.run_id)
     return before is not None and before.state != "completed"
+
+
+def before_upgrade(config: DistillConfig) -> Manifest | None:
+    """The run that these settings were in an earlier version, which knew fewer of them; each new one changes all ids."""
+    try:
+        runs = list_manifests()
+    except StorageError:  # what is damaged of another run is no fault of this one
+        return None
+    for run in runs:
+        try:
+            settings = DistillConfig.model_validate(run.config)
+        except ValidationError:
+            continue
+        knew_fewer = settings.model_dump(mode="json") != run.config
+        if knew_fewer and run.run_id != config.run_id and identity(settings) == identity(config):
+            return run
+    return None
 
 
 def start_of(config: DistillConfig) -> Start | None:

@@ -12,10 +12,12 @@ from prefect.tasks import Task
 from rich.text import Text
 
 from flows.approval import NotApproved
+from flows.chain import before_upgrade
 from flows.config import DistillConfig
 from flows.terminal import note
 from storage import catalog
 from storage.files import StorageError, home, locked
+from storage.journal import spend_of
 from storage.runs import Baseline, IterationRecord, Manifest, load_manifest, now
 from tasks.models.errors import BudgetReached
 from tasks.policies import stage_key_of
@@ -95,6 +97,14 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
             manifest.begin_again(before)
         for warning in config.warnings():
             warn(manifest, warning)
+        if (earlier := before_upgrade(config)) and (paid := spend_of(earlier.run_id)):
+            usd = sum(line.usd + line.lost_usd for line in paid)
+            warn(
+                manifest,
+                f"{earlier.run_id} had these settings before an upgrade added to them. This is another run: what that one "
+                f"paid for is found again, but caps do not count the {usd:.2f} dollars in "
+                f"{sum(line.requests + line.lost_requests for line in paid):,} requests that it has spent.",
+            )
         manifest.save()
         try:
             yield manifest

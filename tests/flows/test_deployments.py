@@ -193,6 +193,30 @@ def test_a_run_that_ends_at_once_says_how_and_still_refers_to_all_that_it_had_ma
     assert completed and completed.pointers() == [] and not is_begun(config)
 
 
+def test_a_run_that_an_upgrade_gave_another_id_says_what_its_caps_do_not_count(home: Path) -> None:
+    from flows.steps import recorded
+
+    config = resolve("smoke")
+    before = Manifest(run_id="smoke-1", config=config.model_dump(mode="json"))
+    with Journal() as journal:
+        journal.add([replace(ANSWER, run_id="smoke-1", cost_usd=1.5)])
+
+    def warnings() -> list[str]:
+        before.save()
+        with recorded(config) as manifest:
+            return manifest.warnings
+
+    assert warnings() == [], "a run of this version, whose seeds may be others"
+    del before.config["keep"]
+    (warning,) = warnings()
+    assert "smoke-1 had these settings" in warning and "1.50 dollars in 1 requests" in warning
+    before.config["iterations"] = 7
+    assert warnings() == [], "other settings"
+    (home / "runs" / "smoke-1" / "manifest.json").write_text("{")
+    with recorded(config) as manifest:
+        assert manifest.warnings == [], "what is damaged of another run is no fault of this one"
+
+
 def test_a_run_goes_on_after_any_finished_iteration_of_another(earlier: Manifest) -> None:
     from flows.chain import start_of
 
