@@ -134,12 +134,13 @@ def said(payload: Any, wish: Wish, sampling: Sampling) -> Said:
         text, finish_reason = _words(message.get("content")), choice.get("finish_reason")
         if finish_reason == "error" or not isinstance(text, str | None):
             raise TypeError
-        usage = _usage(payload.get("usage"), text or "", wish, sampling)
+        refusal = message.get("refusal")
+        status = Status.REFUSED if refusal else status_of(text, finish_reason)
+        words = text or (refusal if isinstance(refusal, str) else None)
+        seen = None if status == Status.FILTERED else words or ""
+        usage = _usage(payload.get("usage"), seen, wish, sampling)
     except (KeyError, IndexError, TypeError, AttributeError):
         raise TransientError("a reply without an answer in it", maybe_billed=True) from None
-    refusal = message.get("refusal")
-    status = Status.REFUSED if refusal else status_of(text, finish_reason)
-    words = text or (refusal if isinstance(refusal, str) else None)
     model = storable(str(payload.get("model") or ""))
     reason = None if finish_reason is None else storable(str(finish_reason))
     return Said(model, words if words is None else storable(words), status, reason, usage)
@@ -152,17 +153,24 @@ def _words(content: Any) -> Any:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def _usage(usage: Any, text: str, wish: Wish, sampling: Sampling) -> Usage:
+def _usage(usage: Any, seen: str | None, wish: Wish, sampling: Sampling) -> Usage:
     """Tokens as the endpoint counts them; what it does not count, or cannot have counted, gets its upper bound.
 
     Some count what a model thought in `total_tokens` alone, and bill it.
+
+    Args:
+        seen: all that the model said; null where some of it may have been withheld.
     """
     counted = usage if isinstance(usage, dict) else {}
     details = counted.get("prompt_tokens_details")
     cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else 0
     prompt = _count(counted.get("prompt_tokens")) or wish.tokens - sampling.max_tokens
-    unseen = min(len(text.encode(errors="replace")), sampling.max_tokens)
-    completion = _count(counted.get("completion_tokens")) or unseen
+    most = sampling.max_tokens
+    if seen is not None:
+        most = min(len(seen.encode(errors="replace")), most)
+    if counted.get("completion_tokens") == 0 and not seen:  # a filter may act before the model does
+        most = 0
+    completion = _count(counted.get("completion_tokens")) or most
     return Usage(prompt, min(cached, prompt), max(completion, _count(counted.get("total_tokens")) - prompt))
 
 

@@ -62,6 +62,21 @@ def test_what_is_not_counted_gets_its_bound(usage: Any) -> None:
     assert usage_of(usage) == Usage(50, 0, 12)
 
 
+@pytest.mark.parametrize(
+    ("message", "finish_reason", "usage", "most"),
+    [
+        ({"content": None, "refusal": "twelve bytes"}, "stop", None, 12),
+        ({"content": "twelve"}, "content_filter", None, 100),
+        ({"content": ""}, "content_filter", {"prompt_tokens": 50, "completion_tokens": 0}, 0),
+    ],
+)
+def test_a_refusal_and_what_was_withheld_are_paid_for_where_nobody_counts(
+    message: dict[str, Any], finish_reason: str, usage: Any, most: int
+) -> None:
+    heard = said({"choices": [{"message": message, "finish_reason": finish_reason}], "usage": usage}, WISH, SAMPLING)
+    assert heard.usage == Usage(50, 0, most)
+
+
 def test_what_goes_into_the_journal_can_be_stored() -> None:
     heard = said(
         {"model": "m\udc00", "choices": [{"message": {"content": "\ud83d"}, "finish_reason": 3}]}, WISH, SAMPLING
