@@ -294,6 +294,15 @@ def main() -> None:
     except SystemExit as leaving:
         code[0] = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         raise
+    finally:
+        atexit.register(_let_nothing_disturb)  # the last to be registered is the first to run
+
+
+def _let_nothing_disturb() -> None:
+    """Pass over a second Ctrl-C or SIGTERM: what is left is to end the temporary server, and takes seconds. Half of that
+    would leave the server, and a traceback."""
+    for ends in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ends, signal.SIG_IGN)
 
 
 def _leave(code: list[int]) -> None:

@@ -295,6 +295,26 @@ def test_ctrl_c_in_a_terminal_ends_a_run_at_once_and_it_goes_on(tmp_path: Path, 
     assert shown(tmp_path)["state"] == "completed"
 
 
+@pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_while_a_command_ends_disturbs_nothing(ends: signal.Signals) -> None:
+    code = """
+import atexit, sys
+from flows import cli
+def ended_by_the_first():
+    atexit.register(lambda: (print("ending what was started", flush=True), sys.stdin.read(), print("ended")))
+    sys.exit(130)
+cli._main = ended_by_the_first
+cli.main()
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout and child.stdout.readline() == "ending what was started\n"
+    child.send_signal(ends)
+    said, errors = child.communicate("")
+    assert (child.returncode, said, errors) == (130, "ended\n", "")
+
+
 @pytest.mark.parametrize("name", ["what?", "a\\b"])
 def test_a_home_that_duckdb_cannot_open_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(Refusal, match="Name another home"):
