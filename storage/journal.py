@@ -313,6 +313,12 @@ class Journal:
             rows = db.execute(f"SELECT {_columns(Batch)} FROM batches {where}", (endpoint, model)).fetchall()
         return [replace(Batch(*row), keys=tuple(json.loads(row[7]))) for row in rows]
 
+    def held_by(self, batch: Batch) -> dict[str, Wish]:
+        """What a batch may still cost, by key: the claims that it holds, whoever asked for them."""
+        with self._reading() as db:
+            rows = db.execute("SELECT key, tokens, usd FROM claims WHERE owner = ?", (batch.owner,))
+            return {row[0]: Wish(*row) for row in rows}
+
     def keep_batch(self, batch: Batch) -> None:
         """Write a batch down, or its new state. It takes over our claims, and lets go of them once collected."""
         values = (*astuple(batch)[:7], json.dumps(batch.keys), batch.created)

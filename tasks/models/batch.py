@@ -241,18 +241,20 @@ class Batches:
         self.journal.keep_batch(replace(batch, state="collected"))
 
     def _loss(self, batch: Batch, keys: list[str]) -> Loss:
-        """What requests of a batch may have cost without an answer."""
-        wishes = [self.wishes[key] for key in keys if key in self.wishes]
+        """What requests of a batch may have cost without an answer, by its claims: not all of them need be asked for here."""
+        held = self.journal.held_by(batch)
+        wishes = [held[key] for key in keys if key in held]
         tokens, usd = sum(wish.tokens for wish in wishes), sum(wish.usd for wish in wishes)
-        return Loss(batch.run_id, batch.role, self.account.iteration, batch.model, tokens, usd, now(), len(keys))
+        return Loss(batch.run_id, batch.role, self.account.iteration, batch.model, tokens, usd, now(), len(wishes))
 
     def _keep(self, batch: Batch, rows: list[dict[str, Any]]) -> None:
         answers: list[Answer] = []
         lost: list[str] = []
         refused: list[tuple[str, int, dict[str, Any]]] = []
+        held = self.journal.held_by(batch)
         for row in rows:
             status = _response_in(row).get("status_code")
-            if answer := self._answer(batch, row):
+            if answer := self._answer(batch, row, held):
                 answers.append(answer)
             elif status == 200:  # billed, and no answer in it
                 lost.append(row["custom_id"])
@@ -277,13 +279,13 @@ class Batches:
             else:
                 self.rounds[key] = MAX_ROUNDS  # an ordinary request will say why
 
-    def _answer(self, batch: Batch, row: dict[str, Any]) -> Answer | None:
+    def _answer(self, batch: Batch, row: dict[str, Any], held: Mapping[str, Wish]) -> Answer | None:
         """A row of a batch's files as an answer, if it is one."""
         key, response = row["custom_id"], _response_in(row)
         body = response.get("body")
         if response.get("status_code") == 200:
             try:
-                heard = said(body, self.wishes.get(key) or Wish(key, self.sampling.max_tokens, 0), self.sampling)
+                heard = said(body, held.get(key) or Wish(key, self.sampling.max_tokens, 0), self.sampling)
             except TransientError:
                 return None
         elif _error_in(body).get("code") in FILTER_CODES:

@@ -18,7 +18,7 @@ from tasks.models.client import answer_all
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.errors import BudgetReached, FatalEndpointError, Unreachable
 from tasks.models.prices import Price
-from tasks.models.wire import keyer
+from tasks.models.wire import keyer, wish_of
 from tests.fake_openai import FakeOpenAI
 from tests.tasks.models.test_client import questions
 
@@ -327,6 +327,30 @@ def test_a_row_of_a_batch_without_an_answer_in_it_counts_as_lost() -> None:
     with Journal() as journal:
         (spent,) = journal.spend()
         assert (spent.requests, spent.lost_requests) == (6, 2) and spent.lost_usd > 0
+
+
+def test_whoever_asks_for_a_part_of_a_batch_counts_all_that_it_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows of it without an answer, one without usage, none of them asked for by who collects it."""
+
+    def spoil(data: bytes) -> bytes:
+        rows = [json.loads(line) for line in data.splitlines()]
+        for row in rows[2:5]:
+            row["response"]["body"]["choices"] = []
+        del rows[5]["response"]["body"]["usage"]
+        return b"\n".join(json.dumps(row).encode() for row in rows)
+
+    with FakeOpenAI() as server:
+        spoil_first_output(server, spoil)
+        dies_at("_collected", crash, server, monkeypatch)
+        key_of = keyer(settings(server), SAMPLING)
+        wishes = [wish_of(key_of(asked), asked, SAMPLING, PRICE.batched()) for asked in questions(6)]
+        assert {reply.status for reply in ask(server, questions(2))} == {Status.OK}
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.requests, spent.lost_requests) == (3, 3)
+        assert spent.lost_usd == pytest.approx(sum(wish.usd for wish in wishes[2:5]))
+        (uncounted,) = journal.find([wishes[5].key]).values()
+        assert uncounted.prompt_tokens == wishes[5].tokens - SAMPLING.max_tokens
 
 
 @pytest.mark.parametrize("body", ["Internal error", {"error": "busy"}, ["no"], None], ids=str)
