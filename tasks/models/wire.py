@@ -165,9 +165,7 @@ def _usage(usage: Any, seen: str | None, wish: Wish, sampling: Sampling) -> Usag
     details = counted.get("prompt_tokens_details")
     cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else 0
     prompt = _count(counted.get("prompt_tokens")) or wish.tokens - sampling.max_tokens
-    most = sampling.max_tokens
-    if seen is not None:
-        most = min(len(seen.encode(errors="replace")), most)
+    most = sampling.max_tokens if seen is None else min(len(seen.encode(errors="replace")), sampling.max_tokens)
     if counted.get("completion_tokens") == 0 and not seen:  # a filter may act before the model does
         most = 0
     completion = _count(counted.get("completion_tokens")) or most
