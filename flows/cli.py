@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
@@ -339,9 +339,19 @@ def _main() -> None:
         note.print(Text("paused:", "yellow"), str(error), soft_wrap=True)
         sys.exit(3)
     except (RuntimeError, ModelError) as error:  # of a job the message has the log's last lines, and where the whole is
-        note.print(Text("failed:", "red"), str(error), soft_wrap=True)
-        note.print("Nothing that was finished is lost: the same command goes on from here.")
-        sys.exit(1)
+        _fail(str(error))
+    except Exception as error:
+        from httpx import TransportError  # costs time, and only Prefect's client raises it here
+
+        if not isinstance(error, TransportError):
+            raise
+        _fail(f"the Prefect server of this run does not answer any more ({error or type(error).__name__}).")
+
+
+def _fail(reason: str) -> NoReturn:
+    note.print(Text("failed:", "red"), reason, soft_wrap=True)
+    note.print("Nothing that was finished is lost: the same command goes on from here.")
+    sys.exit(1)
 
 
 def _print_run(manifest: Any) -> None:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import duckdb
+import httpx
 import psutil
 import pytest
 from fastapi import FastAPI
@@ -387,6 +388,24 @@ def test_a_full_disk_is_told_in_one_line(
         cli._main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {home}: No space left on device\n"
+
+
+def test_a_prefect_server_that_is_gone_is_told_in_one_message(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import cli
+
+    def loses_its_server() -> None:
+        raise httpx.ConnectError("[Errno 111] Connection refused")  # as Prefect's client leaves it
+
+    monkeypatch.setattr(cli, "app", loses_its_server)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli._main()
+    assert ended.value.code == 1
+    said, way_out = capsys.readouterr().err.splitlines()
+    assert said == "failed: the Prefect server of this run does not answer any more ([Errno 111] Connection refused)."
+    assert "the same command goes on from here" in way_out
 
 
 def test_a_narrow_terminal_cuts_no_figure_of_an_estimate(
