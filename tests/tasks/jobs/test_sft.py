@@ -614,6 +614,13 @@ class TestTraining:
         with pytest.raises(SystemExit, match=line), one_clear_last_line(make_job(tiny_model, Path("none"))):
             raise error
 
+    def test_a_last_line_has_its_end_so_that_processes_which_say_it_together_do_not_share_one(
+        self, tiny_model: Path
+    ) -> None:
+        for error in (SettingsError("no GPU"), TrainingError("the loss is nan"), MemoryError()):
+            with pytest.raises(SystemExit, match=r"\n\Z"), one_clear_last_line(make_job(tiny_model, Path("none"))):
+                raise error
+
     def test_what_we_do_not_know_keeps_its_traceback(self, tiny_model: Path) -> None:
         job = make_job(tiny_model, Path("none"))
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), one_clear_last_line(job):
