@@ -119,6 +119,13 @@ def test_what_waits_in_the_hosts_memory_is_what_offload_says() -> None:
     assert [config["cpu_offload"] for config in sharded] == [False, True]
 
 
+def test_fsdp_shares_out_layer_by_layer_and_computes_activations_twice_where_it_shall() -> None:
+    for twice in (True, False):
+        told = _fsdp_config(SftSettings(strategy="fsdp", gradient_checkpointing=twice))
+        assert told["activation_checkpointing"] is twice
+        assert (told["version"], told["auto_wrap_policy"]) == (2, "TRANSFORMER_BASED_WRAP")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -269,10 +270,29 @@ class TestSettings:
         assert several[1:] == [
             "-m", "torch.distributed.run", "--log_dir", os.devnull, "--standalone", "--nproc_per_node=4"
         ]  # fmt: skip
-        nodes = launcher_command(SftSettings(strategy="fsdp", nodes=2, rdzv_endpoint="one:29400"))
-        assert {"--nnodes=2", "--rdzv_endpoint=one:29400"} <= set(nodes)
+        machines = {"strategy": "fsdp", "nodes": 2, "processes_per_node": 4, "rdzv_endpoint": "one:29400"}
+        assert launcher_command(SftSettings(**machines))[5:] == [
+            "--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=one:29400", "--nproc_per_node=4"
+        ]  # fmt: skip
         hosts = launcher_command(SftSettings(strategy="deepspeed-zero3", hostfile="hosts"))
         assert hosts[1:5] == ["-m", "deepspeed.launcher.runner", "--hostfile", "hosts"]
+
+    def test_all_processes_of_all_machines_share_the_batch_of_a_step(self) -> None:
+        machines = {"strategy": "ddp", "nodes": 2, "processes_per_node": 4, "rdzv_endpoint": "one:29400"}
+        settings = SftSettings(**machines, per_device_train_batch_size=2, global_batch_size=48)
+        assert (settings.world_size, settings.accumulation) == (8, 3)
+        with pytest.raises(ValueError, match=r"no multiple of the 16 rows.*global_batch_size to 16"):
+            SftSettings(**machines, per_device_train_batch_size=2, global_batch_size=8)
+
+    def test_processes_of_a_machine_share_its_memory(
+        self, home: Path, tokenizer: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        examples, _ = encode(tokenizer, write_rows("Yes."), home)
+        model, there = AutoModelForCausalLM.from_pretrained(tiny_model), psutil.virtual_memory()
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: there._replace(available=64e9))
+        machines = {"strategy": "ddp", "nodes": 2, "processes_per_node": 4, "rdzv_endpoint": "one:29400"}
+        told = estimate(SftSettings(**machines), "fp32", torch.device("cpu"), model, examples)
+        assert told["device_gb_a_process"] == 16
 
     def test_memory_is_estimated_for_every_strategy_with_advice_where_it_falls_short(
         self, home: Path, tokenizer: Any
