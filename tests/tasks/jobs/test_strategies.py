@@ -30,10 +30,10 @@ pytestmark = pytest.mark.slow
 TRAINING: dict[str, Any] = {
     "num_train_epochs": 4,
     "global_batch_size": 12,
-    "save_steps": 3,
+    "save_steps": 6,
     "save_total_limit": 1,
     "validation_share": 0.21,
-}  # 38 rows: two processes of two rows do not come out even, and three such batches are a step; it is killed within an epoch
+}  # 38 rows: two processes of two rows do not come out even, and three such batches are a step; killed in the second epoch
 STRATEGIES = {
     "ddp": {"strategy": "ddp"},
     "fsdp": {"strategy": "fsdp", "gradient_checkpointing": True},
