@@ -215,7 +215,7 @@ def test_a_limit_that_is_defined_makes_stages_wait(service: Service) -> None:
     try:
         run = service.start(name="limited", seed=2)
         service.wait(run, "Running")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240  # Prefect may record task runs a minute late
         while service.tasks(run).get("teacher · baseline") != "Running":
             assert time.monotonic() < deadline, service.tasks(run)
             time.sleep(0.2)
