@@ -13,7 +13,7 @@ from prefect.artifacts import create_image_artifact, create_link_artifact, creat
 from storage.journal import spend_of
 from storage.runs import Manifest
 from tasks.policies import on_a_server
-from tasks.report import charts, progress_rows, verdict, widest
+from tasks.report import charts, counts, progress_rows, verdict, widest
 
 HARDEST = 10
 CELL = 300  # characters of a text in a table
@@ -28,20 +28,13 @@ def publish_artifacts(manifest: Manifest) -> None:
         [
             {
                 "iteration": row["iteration"] or "start",
-                "trained on": f"{record.trained_rows:,} of {record.train_rows:,}" if record else "",
-                "hard / easy / undecided": f"{record.hard:,} / {record.easy:,} / {record.undecided:,}"
-                if record
-                else "",
-                "new / rejected": f"{record.generated.accepted:,} / {sum(record.generated.rejected.values()):,}"
-                if record
-                else "",
+                **counts(row["record"]),
                 "loss": _rounded(row["loss"]),
                 "score": _rounded(row["score"]),
                 **({"judged, %": _rounded(100 * row["relative"].value)} if row["relative"] else {}),
                 "seconds": round(sum(row["seconds"].values())),
             }
             for row in progress_rows(manifest)
-            for record in [row["record"]]
         ],
         key=f"{name}-iterations",
         description=f"Run {manifest.run_id}. {verdict(manifest)} Loss: nats per token of the teacher's held-out answers. "

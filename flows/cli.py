@@ -340,12 +340,15 @@ def _main() -> None:
         sys.exit(3)
     except (RuntimeError, ModelError) as error:  # of a job the message has the log's last lines, and where the whole is
         _fail(str(error))
-    except Exception as error:
-        from httpx import TransportError  # costs time, and only Prefect's client raises it here
-
-        if not isinstance(error, TransportError):
-            raise
+    except _lost_server() as error:
         _fail(f"the Prefect server of this run does not answer any more ({error or type(error).__name__}).")
+
+
+def _lost_server() -> type[Exception]:
+    """What Prefect's client raises where its server is gone; imported once something was raised, as it costs time."""
+    from httpx import TransportError
+
+    return TransportError
 
 
 def _fail(reason: str) -> NoReturn:
@@ -356,21 +359,18 @@ def _fail(reason: str) -> NoReturn:
 
 def _print_run(manifest: Any) -> None:
     from storage.files import StorageError
-    from tasks.report import progress_rows, verdict
+    from tasks.report import counts, progress_rows, verdict
 
     lines = progress_rows(manifest)
     table = Table(title=f"{manifest.run_id} · {manifest.state_now()}", title_justify="left", title_style="bold")
     judged = any(line["relative"] for line in lines)
-    columns = ("iteration", "trained on", "hard / easy / undecided", "new / rejected", "loss", "score")
-    for name in (*columns, *(["judged"] if judged else [])):
+    for name in ("iteration", *counts(None), "loss", "score", *(["judged"] if judged else [])):
         table.add_column(name, justify="right")
     for line in lines:
         record = line["record"]
         table.add_row(
             str(line["iteration"] or "start"),
-            f"{record.trained_rows:,} of {record.train_rows:,}" if record else "",
-            f"{record.hard:,}/{record.easy:,}/{record.undecided:,}" if record else "",
-            f"{record.generated.accepted:,}/{sum(record.generated.rejected.values()):,}" if record else "",
+            *counts(record).values(),
             _figure(line["loss"], 3) + (" (rolled back)" if record and record.rolled_back else ""),
             _figure(line["score"], 2),
             *([f"{line['relative'].value:.1%} of {line['judged']}" if line["relative"] else ""] if judged else []),

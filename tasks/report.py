@@ -121,6 +121,16 @@ def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
     return rows
 
 
+def counts(record: IterationRecord | None) -> dict[str, str]:
+    """What became of the rows of an iteration, by heading; empty for what comes before the first."""
+    generated = record.generated if record else None
+    return {
+        "trained on": f"{record.trained_rows:,} of {record.train_rows:,}" if record else "",
+        "hard / easy / undecided": f"{record.hard:,} / {record.easy:,} / {record.undecided:,}" if record else "",
+        "new / rejected": f"{generated.accepted:,} / {sum(generated.rejected.values()):,}" if generated else "",
+    }
+
+
 def verdict(manifest: Manifest) -> str:
     """Whether the student to use is better than the one before training, by the measure that the run goes by; and which
     it is, where it is not the last."""

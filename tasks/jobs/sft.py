@@ -238,27 +238,26 @@ def save(
 
 @contextmanager
 def one_clear_last_line(job: dict[str, Any]) -> Iterator[None]:
-    """End the process with one line that says what is wrong and what to do, where we know.
-
-    It is written with its end at once: several processes say it at the same time, into one output.
-    """
+    """End the process with one line that says what is wrong and what to do, where we know."""
     try:
         yield
     except (DataError, NotInstalled, SettingsError) as error:
-        sys.exit(f"{REFUSED}{error}\n")
+        line = f"{REFUSED}{error}"
     except TrainingError as error:
-        sys.exit(f"error: {error}\n")
+        line = f"error: {error}"
     except (MemoryError, RuntimeError) as error:
         told = str(error).lower()
         if "does not have a deterministic implementation" in told:
             operation = str(error).split(" does not have")[0]
-            sys.exit(
-                f"{REFUSED}a GPU computes {operation}, which this model has, in any order: set deterministic: false\n"
-            )
-        if not isinstance(error, MemoryError) and "out of memory" not in told and "allocate memory" not in told:
+            line = f"{REFUSED}a GPU computes {operation}, which this model has, in any order: set deterministic: false"
+        elif isinstance(error, MemoryError) or "out of memory" in told or "allocate memory" in told:
+            first = (str(error) or "of the host").split("\n")[0]
+            line = f"error: out of memory ({first}); {advice(SftSettings.model_validate(job['config']), [])}"
+        else:
             raise
-        line = (str(error) or "of the host").split("\n")[0]
-        sys.exit(f"error: out of memory ({line}); {advice(SftSettings.model_validate(job['config']), [])}\n")
+    else:
+        return
+    sys.exit(f"{line}\n")  # written with its end at once: several processes say it at the same time, into one output
 
 
 if __name__ == "__main__":

@@ -46,10 +46,8 @@ STRATEGIES = [
 def begin(rank: int, port: int, program: str, job_file: Path) -> Process:
     together = {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
     own = {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
-    path = {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    }  # DeepSpeed wants its ninja
-    environment = {**os.environ, **ENVIRONMENT, **together, **own, **path}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # DeepSpeed wants its ninja
+    environment = {**os.environ, **ENVIRONMENT, **together, **own, "PATH": path}
     if can_fork():
         return start_fork(program, str(job_file), environment)
     return start([sys.executable, "-m", program, str(job_file)], environment)

@@ -115,7 +115,8 @@ def test_two_machines_that_share_a_home_train_as_one_process_would(
         result = run_job("tasks.jobs.sft", job, directory, launcher=launcher, on_start=start_other)
         assert started[0].wait(60) == 0
     finally:
-        stop(started[0])
+        for process in started:
+            stop(process)
     assert result["world_size"] == 2
     np.testing.assert_allclose(result["loss_by_step"], expected["loss_by_step"], atol=1e-5)
     assert result["tokens"] == expected["tokens"]
