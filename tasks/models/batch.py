@@ -10,7 +10,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -49,6 +49,16 @@ TOKEN = "lion_token"
 ENDED = {"completed", "failed", "expired", "cancelled"}
 
 T = TypeVar("T")
+
+
+def batches_to_collect(journal: Journal, model: OpenAIModel, run_id: str, keys: Collection[str]) -> list[Batch]:
+    """Batches that are out and have to do with a call: with a request of it, or with what its run may still spend.
+
+    The latter is where a run that was cut off goes on with other prompts: nobody asks for that batch's answers any more,
+    and what it holds under the run's caps would never be free again.
+    """
+    out = journal.open_batches(model.base_url, model.model)
+    return [batch for batch in out if batch.run_id == run_id or not set(batch.keys).isdisjoint(keys)]
 
 
 class Batches:
@@ -114,9 +124,7 @@ class Batches:
         """Batches of ours that an earlier process handed in."""
         with locked("batches"):  # so that nobody is just handing one in
             found = []
-            for batch in self.journal.open_batches(self.model.base_url, self.model.model):
-                if not self.requests.keys() & set(batch.keys):
-                    continue
+            for batch in batches_to_collect(self.journal, self.model, self.account.run_id, self.requests.keys()):
                 if batch.batch_id is None and (there := self._at_endpoint(batch.token)):
                     batch = replace(batch, batch_id=there, state="open")
                     self.journal.keep_batch(batch)
@@ -208,12 +216,16 @@ class Batches:
             return True
         if there.status not in ENDED:
             return False
+        silent = set(batch.keys)
         for file_id in filter(None, (there.output_file_id, there.error_file_id)):
             rows = self._patiently(_if_there, self._rows_of, file_id)
             if rows is None:
                 self._give_up(batch, f"a file of {name}")
                 return True
             self._keep(batch, rows)
+            silent -= {row["custom_id"] for row in rows}
+        if silent and there.status == "completed":  # each request has a row there; without it nobody knows what it cost
+            self.journal.add([], [self._loss(batch, silent)])
         self.journal.keep_batch(replace(batch, state="collected"))
         if there.status == "failed":
             errors = there.errors.data if there.errors and there.errors.data else []
@@ -240,7 +252,7 @@ class Batches:
         self.journal.add([], [self._loss(batch, [key for key in batch.keys if key not in self.answered])])
         self.journal.keep_batch(replace(batch, state="collected"))
 
-    def _loss(self, batch: Batch, keys: list[str]) -> Loss:
+    def _loss(self, batch: Batch, keys: Collection[str]) -> Loss:
         """What requests of a batch may have cost without an answer, by its claims: not all of them need be asked for here."""
         held = self.journal.held_by(batch)
         wishes = [held[key] for key in keys if key in held]

@@ -26,7 +26,7 @@ import tenacity
 
 from storage.files import StorageError
 from storage.journal import Answer, Claimed, Journal, Loss, Wish, now
-from tasks.models.batch import Batches
+from tasks.models.batch import Batches, batches_to_collect
 from tasks.models.budget import Account, budget_reached
 from tasks.models.chat import OnProgress, Reply, Request, Sampling, Status
 from tasks.models.endpoint import OpenAIModel
@@ -74,8 +74,9 @@ def answer_all(
     with Journal() as journal:
         call = _Call(model, requests, sampling, account, price, journal, on_progress)
         call.look_up()
-        batches = journal.open_batches(model.base_url, model.model) if call.missing else []
-        if model.mode == "batch" or any(call.missing.keys() & set(batch.keys) for batch in batches):
+        if call.missing and (
+            model.mode == "batch" or batches_to_collect(journal, model, account.run_id, call.missing.keys())
+        ):
             missing = {key: requests[index] for key, index in call.missing.items()}
             Batches(model, missing, sampling, account, price and price.batched(), journal, on_progress).run()
             call.look_up()  # what the batches left unanswered goes the ordinary way

@@ -256,6 +256,19 @@ def test_a_batch_is_waited_for_though_the_settings_ask_for_none_any_more(monkeyp
         assert server.received == 2 and server.bill()["twice"] == {}
 
 
+@pytest.mark.parametrize("mode", ["batch", "online"])
+def test_a_batch_that_nobody_asks_for_any_more_does_not_hold_the_cap_of_its_run_for_ever(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeOpenAI() as server:
+        dies_at("_collected", crash, server, monkeypatch)
+        others = questions(6, "in other words ")
+        assert {reply.status for reply in ask(server, others, Budget(max_requests=12), mode=mode)} == {Status.OK}
+        assert server.bill()["requests"] == 12
+        assert {reply.status for reply in ask(server, questions(6), Budget(max_requests=12))} == {Status.OK}  # kept
+        assert server.bill()["requests"] == 12
+
+
 def test_a_batch_that_is_gone_is_named_and_given_up_only_where_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeOpenAI() as server:
         dies_at("_collected", crash, server, monkeypatch)
@@ -327,6 +340,16 @@ def test_a_row_of_a_batch_without_an_answer_in_it_counts_as_lost() -> None:
     with Journal() as journal:
         (spent,) = journal.spend()
         assert (spent.requests, spent.lost_requests) == (6, 2) and spent.lost_usd > 0
+
+
+def test_a_request_of_a_finished_batch_that_no_row_speaks_of_counts_as_lost() -> None:
+    with FakeOpenAI() as server:
+        spoil_first_output(server, lambda data: data[: data.rindex(b"\n")])
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+        assert server.bill()["requests"] == 7
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.requests, spent.lost_requests) == (6, 1) and spent.lost_usd > 0
 
 
 def test_whoever_asks_for_a_part_of_a_batch_counts_all_that_it_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
