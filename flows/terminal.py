@@ -117,11 +117,12 @@ def _end_orphans() -> None:
 
     A run marks itself and all that it starts in the environment. Linux only; elsewhere nothing is found.
     """
-    for environ in Path("/proc").glob("[0-9]*/environ"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            mark = re.search(rb"(?:^|\0)LION_RUN_PID=(\d+)\0", environ.read_bytes())
-            if mark and not Path(f"/proc/{mark[1].decode()}").exists():
-                os.kill(int(environ.parent.name), signal.SIGTERM)
+            mark = re.search(rb"(?:^|\0)LION_RUN_PID=(\d+)\0", (process / "environ").read_bytes())
+            here = (process / "ns/pid").samefile("/proc/self/ns/pid")  # a container numbers its own processes
+            if mark and here and not Path(f"/proc/{mark[1].decode()}").exists():
+                os.kill(int(process.name), signal.SIGTERM)
         except OSError:
             continue  # another user's, or gone by now
     os.environ["LION_RUN_PID"] = str(os.getpid())

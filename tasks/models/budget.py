@@ -52,11 +52,12 @@ class Account(BaseModel):
 def budget_reached(over: Over, wish: Wish) -> BudgetReached:
     """The error that says which cap stands in the way of `wish`, and by how much."""
     name = f"budget.by_role.{over.cap.role}" if over.cap.role else "budget"
-    for limit, spent, needed, what in (
-        (over.cap.max_usd, over.spent.usd, wish.usd, "max_usd"),
-        (over.cap.max_requests, over.spent.requests, 1, "max_requests"),
-        (over.cap.max_tokens, over.spent.tokens, wish.tokens, "max_tokens"),
-    ):
-        if limit is not None and spent + needed + getattr(over.reserved, what.removeprefix("max_")) > limit:
-            return BudgetReached(f"{name}.{what}", limit, spent, needed)
+    for what, needed in (("usd", wish.usd), ("requests", 1), ("tokens", wish.tokens)):
+        limit, spent, reserved = (
+            getattr(over.cap, f"max_{what}"),
+            getattr(over.spent, what),
+            getattr(over.reserved, what),
+        )
+        if limit is not None and spent + reserved + needed > limit:
+            return BudgetReached(f"{name}.max_{what}", limit, spent, reserved, needed)
     raise AssertionError(f"{over} lets {wish} pass")

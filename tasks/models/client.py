@@ -134,7 +134,7 @@ class _Call:
         self.flying: set[asyncio.Task[None]] = set()  # workers whose request is with the endpoint: not to be disturbed
         self.outcomes: list[_Outcome] = []  # not yet durable
         self.usd = 0.0
-        self.done = self.found = self.elsewhere = 0
+        self.done = self.found = self.elsewhere = self.set_aside = 0
         self.reported_at = 0.0
 
     # --- before and after -------------------------------------------------------------------------------------------
@@ -179,6 +179,8 @@ class _Call:
             shown["failed"] = self.failures.total()
         if self.elsewhere:
             shown["asked by another run"] = self.elsewhere
+        if self.set_aside:
+            shown["waiting under the cap for other requests of this run"] = self.set_aside
         return shown
 
     def keep_the_rest(self) -> None:
@@ -304,7 +306,11 @@ class _Call:
                 if claimed.over.reserved.requests == 0:
                     self.stop(budget_reached(claimed.over, refused[0].wish))
                     break
+                if self.unsettled == 0:  # of another process, or of a batch that nobody has collected yet
+                    self.set_aside = claimed.over.reserved.requests
+                    self._report()
                 await self._until_settled(POLL_SECONDS)
+            self.set_aside = 0
         for _ in self.workers:
             self.queue.put_nowait(None)
 

@@ -91,13 +91,14 @@ class TooManyFailures(ModelError):
 class BudgetReached(ModelError):
     """The next request could pass a cap, so it was not sent."""
 
-    def __init__(self, cap: str, limit: float, spent: float, next_request: float):
-        self.cap, self.limit, self.spent, self.next_request = cap, limit, spent, next_request
-        super().__init__(cap, limit, spent, next_request)
+    def __init__(self, cap: str, limit: float, spent: float, set_aside: float, next_request: float):
+        self.cap, self.limit, self.spent, self.set_aside, self.next_request = cap, limit, spent, set_aside, next_request
+        super().__init__(cap, limit, spent, set_aside, next_request)
 
     def __str__(self) -> str:
+        set_aside = f"{self.set_aside:.3g} set aside for requests under way, " if self.set_aside else ""
         return (
-            f"{self.cap} = {self.limit:g} is reached: {self.spent:.6g} is spent, and the next request may take "
+            f"{self.cap} = {self.limit:g} is reached: {self.spent:.6g} is spent, {set_aside}and the next request may take "
             f"{self.next_request:.3g}. All answers are kept; raise the cap and run the same command to go on."
         )
 

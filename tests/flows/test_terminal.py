@@ -4,11 +4,14 @@ import csv
 import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from flows.terminal import _end_orphans
 from storage.pools import instruction_id
 from tests import recorded
 from tests.lion import COMMAND, environment, lion
@@ -92,3 +95,30 @@ def test_a_models_name_is_no_markup(tmp_path: Path) -> None:
     files = ["--questions", f"{tmp_path}/q.jsonl", "--answers", f"{tmp_path}/a.jsonl", f"{tmp_path}/a.jsonl"]
     lion(tmp_path, "human-eval", "new", *files)
     assert lion(tmp_path, "human-eval", "report").stdout.startswith(f"{name} against {name}, 1 items\n")
+
+
+def test_what_a_killed_run_left_behind_is_ended_and_nothing_of_a_run_in_a_container(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_container = ["unshare", "--pid", "--fork", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*in_container, "true"], capture_output=True).returncode:
+        pytest.skip("no right to make a namespace of processes, as a container has")
+    over = subprocess.Popen(["true"])
+    over.wait()
+    monkeypatch.setenv("LION_RUN_PID", str(over.pid))
+    orphan = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setenv("LION_RUN_PID", str(os.getpid()))
+    child = subprocess.Popen(["sleep", "60"])
+    started = f"LION_RUN_PID={over.pid} sh -c 'echo; exec sleep 60'"
+    contained = subprocess.Popen([*in_container, "sh", "-c", started], stdout=subprocess.PIPE)
+    try:
+        assert contained.stdout and contained.stdout.readline()
+        _end_orphans()
+        assert orphan.wait(10) == -signal.SIGTERM
+        assert child.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            contained.wait(0.5)
+    finally:
+        for process in (orphan, child, contained):
+            process.kill()
+            process.wait()

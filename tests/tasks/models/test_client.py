@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from storage.files import StorageError
-from storage.journal import Journal
+from storage.journal import Journal, Wish
 from tasks.models.budget import Account, Budget, Limits
 from tasks.models.chat import Reply, Request, Sampling, Status
 from tasks.models.client import answer_all
@@ -347,12 +347,18 @@ def test_what_looks_like_a_key_is_scrubbed() -> None:
     [
         FatalEndpointError("http://e", "m", "no", "do"),
         TooManyFailures(3, 10, 0.1, {"HTTP 500": 3}),
-        BudgetReached("budget.max_usd", 1.0, 0.9, 0.2),
+        BudgetReached("budget.max_usd", 1.0, 0.7, 0.2, 0.2),
         UnknownPrice("m", ["a"]),
     ],
 )
 def test_errors_survive_pickling(error: Exception) -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_the_message_at_a_cap_adds_up() -> None:
+    shown = str(BudgetReached("budget.max_usd", 1.0, 0.7, 0.2, 0.15))
+    assert "0.7 is spent, 0.2 set aside for requests under way, and the next request may take 0.15" in shown
+    assert "0.9 is spent, and the next" in str(BudgetReached("budget.max_usd", 1.0, 0.9, 0.0, 0.15))
 
 
 # --- budget -------------------------------------------------------------------------------------------------------
@@ -403,6 +409,22 @@ def test_a_lost_reply_ends_no_call_while_others_may_leave_of_their_money() -> No
     with FakeOpenAI(script=["drop"]) as server, pytest.raises(BudgetReached) as caught:
         ask(server, questions(100), budget=budget, max_concurrency=8)
     assert caught.value.spent + 2 * caught.value.next_request > caught.value.limit
+
+
+def test_whoever_waits_for_what_others_set_aside_under_the_cap_says_so_and_goes_on_once_it_is_free() -> None:
+    shown: list[dict[str, Any]] = []
+    with FakeOpenAI() as server, Journal() as other:
+        other.claim("run", "referee", [Wish("another's", 1, 0.0)], [])
+
+        def look(done: int, total: int, figures: dict[str, Any]) -> None:
+            shown.append(figures)
+            if any("under the cap" in name for name in figures):
+                other.let_go()
+
+        (reply,) = ask(server, questions(1), budget=Budget(max_requests=1), on_progress=look)
+    assert reply.status is Status.OK
+    assert shown[0] == {"usd": 0, "waiting under the cap for other requests of this run": 1}
+    assert not any("under the cap" in name for name in shown[-1])
 
 
 def test_money_is_set_aside_again_for_a_lost_reply_and_not_for_a_refused_request() -> None:
