@@ -34,6 +34,8 @@ ENVIRONMENT = {
     # Threads that spin at a barrier make a shared CPU twenty times slower; sleeping costs microseconds.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+# Libraries that are imported start threads, of which a fork has none; Python 3.12 and later warn of each such fork.
+WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 PRELOADED = ("tasks.jobs.engine", "tasks.jobs.trainer", "transformers.models.llama.modeling_llama")
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, either of them under WSL
 LONGEST_MESSAGE = 2**20  # bytes
@@ -146,7 +148,7 @@ class _Warm:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST_MESSAGE)
         with theirs:
             command = [sys.executable, "-m", __name__, str(theirs.fileno()), *PRELOADED]
-            environment = {**os.environ, **ENVIRONMENT}
+            environment = {**os.environ, **ENVIRONMENT, **WITHOUT_THREADS}
             self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
 
 

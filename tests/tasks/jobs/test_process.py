@@ -18,6 +18,7 @@ PROGRAM = {
     "raises": "raise RuntimeError('broken')",
     "waits": "import os, time; print('begun', flush=True); time.sleep(60)",
 }
+PRELOADED = process.PRELOADED
 needs_forks = pytest.mark.skipif(not process.can_fork(), reason="jobs are not forked where there is a GPU")
 
 
@@ -50,6 +51,16 @@ def test_a_second_job_is_a_fork_of_the_same_warm_process(environment) -> None:
         stop(job)
         assert job.returncode == -signal.SIGTERM
     assert warm[0] == warm[1]
+
+
+@needs_forks
+def test_a_warm_process_has_no_threads_that_its_forks_would_miss(environment, monkeypatch) -> None:
+    monkeypatch.setattr(process, "PRELOADED", PRELOADED)
+    job = start_fork("job_waits", "", environment)
+    try:
+        assert psutil.Process(job.pid).parent().num_threads() == 1
+    finally:
+        stop(job)
 
 
 @needs_forks
