@@ -247,13 +247,13 @@ def test_no_text_in_a_sheet_is_a_formula_and_the_votes_come_back(home: Path, tmp
 
 
 def test_a_sheet_comes_back_as_a_spreadsheet_writes_it(home: Path, tmp_path: Path) -> None:
-    items = [Item(item=f"q{n}", instruction="Größe?", input=None, a=f"{n}.0", b=f"beta {n}") for n in range(20)]
+    items = [Item(item=f"q{n}", instruction="Größe?", input=None, a=f"{n}/2", b=f"beta {n}") for n in range(20)]
     study, path = new_study("student", "gpt", items, seed=0), tmp_path / "ann.csv"
     write_sheet(study, "ann", path)
     assert path.read_bytes().startswith(codecs.BOM_UTF8), "else it is opened in an encoding of the country"
 
-    def edited(number: int, row: dict[str, str]) -> dict[str, str]:  # 7.0 becomes 7
-        return {"helpful": "tie"} | {place: row[place].removesuffix(".0") for place in ("first", "second")}
+    def edited(number: int, row: dict[str, str]) -> dict[str, str]:  # 7/2 becomes a day
+        return {"helpful": "tie"} | {place: row[place].replace("/2", ". Feb") for place in ("first", "second")}
 
     filled(path, edited, delimiter=";")
     path.write_text(path.read_text().replace(";tie;;", ";tie", 3), encoding="utf-8")  # cells at the end of a row
@@ -262,6 +262,25 @@ def test_a_sheet_comes_back_as_a_spreadsheet_writes_it(home: Path, tmp_path: Pat
     filled(path, lambda *_: {}, encoding="cp1252")
     with pytest.raises(HumanEvalError, match=r"ann\.csv: not UTF-8 .* Save the sheet as CSV UTF-8"):
         read_sheet(study, "ann", path)
+
+
+def test_ids_and_answers_that_are_numbers_come_back_from_a_spreadsheet(home: Path, tmp_path: Path) -> None:
+    ids = ["1234567890123456", "50189900011246e1", "0123456789012345"]  # digests, as the others are
+    items = [Item(item=key, instruction="What is 2 * 2?", input="2.0", a="4.0", b="5.0") for key in ids]
+    study, path = new_study("student", "gpt", items, seed=0), tmp_path / "ann.csv"
+    write_sheet(study, "ann", path)
+
+    def saved(cell: str) -> str:
+        try:
+            return f"{float(cell):.6G}"
+        except ValueError:
+            return cell
+
+    filled(path, lambda _, row: {name: saved(cell) for name, cell in row.items()} | {"helpful": "tie"})
+    assert read_sheet(study, "ann", path) == 3
+    assert {item for item, _, _ in votes_of(study)} == set(ids)
+    path.write_text(path.read_text().replace("'", ""))
+    assert read_sheet(study, "ann", path) == 3, "a sheet of before, or one whose marks are gone"
 
 
 def test_without_its_id_the_newest_study_is_meant(study: HumanStudy) -> None:
