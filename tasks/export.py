@@ -21,13 +21,15 @@ LINEAGE = (
     "instruction_id", "parent_id", "origin", "category", "run_id", "iteration", "teacher", "whole", "teacher_license"
 )  # fmt: skip
 
-# An instruction that several iterations hold counts for the first; its answer is the latest.
+# An instruction that several iterations hold counts for the first; its answer is the latest. What was trained on is the
+# answer of its own iteration: a run that goes on with another teacher asks that one all over again.
 ANSWERED = """
 select distinct on (p.instruction_id)
     p.instruction_id, p.parent_id, p.origin, p.category, p.run_id, p.iteration, p.instruction, p.input,
     r.response, r.status, r.model
 from {pool} as p
 left join responses as r on r.run_id = p.run_id and r.instruction_id = p.instruction_id and r.role = 'teacher'
+    and (r.iteration = p.iteration or not $trained)
 where p.run_id = $run and ($iteration is null or p.iteration = $iteration)
 order by p.instruction_id, p.iteration, r.iteration desc
 """
@@ -103,9 +105,11 @@ def render_card(template: str, **values: Any) -> str:
 
 
 def _answered(manifest: Manifest, what: What, iteration: int | None) -> list[dict[str, Any]]:
-    pool = "train_pool" if what == "training" else what
-    rows = ask(ANSWERED.format(pool=pool), {"run": manifest.run_id, "iteration": iteration})
-    if what == "training":
+    is_training = what == "training"
+    pool = "train_pool" if is_training else what
+    asked = {"run": manifest.run_id, "iteration": iteration, "trained": is_training}
+    rows = ask(ANSWERED.format(pool=pool), asked)
+    if is_training:
         trained = _trained_on(manifest, iteration)
         rows = [row for row in rows if row["instruction_id"] in trained]
     return _with_teacher(manifest, rows)

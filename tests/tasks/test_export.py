@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from storage.pools import read_rows, write_snapshot
+from storage.pools import instruction_id, read_rows, write_snapshot
 from storage.runs import Manifest
 from tasks.export import NothingToExport, export
 from tasks.finetune import examples_of
-from tests.recorded import IDS, SEEDS, record_run
+from tests.recorded import IDS, SEEDS, instructions, record_run, snapshot
 
 
 @pytest.fixture
@@ -160,12 +160,37 @@ def test_an_instruction_of_several_iterations_counts_for_the_first_and_has_its_l
     again = {"iteration": 2, "snapshots": first.snapshots | {"teacher_responses": answers}}
     run.iterations.append(first.model_copy(update=again))
     run.save()
-    export(run, "messages", tmp_path / "a.jsonl")
+    export(run, "messages", tmp_path / "a.jsonl", "cache_pool")
     row = by_id(lines(tmp_path / "a.jsonl"))[IDS[0]]
     assert (row["iteration"], row["messages"][-1]["content"]) == (1, "Later: Rayleigh scattering.")
     export(run, "dpo", tmp_path / "d.jsonl")
     (pair,) = lines(tmp_path / "d.jsonl")
     assert (pair["iteration"], pair["chosen"][0]["content"]) == (2, "Later: Rayleigh scattering.")
+
+
+def test_what_was_trained_on_has_the_answer_that_was_learned_though_another_teacher_answered_all_again(
+    run: Manifest, tmp_path: Path
+) -> None:
+    first = run.iterations[0]
+    answers = read_rows(first.snapshots["teacher_responses"])
+    again = [row | {"model": "another", "response": "Another's.", "status": "truncated"} for row in answers]
+    grown = instruction_id("Why is the sea blue?", None)
+    pool = [*read_rows(first.snapshots["cache_pool"]), *instructions(["Why is the sea blue?"], "hard")]
+    made = {
+        "train_pool": snapshot("instructions", pool[-1:], "refresh"),
+        "cache_pool": snapshot("instructions", pool, "refresh"),
+        "teacher_responses": snapshot("responses", [*again, again[0] | {"instruction_id": grown}], "teacher"),
+        "examples": snapshot("examples", [read_rows(first.snapshots["examples"])[0] | {"instruction_id": grown}], "ft"),
+    }
+    run.iterations.append(first.model_copy(update={"iteration": 2, "snapshots": first.snapshots | made}))
+    run.save()
+    assert export(run, "messages", tmp_path / "a.jsonl") == 3
+    rows = by_id(lines(tmp_path / "a.jsonl"))
+    seed = rows[IDS[0]]
+    assert (seed["messages"][-1]["content"], seed["teacher"], seed["whole"]) == ("Rayleigh scattering.", "t", True)
+    assert (rows[grown]["messages"][-1]["content"], rows[grown]["teacher"]) == ("Another's.", "another")
+    export(run, "messages", tmp_path / "b.jsonl", iteration=1)
+    assert by_id(lines(tmp_path / "b.jsonl"))[IDS[0]] == seed
 
 
 @pytest.mark.parametrize("changed", [{"status": "truncated"}, {"status": "refused"}, {"response": "It is blue."}])
