@@ -147,7 +147,7 @@ def register() -> list[str]:
     seen = environment()
     with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=seen["LION_WORK_POOL"], type="process"))
-    entries = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    entries = yaml.safe_load(DEPLOYMENTS.read_bytes())["deployments"]
     names = [f"{entry['entrypoint'].partition(':')[2]}/{entry['name']}" for entry in entries]
     schedules = {name: _schedules(name) for name in names}
     command = [*_prefect(), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
@@ -156,7 +156,7 @@ def register() -> list[str]:
         raise ServiceError(f"Prefect refuses {DEPLOYMENTS}:\n{done.stdout}{done.stderr}")
     for name, before in schedules.items():
         _restore_schedules(name, before)
-    return [*names, *(_keep_automation(wanted) for wanted in yaml.safe_load(AUTOMATIONS.read_text()))]
+    return [*names, *(_keep_automation(wanted) for wanted in yaml.safe_load(AUTOMATIONS.read_bytes()))]
 
 
 def _schedules(deployment: str) -> list[Any] | None:
@@ -259,7 +259,7 @@ def _start(name: str, arguments: list[str]) -> None:
 def _pid(name: str) -> int | None:
     """The process that was started by this name, if it still runs and is what it was."""
     try:
-        pid = int(_file(name, "pid").read_text())
+        pid = int(_file(name, "pid").read_bytes())
         os.waitpid(pid, os.WNOHANG)  # where it is our own child: do not take a zombie for a process
     except ChildProcessError:
         pass
@@ -278,4 +278,4 @@ def _file(name: str, ending: str) -> Path:
 
 
 def _tail(name: str) -> str:
-    return "\n".join(_file(name, "log").read_text().splitlines()[-15:])
+    return "\n".join(_file(name, "log").read_text(encoding="utf-8", errors="replace").splitlines()[-15:])

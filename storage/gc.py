@@ -53,7 +53,7 @@ def forget(manifest: Manifest) -> None:
     for key in manifest.stage_keys:
         (home() / "results" / key).unlink(missing_ok=True)
     for result in home().glob("jobs/*/result.json"):
-        if json.loads(result.with_name("job.json").read_text()).get("model") in asked:
+        if json.loads(result.with_name("job.json").read_bytes()).get("model") in asked:
             shutil.rmtree(result.parent)
     for model in models - kept:
         shutil.rmtree(model.path, ignore_errors=True)

@@ -217,7 +217,7 @@ def load_manifest(run_id: str) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate_json(path.read_text())
+        return Manifest.model_validate_json(path.read_bytes())
     except ValueError as error:
         raise StorageError(f"{path} cannot be read ({error}). Move it away and run again: no work is lost.") from error
 

@@ -90,7 +90,7 @@ def load_study(study_id: str) -> Study | None:
     if not path.is_file():
         return None
     try:
-        return Study.model_validate_json(path.read_text())
+        return Study.model_validate_json(path.read_bytes())
     except ValueError as error:
         raise StorageError(f"{path} cannot be read ({error}). Move it away and evaluate again.") from error
 

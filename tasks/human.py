@@ -117,7 +117,7 @@ def find_study(study_id: str | None) -> HumanStudy:
         raise HumanEvalError(
             f"no human evaluation {f'{study_id} ' if study_id else ''}in {home()}. Make one: lion human-eval new --questions FILE --answers A B"
         )
-    return HumanStudy.model_validate_json(files[-1].read_text())
+    return HumanStudy.model_validate_json(files[-1].read_bytes())
 
 
 def first_model(study: HumanStudy, item: str, voter: str) -> Literal["a", "b"]:

@@ -130,7 +130,7 @@ def recover(base: Path, diff: Path, out: Path) -> dict[str, Any]:
     if not (diff / MANIFEST).is_file():
         raise DiffError(f"{diff}: no {MANIFEST} in it, so no complete diff.")
     try:
-        told = json.loads((diff / MANIFEST).read_text())
+        told = json.loads((diff / MANIFEST).read_bytes())
         format = told["format"]
     except (ValueError, LookupError, TypeError, RecursionError):
         raise DiffError(f"{diff / MANIFEST} is damaged: it does not tell what it is. Get the diff again.") from None

@@ -198,7 +198,7 @@ def tokenizer_from(fields: dict[str, Any]) -> Any:
 
 def main(job_file: Path) -> None:
     """Run one job: see the module's docstring."""
-    job = json.loads(job_file.read_text())
+    job = json.loads(job_file.read_bytes())
     finish(job_file.parent, convert(job["source"], job_file.parent))
 
 

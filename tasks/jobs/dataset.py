@@ -48,7 +48,7 @@ def encode_rows(data: Path, tokenizer: Any, max_length: int, target: Path) -> di
     """
     report_file = target.with_suffix(".json")
     if report_file.exists():
-        return json.loads(report_file.read_text())
+        return json.loads(report_file.read_bytes())
     end = end_of_turn(tokenizer)
     if end is None:
         raise DataError("no answer could end: the tokenizer has no eos_token, and the chat template no end of turn")

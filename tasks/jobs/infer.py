@@ -137,7 +137,7 @@ def _read(directory: Path, name: str | None) -> list[dict[str, Any]]:
 def main(job_file: Path) -> None:
     """Run one job: see the module's docstring."""
     try:
-        result = run(json.loads(job_file.read_text()), job_file.parent)
+        result = run(json.loads(job_file.read_bytes()), job_file.parent)
     except (NoRoom, NotInstalled, UnsupportedModel) as error:
         sys.exit(f"{REFUSED}{error}")
     except ServerError as error:

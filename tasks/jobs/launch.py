@@ -120,7 +120,7 @@ def run_job(
                     raise kind(module, str(directory), returncode, tail)
                 if returncode != 0:  # a library's threads can bring a rank down as it leaves
                     on_notable_line(f"{module} ended with exit code {returncode}, after its result was written")
-    return json.loads(result.read_text())
+    return json.loads(result.read_bytes())
 
 
 def _started(module: str, job_file: Path, launcher: Sequence[str], environment: Mapping[str, str] | None) -> Process:
@@ -246,7 +246,7 @@ def run_together(
 
 def _progress_in(directory: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((directory / "progress.json").read_text())
+        return json.loads((directory / "progress.json").read_bytes())
     except FileNotFoundError:
         return None
 
@@ -267,7 +267,7 @@ def make_checkpoint(
     digest = directory.name
     result = directory / "result.json"
     with locked(f"checkpoint-{digest}"):  # two who want the same model: one makes it, one waits for it
-        if result.exists() and json.loads(result.read_text())["content"] != digest_of_model(directory):
+        if result.exists() and json.loads(result.read_bytes())["content"] != digest_of_model(directory):
             shutil.rmtree(directory)  # damaged: what is left of it is worth nothing
         made = run_job(module, job, directory, **options)
     return Checkpoint(digest=digest, content=made["content"]), made
@@ -303,7 +303,7 @@ def _run(
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     last_word = ""
     try:
-        with log.open("a", buffering=1) as file:  # a line at a time: it is read while the job runs
+        with log.open("a", buffering=1, encoding="utf-8") as file:  # a line at a time: it is read while the job runs
             for line in lines_of(child):
                 if line.startswith(PROGRESS):
                     on_progress(json.loads(line.removeprefix(PROGRESS)))

@@ -30,6 +30,7 @@ GRACE_SECONDS = 5
 AFTERMATH_SECONDS = 1
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
+    "PYTHONIOENCODING": "utf-8",  # as their output is read, whatever the locale
     "TOKENIZERS_PARALLELISM": "false",
     # Threads that spin at a barrier make a shared CPU twenty times slower; sleeping costs microseconds.
     "OMP_WAIT_POLICY": "PASSIVE",

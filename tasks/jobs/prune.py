@@ -101,7 +101,7 @@ def raise_unless_whole(directory: Path) -> None:
 
 def main(job_file: Path) -> None:
     """Run one job: see the module's docstring."""
-    job, directory = json.loads(job_file.read_text()), job_file.parent
+    job, directory = json.loads(job_file.read_bytes()), job_file.parent
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
     model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").eval()

@@ -82,7 +82,7 @@ def merge_adapter(folder: Path, held: torch.dtype | None) -> None:
     """
     from peft import PeftModel
 
-    base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = json.loads((folder / "adapter" / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     dtype = stored_dtype(base)
     in_4_bit = quantized("4bit", held, torch.device("cpu")) if held else {}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=held or dtype, **in_4_bit)
@@ -136,4 +136,4 @@ if __name__ == "__main__":
     directory = Path(sys.argv[1])
     if (directory / "adapter").is_dir():
         merge_adapter(directory, getattr(torch, sys.argv[3], None))
-    print(loss_of_saved(directory, json.loads(Path(sys.argv[2]).read_text())))
+    print(loss_of_saved(directory, json.loads(Path(sys.argv[2]).read_bytes())))

@@ -265,6 +265,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore", FutureWarning)  # thousands, of torch about DeepSpeed's calls
     transformers_logging.disable_progress_bar()
     job_file = Path(sys.argv[1])
-    given = json.loads(job_file.read_text())
+    given = json.loads(job_file.read_bytes())
     with one_clear_last_line(given):
         train(given, job_file.parent)

@@ -18,7 +18,7 @@ from tasks.jobs.launch import REFUSED, finish
 
 def main(job_file: Path) -> None:
     """Run one job: see the module's docstring."""
-    job = json.loads(job_file.read_text())
+    job = json.loads(job_file.read_bytes())
     tasks = TaskManager(include_path=job["include"])
     known = set(tasks.all_tasks)
     if unknown := [name for name in job["suites"] if name not in known]:

@@ -263,7 +263,7 @@ def read_history(directory: Path, checkpoint: Path | None) -> list[dict[str, Any
     """The steps up to a checkpoint, of earlier attempts at this job."""
     if checkpoint is None:
         return []
-    lines = (directory / "history.jsonl").read_text().split("\n")
+    lines = (directory / "history.jsonl").read_text(encoding="utf-8").split("\n")
     entries = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half a line
     return [entry for entry in entries if entry["step"] <= int(checkpoint.name.split("-")[1])]
 

@@ -199,5 +199,4 @@ def _reply(line: dict[str, Any], checkpoint: Checkpoint) -> Reply:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines(): a text may hold U+2028, which ends no line here.
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]

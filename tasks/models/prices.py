@@ -71,4 +71,4 @@ def price_of(model: str, override: Price | Literal["free"] | None = None) -> Pri
 @cache
 def table() -> dict[str, Any]:
     """The table as it stands in `prices.yaml`: `as_of` and `models`."""
-    return yaml.safe_load((Path(__file__).parent / "prices.yaml").read_text())
+    return yaml.safe_load((Path(__file__).parent / "prices.yaml").read_bytes())

@@ -36,7 +36,7 @@ class Session:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            text=True,
+            encoding="utf-8",
             env={**os.environ, **ENVIRONMENT},
             preexec_fn=die_with_parent,
         )

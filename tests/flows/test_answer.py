@@ -1,10 +1,11 @@
 """`lion answer`: inference alone, on a file of one's own."""
 
 import json
+import subprocess
 from pathlib import Path
 
 from tasks.seed import read_seeds
-from tests.lion import lion
+from tests.lion import COMMAND, environment, lion
 
 ROWS = [
     {"instruction": "Name a bird.", "input": "", "source": "mine"},
@@ -28,6 +29,19 @@ def test_every_row_has_its_answer_in_the_form_it_came_in(tmp_path: Path, tiny_mo
     assert "1 failed" in done.stderr
     lion(tmp_path / "home", *command, f"--out={tmp_path / 'out.json'}", "--set=shards=2")
     assert len(read_seeds(str(tmp_path / "out.json")).rows) == 3
+
+
+def test_an_answer_is_the_same_in_a_locale_that_is_not_utf8(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "rows.txt").write_text("Größe des Ätna?\n中文 是什么?\n", encoding="utf-8")
+    command = ["answer", f"--model={tiny_model}", f"--data={tmp_path / 'rows.txt'}", "--max-tokens=24"]
+    lion(tmp_path / "home", *command, f"--out={tmp_path / 'utf8.jsonl'}")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(
+        [*COMMAND, *command, f"--out={tmp_path / 'other.jsonl'}"],
+        env=environment(tmp_path / "other") | ascii_only, check=True, capture_output=True,
+    )  # fmt: skip
+    answered = (tmp_path / "utf8.jsonl").read_bytes()
+    assert not answered.isascii() and (tmp_path / "other.jsonl").read_bytes() == answered
 
 
 def test_what_cannot_be_written_or_read_is_refused_before_a_model_is_fetched(tmp_path: Path, tiny_model: Path) -> None:
