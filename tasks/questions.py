@@ -39,7 +39,8 @@ def read_questions(path: str, max_rows: int | None = None) -> Questions:
     Raises:
         SeedError: the file cannot be used; names file, place and way out.
     """
-    rows, conversations, source_ids = [], [], []
+    rows, conversations = [], []
+    source_ids: dict[str, str | int] = {}  # as an answer may name it: a 1 or a "1"
     read = read_seeds(path, bundled="heldout.jsonl")
     for number, row in enumerate(read.rows[:max_rows], 1):
         ids: list[str] = []
@@ -57,14 +58,17 @@ def read_questions(path: str, max_rows: int | None = None) -> Questions:
             )
             ids.append(key)
         conversations.append(ids)
-        named = row["source_id"]
-        if not isinstance(named, str | int | None):
-            raise SeedError(f"{path}, question {number}: its id must be a text or a whole number, not {named!r}.")
-        if named is not None and named in source_ids:
-            raise SeedError(f"{path}, question {number}: the id {named!r} is there twice. Rename one.")
-        source_ids.append(named if named is not None else number)
+        id = number if row["source_id"] in (None, "") else row["source_id"]  # an empty cell of a CSV is no id
+        if not isinstance(id, str | int):
+            raise SeedError(f"{path}, question {number}: its id must be a text or a whole number, not {id!r}.")
+        if str(id) in source_ids:
+            raise SeedError(
+                f"{path}, question {number}: the id {id!r} is there twice; one without an id has its number. Rename one."
+            )
+        source_ids[str(id)] = id
     turns = write_snapshot("instructions", rows, step="questions", version=VERSION)
-    return Questions(turns=turns, conversations=conversations, source_ids=source_ids, left_out=read.duplicates)
+    named = list(source_ids.values())
+    return Questions(turns=turns, conversations=conversations, source_ids=named, left_out=read.duplicates)
 
 
 @stage("ask", version=VERSION)

@@ -193,7 +193,13 @@ def test_mt_bench_files_have_its_fields_and_an_error_where_no_review_is_valid(as
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [((1, 1), "the id 1 is there twice"), ((1, 1.5), "must be a text or a whole")]
+    ("ids", "message"),
+    [
+        ((1, 1), "the id 1 is there twice"),
+        ((1, "1"), "the id '1' is there twice"),  # an answer could be either's
+        ((2, None), "the id 2 is there twice; one without an id has its number"),
+        ((1, 1.5), "must be a text or a whole"),
+    ],
 )
 def test_an_id_that_names_two_questions_or_none_is_refused(tmp_path: Path, home: Path, ids: Any, message: str) -> None:
     rows = [{"question_id": id, "turns": [f"Question {number}?"]} for number, id in enumerate(ids)]
