@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.terminal import Refusal
 from storage.files import StorageError
+from storage.pools import read_rows
 from storage.runs import Manifest
 from tasks.prepare import ModelNotFound
 from tasks.report import write_report
 from tests import recorded
-from tests.recorded import SEEDS, record_run
+from tests.recorded import HELDOUT_IDS, SEEDS, record_run
 
 
 @pytest.fixture
@@ -38,6 +39,20 @@ def test_the_card_tells_data_method_scores_with_intervals_terms_and_limits(run: 
     for part in ("## Data", "## Training", "`learning_rate`: 0.001", "## Licence", "## Limits", "arXiv 2305.12870"):
         assert part in card
     assert "trained on 2 of 3 rows; 1 hard, 1 easy, 1 undecided" in card
+
+
+def test_the_card_says_of_how_many_answers_its_figures_are_and_whose_scores_the_relative_ones_are(
+    run: Manifest,
+) -> None:
+    assert "On 2 of 2 held-out instructions" in said("card") and "score is its share of the teacher's" in said("card")
+    evaluation = run.iterations[0].evaluation
+    assert evaluation
+    judged = recorded.snapshot("reviews", recorded.reviews((HELDOUT_IDS[0], "teacher_first", 9.0, 4.0)), "referee")
+    of_one = recorded.snapshot("evaluations", read_rows(evaluation.details)[:1], "evaluate")  # the teacher failed at one
+    run.iterations[0].evaluation = evaluation.model_copy(update={"details": of_one, "reviews": judged})
+    run.save()
+    card = said("card")
+    assert "On 1 of 2 held-out instructions" in card and "score is what the referee gave them" in card
 
 
 @pytest.mark.parametrize("args", [["best"], ["serve"], ["card"]])
