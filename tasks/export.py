@@ -91,10 +91,11 @@ def export(manifest: Manifest, form: Form, to: Path, what: What = "training", it
     return len(records)
 
 
-def teacher_of(manifest: Manifest) -> str:
-    """The teacher as the settings name it."""
-    model = manifest.config["teacher"]["model"]
-    return model.get("model") or model["model_name_or_path"]
+def teachers_of(manifest: Manifest) -> list[str]:
+    """The teachers as the settings name them, the main one first."""
+    teacher = manifest.config["teacher"]
+    models = [teacher["model"], *(further["model"] for further in teacher.get("further", []))]
+    return list(dict.fromkeys(model.get("model") or model["model_name_or_path"] for model in models))
 
 
 def render_card(template: str, **values: Any) -> str:
@@ -142,7 +143,7 @@ def _taught(manifest: Manifest) -> set[str]:
 
 def _with_teacher(manifest: Manifest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     license, local = manifest.config["teacher"].get("license"), manifest.baseline.teacher
-    named = {local.digest: teacher_of(manifest)} if local else {}  # an endpoint's name stands in the row itself
+    named = {local.digest: teachers_of(manifest)[0]} if local else {}  # an endpoint's name stands in the row itself
     ordered = sorted(rows, key=lambda row: (row["iteration"], row["instruction_id"]))
     return [
         row

@@ -48,11 +48,17 @@ def test_the_card_says_of_how_many_answers_its_figures_are_and_whose_scores_the_
     evaluation = run.iterations[0].evaluation
     assert evaluation
     judged = recorded.snapshot("reviews", recorded.reviews((HELDOUT_IDS[0], "teacher_first", 9.0, 4.0)), "referee")
-    of_one = recorded.snapshot("evaluations", read_rows(evaluation.details)[:1], "evaluate")  # the teacher failed at one
+    of_one = recorded.snapshot("evaluations", read_rows(evaluation.details)[:1], "evaluate")
     run.iterations[0].evaluation = evaluation.model_copy(update={"details": of_one, "reviews": judged})
     run.save()
     card = said("card")
     assert "On 1 of 2 held-out instructions" in card and "score is what the referee gave them" in card
+
+
+def test_card_and_report_name_every_teacher_whose_text_taught_the_model(home: Path) -> None:
+    run = record_run("several-1", None, "teacher.further=[{share: 0.2, model: {kind: openai, model: o4-mini}}]")
+    assert "A student distilled from **embedded**, **o4-mini** by" in said("card")
+    assert "teacher embedded, o4-mini<" in write_report(run).read_text()
 
 
 @pytest.mark.parametrize("args", [["best"], ["serve"], ["card"]])
