@@ -163,6 +163,8 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
         whole = known.get("whole")  # null in a table is what is not there
         if not isinstance(whole, bool | None):
             raise NothingToTrainOn(f"{where}: `whole` must be true, or false of an answer that was cut")
+        if whole is None and known.get("status") == Status.TRUNCATED:  # so `lion answer` says it
+            whole = False
         if not is_storable([asked, answer]):
             raise NothingToTrainOn(f"{where}: {NOT_STORABLE}")
         named = next((str(known[key]) for key in ("instruction_id", "id") if known.get(key) is not None), where)

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
+from flows.answer import FIGURES
 from storage.files import Checkpoint
 from storage.pools import read_rows, write_snapshot
 from tasks import finetune
 from tasks.finetune import FinetuneConfig, NothingToTrainOn, examples_of, finetune_student, train_student
 from tasks.jobs.launch import checkpoint_folder
 from tasks.jobs.settings import SftSettings, launcher_command
+from tasks.models.chat import Reply, Status
 
 MADE = {"left_out": {"no_label": ["a"], "empty": []}, "rows": 1, "validation_rows": 2}
 
@@ -201,6 +203,13 @@ def test_whether_an_answer_is_whole_is_not_guessed(whole: Any) -> None:
         examples_of([("line 1", record)], None)
     (row,) = examples_of([("line 1", record | {"whole": None})], None)  # as Parquet says that it is not there
     assert row["whole"] is True
+
+
+def test_an_answer_of_lion_answer_that_was_cut_teaches_no_end() -> None:
+    reply = Reply("1", Status.TRUNCATED, "Once upon a", finish_reason="length")
+    record = {"instruction": "Tell a tale.", "output": reply.text} | {name: getattr(reply, name) for name in FIGURES}
+    (cut,), (whole,) = (examples_of([("line 1", record | {"status": status})], None) for status in ("truncated", "ok"))
+    assert (cut["whole"], whole["whole"]) == (False, True)
 
 
 def test_a_file_without_a_row_is_refused() -> None:
