@@ -39,7 +39,7 @@ def answer_file(
     answered = []
     for row, messages in rows:
         reply = by_key[digest_of(messages)]
-        if row.get("messages"):
+        if row.get("instruction") is None:
             said = [] if reply.text is None else [{"role": "assistant", "content": reply.text}]
             given: dict[str, Any] = {"messages": [*messages, *said]}
         else:
@@ -51,7 +51,8 @@ def answer_file(
 def _asked(record: Any, where: str, system_prompt: str | None) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """A record as it will be written, and the conversation that it puts to the model."""
     row = read_row(record, where)
-    if isinstance(record, dict) and record.get("messages"):  # null in a table that has other rows of this form
+    # As `read_row` reads it: null in a table that has other rows of this form, and a column beside the instruction is no form.
+    if isinstance(record, dict) and record.get("messages") and record.get("instruction") is None:
         messages = [{"role": said["role"], "content": said["content"]} for said in record["messages"]]
         while messages[-1]["role"] == "assistant":
             messages.pop()

@@ -11,6 +11,7 @@ ROWS = [
     {"instruction": "Name a bird.", "input": "", "source": "mine"},
     {"messages": [{"role": "user", "content": "Name a tree."}, {"role": "assistant", "content": "An oak."}]},
     {"instruction": "Name a bird.", "input": "", "messages": None},  # as every row of such a Parquet file has it
+    {"instruction": "Name a bird.", "input": "", "messages": "none yet"},  # a column of somebody's own
     {"instruction": "word " * 600},
 ]
 
@@ -19,9 +20,9 @@ def test_every_row_has_its_answer_in_the_form_it_came_in(tmp_path: Path, tiny_mo
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     command = ["answer", f"--model={tiny_model}", f"--data={tmp_path / 'rows.jsonl'}", "--max-tokens=8"]
     done = lion(tmp_path / "home", *command, f"--out={tmp_path / 'out.jsonl'}")
-    first, second, third, fourth = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    first, second, third, own, fourth = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert (first["source"], first["completion_tokens"]) == ("mine", third["completion_tokens"])
-    assert first["output"] == third["output"]
+    assert first["output"] == third["output"] == own["output"] and own["messages"] == "none yet"
     assert [said["role"] for said in second["messages"]] == ["user", "assistant"]
     assert second["messages"][1]["content"] != "An oak."
     assert (fourth["output"], fourth["status"]) == (None, "failed")
