@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict
 from storage.files import Snapshot
 from storage.pools import instruction_id, read_rows, write_snapshot
 from tasks.models.budget import Account
-from tasks.models.chat import Reply, Request, Sampling, Status, conversation, response_row
+from tasks.models.chat import (
+    NOT_STORABLE,
+    Reply,
+    Request,
+    Sampling,
+    Status,
+    conversation,
+    is_storable,
+    response_row,
+)
 from tasks.models.ready import ReadyModel, answer
 from tasks.policies import stage
 from tasks.progress import progress
@@ -132,7 +141,7 @@ def read_answers(path: Path, questions: Questions) -> tuple[Snapshot, int]:
     place, records = read_records(str(path))
     for where, record in records:
         if isinstance(record, dict) and "choices" in record:
-            name, fastchat = record.get("model_id", name), True
+            name, fastchat = str(record.get("model_id") or name), True
             found |= dict(zip(by_source.get(str(record.get("question_id")), []), _choice(record, f"{place}, {where}")))
     if not fastchat:
         for row in read_seeds(str(path)).rows:
@@ -156,6 +165,8 @@ def _choice(record: dict[str, Any], where: str) -> list[str]:
         turns = None
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise SeedError(f"{where}: expected the answers as `choices[0].turns`, a list of texts.")
+    if not is_storable(turns):
+        raise SeedError(f"{where}: {NOT_STORABLE}")
     return turns
 
 

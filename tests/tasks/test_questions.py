@@ -153,6 +153,16 @@ def test_an_answer_that_is_no_list_of_texts_is_named_with_its_line(
         read_answers(Path(path), asked)
 
 
+def test_half_a_character_in_an_answer_is_named_with_its_line_and_a_model_without_a_name_has_the_files(
+    asked: Questions, tmp_path: Path
+) -> None:
+    answer = {"question_id": 82, "model_id": None, "choices": [{"turns": ["Four \ud83d"]}]}
+    with pytest.raises(SeedError, match=r"gpt\.jsonl, line 1: half of a character is in it"):
+        read_answers(Path(lines(tmp_path / "gpt.jsonl", answer)), asked)
+    snapshot, _ = read_answers(Path(lines(tmp_path / "gpt.jsonl", answer | {"choices": [{"turns": ["4"]}]})), asked)
+    assert {row["model"] for row in read_rows(snapshot)} == {"gpt"}
+
+
 def test_a_file_that_answers_nothing_is_refused(asked: Questions, tmp_path: Path) -> None:
     path = Path(lines(tmp_path / "other.jsonl", {"instruction": "Something else.", "output": "x"}))
     with pytest.raises(SeedError, match="answers none of the questions"):
