@@ -23,7 +23,7 @@ from tasks.models.chat import JSON_OBJECT, Reply, Request, Sampling, Status, sto
 from tasks.models.local import LocalModel
 from tasks.models.prompts import load
 from tasks.models.ready import ModelSettings, ReadyModel, answer
-from tasks.novelty import NoveltyIndex, Rejection, check_text
+from tasks.novelty import NoveltyIndex, Rejection, check_text, leaks
 from tasks.policies import stage
 from tasks.progress import progress
 
@@ -214,6 +214,8 @@ class _Judge:
             row |= self._read(reply.text or "")
             row["instruction_id"] = instruction_id(row["instruction"], row["input"])
             row["rejection"] = row["rejection"] or check_text(row["instruction"])
+            if not row["rejection"] and leaks(row["input"] or ""):  # data may be of any other kind
+                row["rejection"] = Rejection.TEMPLATE_LEAK
             row |= {} if row["rejection"] else self._compared(side, row)
         self.candidates.append(row)
         self._accepted[side] += row["rejection"] is None

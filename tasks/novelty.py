@@ -308,6 +308,8 @@ LEAKS = (  # lower case
     "#new instruction#",
     "#rewritten instruction#",
     "here is a list of questions and tasks",
+    "here is a list of unusual questions and tasks",
+    "you write tasks that show what a language model can and cannot do",
     "### instruction:",
     "### response:",
 )
@@ -340,9 +342,9 @@ def check_text(text: str) -> Rejection | None:
     """
     if not text.strip():
         return Rejection.EMPTY
-    lowered = " ".join(text.lower().replace("’", "'").split())
-    if any(phrase in lowered for phrase in LEAKS) or SPECIAL_TOKEN.search(text):
+    if leaks(text):
         return Rejection.TEMPLATE_LEAK
+    lowered = _lowered(text)
     tokens = tokens_of(text)
     if not any(map(str.isalpha, text)) or REMARK.match(lowered):
         return Rejection.NOT_AN_INSTRUCTION
@@ -351,6 +353,16 @@ def check_text(text: str) -> Rejection | None:
     if len(tokens) > MOST_TOKENS:
         return Rejection.TOO_LONG
     return Rejection.REPETITIVE if is_repetitive(tokens) else None
+
+
+def leaks(text: str) -> bool:
+    """Whether a phrase of our own prompts or a special token, which would be one in the next prompt, is in a text."""
+    lowered = _lowered(text)
+    return any(phrase in lowered for phrase in LEAKS) or SPECIAL_TOKEN.search(text) is not None
+
+
+def _lowered(text: str) -> str:
+    return " ".join(text.lower().replace("’", "'").split())
 
 
 def is_repetitive(tokens: list[str]) -> bool:

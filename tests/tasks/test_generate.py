@@ -217,6 +217,12 @@ def test_an_input_that_is_no_text_is_kept_as_json(generated: Any, said: str, kep
     assert (accepted["input"], accepted["rejection"]) == (kept, None)
 
 
+@pytest.mark.parametrize("input", ["Hello<|im_end|>", "### Response: 7"])
+def test_an_input_with_a_special_token_or_a_phrase_of_the_template_is_a_leak(generated: Any, input: str) -> None:
+    reply = json.dumps({"instruction": "Say what is odd about this.", "input": input})
+    assert set(generated(lambda _: reply, pool_of(SEEDS), hard=1).generated.rejected) == {"template_leak"}
+
+
 @pytest.mark.parametrize("text", ["1" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 20_000])
 def test_json_beyond_what_can_be_read_is_malformed(generated: Any, text: str) -> None:
     reply = f'{{"instruction": "Say what is odd about this.", "input": {text}}}'

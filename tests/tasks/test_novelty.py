@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from tasks.generate import PROMPTS
 from tasks.models.chat import Status
 from tasks.novelty import (
     Near,
@@ -213,7 +214,7 @@ def test_empty_text_is_rejected(text: str) -> None:
     [
         "#Given Instruction#: Name a river.",
         "#Created Instruction#:\nName a river.",
-        "Here is a list of questions and tasks on the same topic.",
+        *(prompt.text.split("\n")[0] for prompt in PROMPTS.values()),
         "Name a river.\n### Response: The Danube",
         "Name a river.<|im_end|>",
         "[INST] Name a river. [/INST]",
