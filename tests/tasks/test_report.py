@@ -14,6 +14,7 @@ from storage.journal import Journal, Loss
 from storage.pools import instruction_id
 from storage.runs import Generated, Interval, JudgeHealth, Manifest
 from storage.studies import Figures, Relative, Study
+from tasks import report
 from tasks.gains import MOST, Described, gain_charts, most_improved
 from tasks.report import HARD_SHARE, MOST_CATEGORIES, charts, progress_rows, verdict, widest, write_report
 from tasks.selection import compare
@@ -375,6 +376,18 @@ def test_the_charts_of_the_rows_count_gaps_hard_ones_and_candidates(run: Manifes
         "candidates: 13; outcome: accepted; iteration: 1", "candidates: 15; outcome: surplus; iteration: 1",
         "candidates: 1; outcome: accepted; iteration: 2", "candidates: 2; outcome: near_duplicate; iteration: 1",
     ]  # fmt: skip
+
+
+def test_the_chart_of_gaps_counts_every_row_and_draws_no_more_marks_than_there_are_hundredths(run: Manifest) -> None:
+    rows = [
+        {"instruction_id": str(number), "score_gap": number % 4000 / 1000, "difficulty": "hard"}
+        for number in range(20_000)
+    ]
+    run.iterations[0].snapshots["verdicts"] = snapshot("verdicts", rows, "discriminate")
+    chart = report._gaps(run.iterations[0]).to_dict()
+    assert len(chart["layer"][0]["data"]["values"]) == 400
+    bars = [mark for mark in marks(charts(run), "Score gaps, iteration 1") if "instructions" in mark]
+    assert bars[0] == "score gap: 0 – 0.2; instructions: 1000" and len(bars) == 20
 
 
 def test_a_row_whose_teacher_is_weak_is_neither_left_nor_right_of_the_line(run: Manifest) -> None:
