@@ -18,12 +18,17 @@ VERSION = 2
 
 
 class FurtherTeacher(BaseModel):
-    """Another teacher, for a part of the instructions: a share of them, or a category."""
+    """Another teacher, for a part of the instructions: a category, or a share of those in no teacher's category."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: ModelSettings = Field(description="A local model, or an OpenAI-compatible endpoint (kind: openai).")
-    share: float | None = Field(None, gt=0, le=1, description="Share of all instructions, drawn by their digest.")
+    share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the instructions in no further teacher's category, drawn by their digest.",
+    )
     category: str | None = Field(None, min_length=1, description="All instructions of this category.")
 
     @model_validator(mode="after")
