@@ -219,12 +219,14 @@ def _json(path: Path) -> Records:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.lineno > 1:  # JSON lines under the name .json
+        if error.msg == "Extra data" and error.lineno > 1 and text.lstrip()[0] != "[":  # JSON lines by that name
             yield from _jsonl(path)
             return
         raise SeedError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
         raise SeedError(f"{path}: not JSON that can be read ({error}).") from None
+    if isinstance(data, dict) and not data.keys().isdisjoint(READ):  # JSON lines, of which there is one
+        data = [data]
     if not isinstance(data, list):
         raise SeedError(f"{path}: expected a list of instructions, found {_kind(data)}.")
     for number, record in enumerate(data, 1):

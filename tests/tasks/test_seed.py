@@ -116,7 +116,8 @@ def test_self_instruct_seed_tasks_are_read(shared_data: Path) -> None:
     [
         ("s.jsonl", '{"instruction": "a"}\n{"instruction": ', r"s\.jsonl, line 2, column \d+: not JSON"),
         ("s.json", '[{"instruction": "a"},\n oops]', r"s\.json, line 2, column 2: not JSON"),
-        ("s.json", '{"instruction": "a"}', "expected a list"),
+        ("s.json", '{"data": []}', "expected a list of instructions, found an object"),
+        ("s.json", '[\n{"instruction": "a"}\n]\n]', r"s\.json, line 4, column 1: not JSON"),
         ("s.jsonl", '{"instruction": "a"}\n{"id": ' + "1" * 5000 + "}", r"s\.jsonl, line 2: not JSON that can be read"),
         ("s.json", "[" * 100_000, r"s\.json: not JSON that can be read"),
         ("s.jsonl", '{"prompt": "a"}', r"line 1: no `instruction` \(found: prompt\)"),
@@ -135,6 +136,12 @@ def test_self_instruct_seed_tasks_are_read(shared_data: Path) -> None:
 def test_a_fault_is_named_with_file_and_place(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(SeedError, match=message):
         read_seeds(written(tmp_path, name, content))
+
+
+def test_json_lines_by_the_name_json_are_read_however_many_they_are(tmp_path: Path) -> None:
+    for count in (1, 2):
+        text = "".join(json.dumps({"instruction": f"Ask {number}."}) + "\n" for number in range(count))
+        assert len(read_seeds(written(tmp_path, "s.json", text)).rows) == count
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
