@@ -150,7 +150,7 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
             case {"instruction": str(instruction), "output": str(answer)}:
                 asked = conversation(instruction, known.get("input"), system_prompt)
             case _:
-                found = ", ".join(map(str, known)) or type(record).__name__
+                found = ", ".join(str(key) for key in known if known[key] is not None) or type(record).__name__
                 raise NothingToTrainOn(
                     f"{where}: no answer to train on (found: {found}). Wanted: `instruction` and `output`, or "
                     "`messages` whose last is the assistant's."

@@ -54,6 +54,12 @@ def test_a_record_without_an_answer_is_refused_by_its_place(record: Any) -> None
         examples_of([("rows.json, item 3", record)], None)
 
 
+def test_an_answer_that_is_null_is_not_told_as_found() -> None:
+    failed = {"instruction": "Add.", "input": "", "output": None, "status": "failed"}
+    with pytest.raises(NothingToTrainOn, match=r"line 1: no answer to train on \(found: instruction, input, status\)"):
+        examples_of([("line 1", failed)], None)
+
+
 def test_only_whole_good_answers_are_trained_on_and_the_others_are_counted(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
