@@ -153,11 +153,16 @@ def flock(file: TextIO, timeout: float | None = None) -> bool:
 
 def is_locked(name: str) -> bool:
     """Whether somebody holds the lock `name` now."""
-    path = lock_file(name)
-    if not path.exists():
+    try:
+        file = lock_file(name).open("r")
+    except FileNotFoundError:  # a journal that is closed takes its own away
         return False
-    with path.open("r") as file:
-        return not flock(file, timeout=0)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: another one who only looks holds nothing
+        except BlockingIOError:
+            return True
+        return False
 
 
 class Pointer(BaseModel):

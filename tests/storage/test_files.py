@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,3 +137,24 @@ def test_a_lock_dies_with_its_holder(home: Path) -> None:
     with locked("x", on_wait=lambda: waited.append(time.time())):
         assert not waited
     assert not is_locked("x")
+
+
+def test_who_only_looks_at_a_lock_holds_it_for_nobody_else(home: Path) -> None:
+    with locked("x"):
+        pass
+    with ThreadPoolExecutor(2) as pool:
+        assert not any(pool.map(lambda _: is_locked("x"), range(4000)))
+
+
+def test_a_lock_whose_file_is_taken_away_meanwhile_is_held_by_nobody(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_now = Path.open
+
+    def taken_away(path: Path, *options: Any) -> Any:
+        path.unlink()
+        return open_now(path, *options)
+
+    with locked("journal-x"):
+        monkeypatch.setattr(Path, "open", taken_away)
+        assert not is_locked("journal-x")
