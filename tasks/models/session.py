@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -81,7 +82,8 @@ class Session:
 
     def close(self) -> None:
         """End the process."""
-        if self._child.stdin:
+        assert self._child.stdin is not None
+        with suppress(BrokenPipeError):  # what could not be said to a process that has ended
             self._child.stdin.close()
         self._child.terminate()
         try:

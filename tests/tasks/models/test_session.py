@@ -38,6 +38,16 @@ def test_a_process_that_ends_says_why(home: Path) -> None:
         list(session.answer(ASKED, GREEDY))
 
 
+def test_a_process_that_ended_before_it_was_asked_says_why(home: Path) -> None:
+    gone = Checkpoint(digest="nothing", content="")
+    with (
+        pytest.raises(SessionError, match=r"process ended: OSError: .*nothing"),
+        Session(LocalModel(), gone) as session,
+    ):
+        session._child.wait()
+        list(session.answer(ASKED, GREEDY))
+
+
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_weights_in_few_bits_answer_as_in_the_engine(checkpoint: Checkpoint, bits: str) -> None:
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (pip install -e '.[gpu]')")
