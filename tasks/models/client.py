@@ -383,10 +383,10 @@ class _Call:
         """Send a request once."""
         if question.lost == question.claims:
             await self._set_aside_again(question)
-        await self.gate.passed()
         await self.requests_pace.take(1)
         await self.tokens_pace.take(question.wish.tokens)
         await self.throttle.acquire()
+        await self.gate.passed()  # last: it may have closed for those who waited for the others
         question.attempts += 1
         question.sent_at = time.monotonic()
         used = 0

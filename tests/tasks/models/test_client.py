@@ -20,6 +20,7 @@ import pytest
 
 from storage.files import StorageError
 from storage.journal import Journal, Wish
+from tasks.models import client
 from tasks.models.budget import Account, Budget, Limits
 from tasks.models.chat import Reply, Request, Sampling, Status
 from tasks.models.client import answer_all
@@ -28,7 +29,7 @@ from tasks.models.errors import BudgetReached, FatalEndpointError, TooManyFailur
 from tasks.models.exchange import check_access
 from tasks.models.pacing import Gate, Pace, Throttle, asked_wait
 from tasks.models.prices import Price
-from tasks.models.wire import keyer
+from tasks.models.wire import Said, keyer
 from tests.fake_openai import FakeOpenAI
 
 ROOT = Path(__file__).parents[3]
@@ -628,6 +629,21 @@ def test_a_burst_that_was_too_much_halves_what_is_under_way_and_answers_let_it_g
         ask(server, questions(100), max_concurrency=8)
     assert under_way[0] < 8 == max(under_way)
     assert closed == [0.05] * 8  # for as long as the endpoint asks nobody asks it
+
+
+def test_nothing_is_sent_while_the_endpoint_wants_to_be_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.fake_openai.WAIT", 0.5)
+    early: list[float] = []
+    exchange = client._Call._exchange
+
+    async def watched(call: client._Call, question: client._Question) -> Said:
+        early.append(call.gate._opens_at - time.monotonic())
+        return await exchange(call, question)
+
+    monkeypatch.setattr(client._Call, "_exchange", watched)
+    with FakeOpenAI(script=["429-seconds"]) as server:
+        ask(server, questions(12), requests_per_minute=600)  # most of them wait for their turn when it says so
+    assert len(early) == 13 and max(early) <= 0
 
 
 def test_of_a_minute_is_taken_what_was_used_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
