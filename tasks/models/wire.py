@@ -23,6 +23,7 @@ TRANSIENT_CODES = {408, 409, 425, 429}  # and all from 500 on
 ELSEWHERE = range(300, 400)
 GATEWAY_GAVE_UP = {408, 504, 524}  # on a model that may have gone on answering
 QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
+QUOTA_OF_A_MINUTE = "Quota exceeded for metric"  # Google says that the quota is exceeded of requests a minute as well
 FILTER_CODES = {"content_filter", "content_policy_violation", "invalid_prompt"}
 TOO_LONG_CODES = {"context_length_exceeded", "string_above_max_length"}
 FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output")
@@ -261,7 +262,8 @@ def failure(
     model: OpenAIModel, status: int, code: str, message: str, wait: float | None
 ) -> FatalEndpointError | TransientError | RequestFailed:
     """What a rejection means. `message` holds no secrets any more."""
-    if status == 402 or code in QUOTA_CODES or "exceeded your current quota" in message:
+    no_quota = "exceeded your current quota" in message and QUOTA_OF_A_MINUTE not in message
+    if status == 402 or code in QUOTA_CODES or no_quota:
         return _fatal(model, f"no quota left ({message})", "Top up or raise the limit of the account")
     if status in TRANSIENT_CODES or status >= 500:
         gave_up, reason = status in GATEWAY_GAVE_UP, _named(status, message)

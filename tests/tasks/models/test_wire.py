@@ -136,6 +136,14 @@ def test_an_account_that_is_empty_is_not_waited_for(status: int, code: str, mess
     assert isinstance(error, FatalEndpointError) and "Top up" in str(error)
 
 
+def test_a_limit_by_the_minute_is_waited_for_though_google_calls_it_a_quota() -> None:
+    message = """You exceeded your current quota, please check your plan and billing details.
+* Quota exceeded for metric: generativelanguage.googleapis.com/generate_requests_per_model, limit: 10, model: m
+Please retry in 11.7s."""
+    error = failure(OpenAIModel(model="m"), 429, "", message, None)
+    assert isinstance(error, TransientError) and error.hurried
+
+
 def test_a_body_that_is_too_large_fails_alone() -> None:
     assert isinstance(failure(OpenAIModel(model="m"), 413, "", "Payload Too Large", None), RequestFailed)
 
