@@ -6,13 +6,12 @@ A field marked *operational* does not change what an answer may be, so it is in 
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from storage.files import OPERATIONAL
+from storage.files import OPERATIONAL, expanded
 from tasks.models.errors import FatalEndpointError
 from tasks.models.prices import Price
 
@@ -29,6 +28,7 @@ OURS = {
     "stream",
 }
 SHORTEST_SECRET = 6  # of headers: a region, `eu`, is none, and stands in many words
+HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # as HTTP has it
 SECRET_HEADER = re.compile(r"key|token|auth|secret|cookie", re.IGNORECASE)
 
 
@@ -126,6 +126,8 @@ class OpenAIModel(BaseModel):
     @classmethod
     def _secrets_are_named(cls, headers: dict[str, str]) -> dict[str, str]:
         for name, value in headers.items():
+            if not HEADER_NAME.fullmatch(name):
+                raise ValueError(f"no header can be called {name!r}: a name has letters, digits and hyphens")
             if SECRET_HEADER.search(name) and not value.startswith("$"):
                 raise ValueError(
                     f"the header {name} looks like a secret: put it into the environment and write ${name}"
@@ -141,7 +143,7 @@ def key_of(model: OpenAIModel) -> str:
     """
     if model.api_key_file:
         try:
-            key = Path(model.api_key_file).read_text(errors="replace").strip()
+            key = expanded(model.api_key_file).read_text(errors="replace").strip()
         except OSError as error:
             reason = f"the key file {model.api_key_file} cannot be read ({error.strerror})"
             raise FatalEndpointError(model.base_url, model.model, reason, "Mount it, or correct api_key_file") from None

@@ -273,8 +273,10 @@ def failure(
     if status in ELSEWHERE:  # not followed: it may be another host, which shall not have what headers hold
         return _fatal(model, f"the endpoint is elsewhere (HTTP {status}: {message})", "Set base_url to where it is")
     if status in {401, 403}:
-        where = model.api_key_file or f"${model.api_key_env}"
-        return _fatal(model, f"the key was rejected ({status} {message})", f"Check the key in {where}, and its rights")
+        where = model.api_key_file or (model.api_key_env and f"${model.api_key_env}")
+        none = "api_key_env is null: name the key's variable there, or check those that headers name"
+        way_out = f"Check the key in {where}, and its rights" if where else none
+        return _fatal(model, f"the key was rejected ({status} {message})", way_out)
     if status == 404:
         return _fatal(model, f"not found ({message})", "Check the model's name and base_url")
     if code in TOO_LONG_CODES or status == 413 or any(words in message.lower() for words in TOO_LONG_WORDS):

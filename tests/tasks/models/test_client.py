@@ -299,6 +299,12 @@ def test_the_key_comes_from_a_file_where_one_is_named(tmp_path: Path) -> None:
         ask(server, questions(1), api_key_file=str(tmp_path / "key"))
 
 
+def test_a_file_with_the_key_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "key").write_text("from-a-file")
+    assert key_of(OpenAIModel(model="m", api_key_file="~/key")) == "from-a-file"
+
+
 @pytest.mark.parametrize("text", ["", "\n", "sk-with-a-quote”", "sk-one\nsk-two", b"\xff\xfes\0k\0"])
 def test_a_key_that_cannot_be_sent_is_refused_and_not_told(text: str | bytes, tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -326,6 +332,18 @@ def test_the_key_is_nowhere_in_the_home(home: Path) -> None:
         ask(server, questions(50))
     for path in home.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
+
+
+def test_a_key_that_is_rejected_where_none_is_named_is_to_be_named() -> None:
+    with FakeOpenAI(key="another") as server, pytest.raises(FatalEndpointError, match=r"api_key_env is null") as caught:
+        ask(server, questions(1), api_key_env=None)
+    assert "$None" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "X Title", "Täg", "X\r\nY", "X:"])
+def test_a_header_that_cannot_be_sent_is_refused_before_anything_is_asked(name: str) -> None:
+    with pytest.raises(ValueError, match="no header can be called"):
+        OpenAIModel(model="m", headers={name: "lion"})
 
 
 def test_headers_name_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
