@@ -88,6 +88,11 @@ class TooManyFailures(ModelError):
         )
 
 
+def _whole(amount: float) -> str:
+    """Dollars, requests or tokens, to the millionth and without an exponent."""
+    return f"{amount:,.6f}".rstrip("0").rstrip(".")
+
+
 class BudgetReached(ModelError):
     """The next request could pass a cap, so it was not sent."""
 
@@ -98,8 +103,10 @@ class BudgetReached(ModelError):
     def __str__(self) -> str:
         set_aside = f"{self.set_aside:.3g} set aside for requests under way, " if self.set_aside else ""
         return (
-            f"{self.cap} = {self.limit:g} is reached: {self.spent:.6g} is spent, {set_aside}and the next request may take "
-            f"{self.next_request:.3g}. All answers are kept; raise the cap and run the same command to go on."
+        set_aside = f"{_whole(self.set_aside)} set aside for requests under way, " if self.set_aside else ""
+        return (
+            f"{self.cap} = {_whole(self.limit)} is reached: {_whole(self.spent)} is spent, {set_aside}and the next request "
+            f"may take {_whole(self.next_request)}. All answers are kept; raise the cap and run the same command to go on."
         )
 
 

@@ -387,6 +387,13 @@ def cost_of(server: FakeOpenAI) -> float:
     return PRICE.cost(server.bill()["prompt_tokens"], 0, server.bill()["completion_tokens"])
 
 
+def test_a_cap_is_told_in_whole_figures() -> None:
+    told = str(BudgetReached("budget.max_tokens", 20_000_000, 19_998_123, 12_345))
+    assert "= 20,000,000 is reached: 19,998,123 is spent, and the next request may take 12,345." in told
+    told = str(BudgetReached("budget.max_usd", 50.0, 49.99998, 0.00004))
+    assert "= 50 is reached: 49.99998 is spent, and the next request may take 0.00004." in told
+
+
 def test_the_cap_is_never_passed_and_raising_it_finishes_without_a_repetition() -> None:
     with FakeOpenAI(latency=0.002) as server:
         whole = 400 * PRICE.cost(8, 0, 40)
