@@ -111,12 +111,16 @@ class Batches:
                 if not (out := out or self._resumed()):  # another process may have handed in what we could not
                     break
                 out = [batch for batch in out if not self._collected(batch)]
-                self.on_progress(len(self.answered), len(self.requests), {"batches": len(out)})
+                self._report("batches", len(out))
                 if out:
                     time.sleep(min(self.model.batch_poll, max(0.0, self.deadline - time.monotonic())))
             self._cancel(out)
-            if left := len(self.requests) - len(self.answered):
-                self.on_progress(len(self.answered), len(self.requests), {"go by ordinary requests": left})
+            if left := len(self.requests.keys() - self.answered):
+                self._report("go by ordinary requests", left)
+
+    def _report(self, what: str, count: int) -> None:
+        done = len(self.requests.keys() & self.answered)  # a batch of another run may have answered others, too
+        self.on_progress(done, len(self.requests), {what: count})
 
     # --- handing in -------------------------------------------------------------------------------------------------
 

@@ -332,6 +332,16 @@ def test_whoever_asks_for_a_part_of_a_batch_keeps_all_of_it(monkeypatch: pytest.
         assert len(server.batches) == 1 and server.received == 0
 
 
+def test_whoever_asks_for_a_part_of_a_batch_is_told_of_that_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, dict[str, Any]]] = []
+    with FakeOpenAI() as server:
+        dies_at("_collected", crash, server, monkeypatch)
+        account = Account(run_id="run", role="teacher")
+        answer_all(settings(server), questions(2), SAMPLING, account, lambda *figures: seen.append(figures))
+    assert [(done, total) for done, total, _ in seen] == [(2, 2)] * len(seen)
+    assert not any("go by ordinary requests" in figures for _, _, figures in seen)
+
+
 def test_a_row_of_a_batch_without_an_answer_in_it_counts_as_lost() -> None:
     with FakeOpenAI() as server:
         spoil_first_output(server, lambda data: data.replace(b'"choices"', b'"no choices"', 2))
