@@ -101,8 +101,6 @@ class BudgetReached(ModelError):
         super().__init__(cap, limit, spent, set_aside, next_request)
 
     def __str__(self) -> str:
-        set_aside = f"{self.set_aside:.3g} set aside for requests under way, " if self.set_aside else ""
-        return (
         set_aside = f"{_whole(self.set_aside)} set aside for requests under way, " if self.set_aside else ""
         return (
             f"{self.cap} = {_whole(self.limit)} is reached: {_whole(self.spent)} is spent, {set_aside}and the next request "

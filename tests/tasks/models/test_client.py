@@ -81,11 +81,12 @@ def test_replies_come_in_the_order_of_the_requests() -> None:
     assert replies[0].prompt_tokens > 0 and replies[0].completion_tokens > 0
 
 
-def test_a_second_call_sends_no_request_and_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["online", "batch"])
+def test_a_second_call_sends_no_request_and_needs_no_key(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeOpenAI() as server:
         first = ask(server, questions(50))
         monkeypatch.delenv("OPENAI_API_KEY")
-        assert ask(server, questions(50), run_id="another run") == first
+        assert ask(server, questions(50), run_id="another run", mode=mode) == first
         assert server.received == 50
 
 
