@@ -90,7 +90,9 @@ def settle_home(home: Path | None) -> None:
     Raises:
         Refusal: DuckDB could not open a catalog there.
     """
-    settled = str((home or Path(os.environ.get("LION_HOME") or ".lion")).resolve())
+    from storage.files import expanded
+
+    settled = str(expanded(str(home or os.environ.get("LION_HOME") or ".lion")).resolve())
     if "?" in settled or "\\" in settled:
         raise Refusal(f"{settled}: DuckDB opens nothing in a folder with ? or \\ in its path. Name another home.")
     os.environ["LION_HOME"] = settled

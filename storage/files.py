@@ -37,7 +37,7 @@ class StorageError(Exception):
 
 def home() -> Path:
     """The folder that holds everything: `$LION_HOME`, by default `./.lion`."""
-    return Path(os.environ.get("LION_HOME") or ".lion").resolve()
+    return expanded(os.environ.get("LION_HOME") or ".lion").resolve()
 
 
 def expanded(path: str) -> Path:

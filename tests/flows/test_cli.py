@@ -22,6 +22,7 @@ from fastapi import FastAPI
 
 from flows.commands_talk import serve_lines
 from flows.terminal import Refusal, print_rows, settle_home
+from storage import files
 from storage.runs import Manifest
 from tasks.report import verdict
 from tests.lion import COMMAND, arguments, digests, environment, lion, shown
@@ -314,6 +315,14 @@ cli.main()
     child.send_signal(ends)
     said, errors = child.communicate("")
     assert (child.returncode, said, errors) == (130, "ended\n", "")
+
+
+def test_a_home_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LION_HOME", "~/named")
+    assert files.home() == tmp_path / "named"
+    settle_home(Path("~/given"))  # as a shell leaves it in --home=~/given
+    assert files.home() == tmp_path / "given"
 
 
 @pytest.mark.parametrize("name", ["what?", "a\\b"])
