@@ -312,6 +312,9 @@ class FakeOpenAI:
         if fate == "no-temperature" and "temperature" in body:
             message = "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is supported."
             return _error(400, message, "unsupported_value")
+        if fate == "type-is-no-word":
+            error = {"message": "No", "type": {"number": 7}}
+            return web.json_response({"error": error}, status=400)
         if fate == "prompt-filter":
             return _error(400, "The prompt was filtered", "content_filter")
         if fate == "no-max-tokens" and "max_tokens" in body:

@@ -32,6 +32,7 @@ from tasks.models.wire import (
     FILTERED,
     answer_of,
     body_of,
+    code_of,
     failure,
     known_dialect,
     narrower,
@@ -274,7 +275,7 @@ class Batches:
                 answers.append(answer)
             elif status == 200:  # billed, and no answer in it
                 lost.append(row["custom_id"])
-            elif status in {400, 422}:
+            elif status in (400, 422):  # whatever it is
                 refused.append((row["custom_id"], status, _error_in(row["response"].get("body"))))
         for start in range(0, len(answers), ANSWERS_AT_ONCE):
             self.journal.add(answers[start : start + ANSWERS_AT_ONCE])
@@ -304,7 +305,7 @@ class Batches:
                 heard = said(body, held.get(key) or Wish(key, self.sampling.max_tokens, 0), self.sampling)
             except TransientError:
                 return None
-        elif _error_in(body).get("code") in FILTER_CODES:
+        elif str(_error_in(body).get("code")) in FILTER_CODES:
             heard = FILTERED
         else:
             return None
@@ -353,7 +354,7 @@ class Batches:
         try:
             return ask(*args)
         except openai.APIStatusError as error:
-            code, wait = error.code or error.type or "", asked_wait(error.response.headers)
+            code, wait = code_of(error), asked_wait(error.response.headers)
             trouble = failure(self.model, error.status_code, code, words_of(error, self.secrets), wait)
         except (openai.APIConnectionError, httpx2.HTTPError, OSError) as error:
             trouble = TransientError(f"the connection broke ({type(error).__name__})")

@@ -26,6 +26,7 @@ from tasks.models.wire import (
     Dialect,
     Said,
     body_of,
+    code_of,
     failure,
     narrower,
     said,
@@ -114,7 +115,7 @@ class Connection:
         except openai.APIStatusError as error:
             status = error.status_code
             message = words_of(error, self.secrets)
-            code, wait = error.code or error.type or "", asked_wait(error.response.headers)
+            code, wait = code_of(error), asked_wait(error.response.headers)
         except TimeoutError:
             trouble = TransientError(f"no answer within {self.model.timeout:g} s", maybe_billed=True)
         except (openai.APIConnectionError, aiohttp.ClientError, httpx2.HTTPError, OSError) as error:

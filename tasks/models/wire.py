@@ -244,6 +244,11 @@ def narrower(dialect: Dialect, status: int, message: str, body: Mapping[str, Any
     return None
 
 
+def code_of(error: openai.APIStatusError) -> str:
+    """What a rejection calls itself. Some servers put numbers or objects where the API has a word."""
+    return str(error.code or error.type or "")
+
+
 def words_of(error: openai.APIStatusError, secrets: Iterable[str]) -> str:
     """What a rejection says, without the secrets.
 

@@ -386,8 +386,8 @@ def test_whoever_asks_for_a_part_of_a_batch_counts_all_that_it_may_cost(monkeypa
         assert uncounted.prompt_tokens == wishes[5].tokens - SAMPLING.max_tokens
 
 
-@pytest.mark.parametrize("body", ["Internal error", {"error": "busy"}, ["no"], None], ids=str)
-def test_a_row_that_says_in_text_what_went_wrong_keeps_no_other_answer_back(body: Any) -> None:
+@pytest.mark.parametrize("body", ["Internal error", {"error": "busy"}, {"error": {"code": [7]}}, ["no"], None], ids=str)
+def test_a_row_that_says_in_its_own_way_what_went_wrong_keeps_no_other_answer_back(body: Any) -> None:
     def spoil(data: bytes) -> bytes:
         rows = [json.loads(line) for line in data.splitlines()]
         for row, status in zip(rows, (400, 500), strict=False):

@@ -242,7 +242,14 @@ def test_a_prompt_that_is_too_long_fails_alone_and_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("fault", "says"),
-    [("401", "OPENAI_API_KEY"), ("403", "rights"), ("404", "model's name"), ("400", "rejected"), ("quota", "Top up")],
+    [
+        ("401", "OPENAI_API_KEY"),
+        ("403", "rights"),
+        ("404", "model's name"),
+        ("400", "rejected"),
+        ("quota", "Top up"),
+        ("type-is-no-word", "rejected"),
+    ],
 )
 def test_a_fatal_fault_stops_within_one_request_a_worker_and_says_what_to_do(fault: str, says: str) -> None:
     with FakeOpenAI(script=["ok"] * 10, always=fault) as server:
