@@ -1,8 +1,10 @@
 """What may go: what no run refers to any more, and what a run has made that shall be made again."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from storage.files import Checkpoint, Pointer, StorageError, home, is_locked
@@ -35,7 +37,7 @@ def collect(*, delete: bool) -> list[tuple[Path, int]]:
     found = sorted((path, _size(path)) for path in places if path not in kept)
     if delete:
         for path, _ in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return found
 
 
@@ -68,5 +70,9 @@ def _pointers(records: Iterable[Manifest | Study]) -> list[Pointer]:
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file())
+    inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+    size = 0
+    for file in inside if path.is_dir() else [path]:
+        with suppress(FileNotFoundError):  # of a job that is at work: it is gone since it was found
+            size += file.lstat().st_size
+    return size

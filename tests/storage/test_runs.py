@@ -1,5 +1,7 @@
 """Manifests: what is forgotten is made again, and what is running is told from what was killed."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,29 @@ def test_gc_deletes_nothing_while_something_is_being_made(home: Path) -> None:
     assert lost.path.exists()
     collect(delete=True)
     assert not lost.path.exists()
+
+
+def test_gc_may_look_while_a_job_takes_its_files_away(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = home / "jobs" / "j" / "trainer" / "checkpoint-1" / "weights"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"1234")
+    (home / "jobs" / "j" / "log.txt").write_bytes(b"12")
+    lstat = Path.lstat
+
+    def gone_by_then(path: Path) -> os.stat_result:
+        if path == file and path.exists():
+            shutil.rmtree(file.parent)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", gone_by_then)
+    assert collect(delete=False) == [(home / "jobs" / "j", 2)]
+
+
+def test_gc_deletes_a_link_and_not_what_it_leads_to(home: Path, tmp_path: Path) -> None:
+    elsewhere = student_of("lost").path.rename(tmp_path / "another disk")
+    (home / "checkpoints" / "lost").symlink_to(elsewhere)
+    collect(delete=True)
+    assert elsewhere.is_dir() and not list((home / "checkpoints").iterdir())
 
 
 def test_the_run_touched_last_comes_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
