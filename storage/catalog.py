@@ -81,8 +81,13 @@ def _rows(
     if cursor is None:  # nothing but white space and comments
         return []
     columns = [column[0] for column in cursor.description or ()]
-    seen = [columns[:place].count(column) for place, column in enumerate(columns)]
-    names = [f"{column}_{before}" if before else column for column, before in zip(columns, seen, strict=True)]
+    names: list[str] = []
+    for column in columns:
+        name, number = column, 0
+        while name in names or (number and name in columns):  # a column may be called `a_1`
+            number += 1
+            name = f"{column}_{number}"
+        names.append(name)
     return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 

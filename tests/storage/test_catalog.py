@@ -103,6 +103,7 @@ def test_a_damaged_table_is_named_with_its_run(home: Path) -> None:
 
 def test_columns_of_one_name_are_all_there(home: Path) -> None:
     assert ask("select 1 as a, 2 as a, 3 as a") == [{"a": 1, "a_1": 2, "a_2": 3}]
+    assert ask("select 1 as a, 2 as a, 3 as a_1, 4 as a_1") == [{"a": 1, "a_2": 2, "a_1": 3, "a_1_1": 4}]
 
 
 def test_every_view_has_the_rows_of_its_own_table_with_run_and_iteration(home: Path) -> None:
