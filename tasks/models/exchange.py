@@ -34,6 +34,7 @@ from tasks.models.wire import (
 )
 
 CONNECT_SECONDS = 10
+MAY_LIST = "api.model.read"  # what OpenAI says a key lacks that may ask models, and not list them
 
 # The SDK tells the endpoint about this machine in each request; to leave that out also saves a tenth of the time.
 NO_TELEMETRY: Any = {
@@ -54,8 +55,8 @@ def check_access(model: OpenAIModel) -> None:
     Raises:
         FatalEndpointError: the key is not there, or the endpoint does not take it, or is elsewhere.
 
-    An endpoint that has no such list, or that is not reached just now, is given the benefit of the doubt: the
-    requests themselves are tried for as long as its `deadline` says.
+    An endpoint that has no such list, or not for this key, or that is not reached just now, is given the benefit of the
+    doubt: the requests themselves are tried for as long as its `deadline` says.
     """
     secrets = secrets_of(model)
     with openai.OpenAI(
@@ -68,10 +69,10 @@ def check_access(model: OpenAIModel) -> None:
         try:
             client.models.list()
         except openai.APIStatusError as error:
-            status = error.status_code
-            if status not in {401, 403, *ELSEWHERE}:
+            status, words = error.status_code, words_of(error, secrets)
+            if status not in {401, 403, *ELSEWHERE} or MAY_LIST in words:
                 return
-            rejected = failure(model, status, "", words_of(error, secrets), None)
+            rejected = failure(model, status, "", words, None)
         except openai.OpenAIError:
             return
         else:

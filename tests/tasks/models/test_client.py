@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from storage.files import StorageError
 from storage.journal import Journal, Wish
@@ -881,6 +882,17 @@ def test_an_endpoint_without_a_list_of_models_is_given_the_benefit_of_the_doubt(
     with FakeOpenAI() as server:
         check_access(OpenAIModel(model="m", base_url=server.url + "/elsewhere"))
     check_access(OpenAIModel(model="m", base_url="http://127.0.0.1:9/v1"))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_may_only_ask_is_not_taken_for_a_wrong_one(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(server: FakeOpenAI, request: web.Request) -> web.Response:
+        message = "You have insufficient permissions for this operation. Missing scopes: api.model.read."
+        return web.json_response({"error": {"message": message}}, status=status)
+
+    monkeypatch.setattr(FakeOpenAI, "_models", refuse)
+    with FakeOpenAI() as server:
+        check_access(OpenAIModel(model="m", base_url=server.url))
 
 
 def test_an_endpoint_without_a_key_is_told_how_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
