@@ -72,9 +72,14 @@ class Reply:
 OnProgress = Callable[[int, int, dict[str, Any]], None]  # done, total, figures worth showing ({"tokens/s": 310})
 
 
+def is_withheld(finish_reason: Any) -> bool:
+    """Whether a filter withheld an answer, or cut it: Google adds why, as in `content_filter: RECITATION`."""
+    return str(finish_reason).startswith("content_filter")
+
+
 def status_of(text: str | None, finish_reason: str | None) -> Status:
     """The status of an answer that arrived."""
-    if finish_reason == "content_filter":
+    if is_withheld(finish_reason):
         return Status.FILTERED
     if not (text or "").strip():
         return Status.EMPTY

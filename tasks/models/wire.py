@@ -14,7 +14,7 @@ import openai
 
 from storage.files import digest_of
 from storage.journal import Answer, Journal, Wish, now
-from tasks.models.chat import Reply, Request, Sampling, Status, status_of, storable
+from tasks.models.chat import Reply, Request, Sampling, Status, is_withheld, status_of, storable
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.errors import FatalEndpointError, RequestFailed, TransientError, scrubbed
 from tasks.models.prices import Price
@@ -131,8 +131,9 @@ def said(payload: Any, wish: Wish, sampling: Sampling) -> Said:
     """
     try:
         choice = payload["choices"][0]
-        message = choice["message"]
-        text, finish_reason = _words(message.get("content")), choice.get("finish_reason")
+        finish_reason = choice.get("finish_reason")
+        message = (choice.get("message") or {}) if is_withheld(finish_reason) else choice["message"]
+        text = _words(message.get("content"))
         if finish_reason == "error" or not isinstance(text, str | None):
             raise TypeError
         refusal = message.get("refusal")

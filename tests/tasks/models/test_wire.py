@@ -93,6 +93,7 @@ def test_what_goes_into_the_journal_can_be_stored() -> None:
         ("model_length", Status.TRUNCATED),
         ("MAX_TOKENS", Status.TRUNCATED),
         ("insufficient_system_resource", Status.TRUNCATED),
+        ("content_filter: RECITATION", Status.FILTERED),
     ],
 )
 def test_an_answer_that_was_cut_is_no_whole_one_however_an_endpoint_calls_it(
@@ -100,6 +101,13 @@ def test_an_answer_that_was_cut_is_no_whole_one_however_an_endpoint_calls_it(
 ) -> None:
     payload = {"choices": [{"message": {"content": "It goes on and"}, "finish_reason": finish_reason}]}
     assert said(payload, WISH, SAMPLING).status == status
+
+
+def test_what_a_filter_withheld_is_an_answer_though_no_message_is_there() -> None:
+    for choice in ({}, {"message": None}):
+        filtered = {"choices": [choice | {"finish_reason": "content_filter: PROHIBITED_CONTENT"}]}
+        heard = said(filtered | {"usage": {"prompt_tokens": 9, "completion_tokens": 0}}, WISH, SAMPLING)
+        assert (heard.text, heard.status, heard.usage) == (None, Status.FILTERED, Usage(9, 0, 0))
 
 
 def test_an_answer_in_parts_is_its_text_without_the_thoughts() -> None:
