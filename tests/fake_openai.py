@@ -315,6 +315,12 @@ class FakeOpenAI:
         if fate == "type-is-no-word":
             error = {"message": "No", "type": {"number": 7}}
             return web.json_response({"error": error}, status=400)
+        if fate == "prompt-filter-of-xai":
+            error = {"code": "The caller does not have permission", "error": "Content violates usage guidelines."}
+            return web.json_response(error, status=403)
+        if fate == "prompt-filter-of-openrouter":
+            message = 'm requires moderation on OpenRouter. Your input was flagged for "violence".'
+            return web.json_response({"error": {"code": 403, "message": message}}, status=403)
         if fate == "prompt-filter":
             return _error(400, "The prompt was filtered", "content_filter")
         if fate == "no-max-tokens" and "max_tokens" in body:

@@ -28,12 +28,12 @@ from tasks.models.errors import FatalEndpointError, ModelError, TransientError, 
 from tasks.models.pacing import asked_wait
 from tasks.models.prices import Price
 from tasks.models.wire import (
-    FILTER_CODES,
     FILTERED,
     answer_of,
     body_of,
     code_of,
     failure,
+    is_filtered,
     known_dialect,
     narrower,
     remember_dialect,
@@ -305,7 +305,7 @@ class Batches:
                 heard = said(body, held.get(key) or Wish(key, self.sampling.max_tokens, 0), self.sampling)
             except TransientError:
                 return None
-        elif str(_error_in(body).get("code")) in FILTER_CODES:
+        elif is_filtered(_error_in(body).get("code"), _error_in(body).get("message")):
             heard = FILTERED
         else:
             return None

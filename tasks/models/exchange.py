@@ -21,13 +21,13 @@ from tasks.models.errors import ModelError, TransientError
 from tasks.models.pacing import asked_wait
 from tasks.models.wire import (
     ELSEWHERE,
-    FILTER_CODES,
     FILTERED,
     Dialect,
     Said,
     body_of,
     code_of,
     failure,
+    is_filtered,
     narrower,
     said,
     words_of,
@@ -123,7 +123,7 @@ class Connection:
             trouble = _broken(error)
         if trouble:
             raise trouble
-        if status in {400, 403} and code in FILTER_CODES:
+        if status in {400, 403} and is_filtered(code, message):
             return FILTERED
         if found := narrower(dialect, status, message, body):
             await self._speak(dialect, found)

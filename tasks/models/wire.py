@@ -25,6 +25,7 @@ GATEWAY_GAVE_UP = {408, 504, 524}  # on a model that may have gone on answering
 QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
 QUOTA_OF_A_MINUTE = "Quota exceeded for metric"  # Google says that the quota is exceeded of requests a minute as well
 FILTER_CODES = {"content_filter", "content_policy_violation", "invalid_prompt"}
+FILTER_WORDS = ("violates usage guidelines", "input was flagged")  # xAI's and OpenRouter's, with 403 as for a wrong key
 TOO_LONG_CODES = {"context_length_exceeded", "string_above_max_length"}
 FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output")
 # Of servers that have no code for it.
@@ -248,6 +249,11 @@ def narrower(dialect: Dialect, status: int, message: str, body: Mapping[str, Any
 def code_of(error: openai.APIStatusError) -> str:
     """What a rejection calls itself. Some servers put numbers or objects where the API has a word."""
     return str(error.code or error.type or "")
+
+
+def is_filtered(code: Any, message: Any) -> bool:
+    """Whether a rejection is of a prompt that a filter withholds from the model."""
+    return str(code) in FILTER_CODES or any(words in str(message).lower() for words in FILTER_WORDS)
 
 
 def words_of(error: openai.APIStatusError, secrets: Iterable[str]) -> str:

@@ -121,6 +121,8 @@ def test_operational_settings_are_in_no_key_and_all_others_are() -> None:
         ("length", Status.TRUNCATED),
         ("filter", Status.FILTERED),
         ("prompt-filter", Status.FILTERED),
+        ("prompt-filter-of-xai", Status.FILTERED),
+        ("prompt-filter-of-openrouter", Status.FILTERED),
         ("refusal", Status.REFUSED),
         ("empty", Status.EMPTY),
     ],
