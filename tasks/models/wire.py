@@ -29,7 +29,15 @@ FILTER_WORDS = ("violates usage guidelines", "input was flagged")  # xAI's and O
 TOO_LONG_CODES = {"context_length_exceeded", "string_above_max_length"}
 FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output")
 # Of servers that have no code for it.
-TOO_LONG_WORDS = ("maximum context length", "context size", "context window", "prompt is too long")
+TOO_LONG_WORDS = (
+    "maximum context length",
+    "context size",
+    "context window",
+    "prompt is too long",
+    "longer than the model's context length",
+    "maximum prompt length",
+    "maximum number of tokens allowed",
+)
 TEMPERATURE_WORDS = ("unsupported", "not support", "only the default")
 TOKENS_AROUND_A_MESSAGE = 16  # role and separators; real templates take 3 to 8
 

@@ -152,6 +152,18 @@ Please retry in 11.7s."""
     assert isinstance(error, TransientError) and error.hurried
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "The input (600 tokens) is longer than the model's context length (512 tokens).",
+        "This model's maximum prompt length is 131072 but the request contains 140000 tokens.",
+        "The input token count (1196265) exceeds the maximum number of tokens allowed (1048575).",
+    ],
+)
+def test_a_prompt_that_is_too_long_fails_alone_however_an_endpoint_says_so(message: str) -> None:
+    assert isinstance(failure(OpenAIModel(model="m"), 400, "", message, None), RequestFailed)
+
+
 def test_a_body_that_is_too_large_fails_alone() -> None:
     assert isinstance(failure(OpenAIModel(model="m"), 413, "", "Payload Too Large", None), RequestFailed)
 
