@@ -221,12 +221,14 @@ def _nested(path: list[str], value: Any) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid upon `base`, level by level. A change of `kind` starts that level anew."""
+    """`over` laid upon `base`, level by level. A change of `kind`, which is local where none is said, starts that level
+    anew."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
-            value = _merged(old, value)
+        if isinstance(old, dict) and isinstance(value, dict):
+            kind = old.get("kind", "local")
+            value = _merged(old, value) if value.get("kind", kind) == kind else value
         result[key] = value
     return result
 

@@ -345,6 +345,15 @@ def test_a_model_is_local_unless_it_says_otherwise() -> None:
     assert resolve("lion-7b").teacher.model.kind == "openai"
 
 
+def test_to_say_that_a_model_is_local_changes_nothing_else_of_a_local_one() -> None:
+    from flows.config import resolve
+
+    student = resolve("lion-7b", ["student.model={kind: local, quantization: 8bit}"]).student.model
+    assert (student.model_name_or_path, student.quantization) == ("huggyllama/llama-7b", "8bit")
+    teacher = resolve("lion-7b", ["teacher.model={kind: local}"]).teacher.model
+    assert (teacher.kind, teacher.model_name_or_path) == ("local", "embedded"), "nothing is left of the endpoint"
+
+
 def test_a_file_is_laid_upon_a_preset_and_a_setting_upon_both(tmp_path: Path) -> None:
     from flows.config import resolve
 
