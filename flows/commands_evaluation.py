@@ -132,18 +132,17 @@ def _settings(
     """The settings that say who teaches and who judges: the run's own, unless others are named."""
     from flows.config import resolve
 
-    base = {} if preset or config else of_run
-    settings = resolve(preset, overrides, config, base=base)
-    if referee is None or referee == settings.referee.kind:
-        return settings
-    if referee == "reference":
-        judge: dict[str, Any] = {"kind": "reference"}
-    elif referee == "llm":
-        judge = {"kind": "llm", "model": settings.teacher.model.model_dump()}
-        note.print("No referee model is set: the teacher judges. Another: --set referee.model=...")
-    else:
+    if referee not in {None, "reference", "llm"}:
         raise Refusal(f"--referee {referee}: say reference or llm, and the model with --set referee.model=...")
-    return type(settings).model_validate(settings.model_dump() | {"referee": judge})
+    base = {} if preset or config else of_run
+    kind = [f"referee.kind={referee}"] if referee else []  # first, so that what is set further is of this kind
+    if referee == "llm" and not any(each.startswith(("referee=", "referee.model")) for each in overrides):
+        others = [each for each in overrides if not each.startswith("referee.")]
+        settings = resolve(preset, others, config, base=base)
+        if settings.referee.kind != "llm":
+            kind.append(f"referee.model={settings.teacher.model.model_dump_json()}")
+            note.print("No referee model is set: the teacher judges. Another: --set referee.model=...")
+    return resolve(preset, [*kind, *overrides], config, base=base)
 
 
 @commands.command(rich_help_panel=HELPED)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flows.commands_evaluation import print_study
+from flows.commands_evaluation import _settings, print_study
 from flows.config import resolve
 from flows.evaluate import EvaluateConfig, _Evaluation
 from flows.students import Student
@@ -202,6 +202,23 @@ def test_the_table_shows_any_category_and_no_interval_of_one_question(capsys: py
     assert "[b] against teacher" in shown and "q[/1].jsonl" in shown and "[/n]" in shown
     (alone,) = (line for line in shown.splitlines() if "[/x]" in line)
     assert " to " not in alone and "75.0 to 75.0" in shown
+
+
+def test_a_referee_that_is_named_judges_whatever_the_run_was_judged_by(capsys: pytest.CaptureFixture[str]) -> None:
+    model = "referee.model={kind: openai, model: gpt-4.1, price: free}"
+    by_metric, by_model = (resolve(preset).model_dump(mode="json") for preset in ("offline", "lion-7b"))
+    for of_run in (by_metric, by_model, {}):
+        referee = _settings(of_run, None, None, [model, "referee.votes=2"], "llm").referee
+        assert (referee.kind, referee.model.model, referee.votes) == ("llm", "gpt-4.1", 2)
+        assert _settings(of_run, None, None, [], "reference").referee.kind == "reference"
+        if of_run:
+            assert _settings(of_run, None, None, [], None).referee == resolve(base=of_run).referee
+    assert _settings(by_model, None, None, ["seed=7"], "llm") == resolve("lion-7b", ["seed=7"])
+    assert not capsys.readouterr().err
+    remote = "teacher.model={kind: openai, model: t, base_url: 'http://127.0.0.1:9/v1', price: free}"
+    settings = _settings(by_metric, None, None, [remote, "referee.votes=3"], "llm")
+    assert (settings.referee.model, settings.referee.votes) == (settings.teacher.model, 3)
+    assert "the teacher judges" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
