@@ -18,6 +18,8 @@ from storage.pools import by_id, read_rows
 from storage.studies import Study, load_study
 from tasks.models.budget import Account
 from tasks.models.endpoint import OpenAIModel
+from tasks.models.exchange import check_access
+from tasks.models.prices import price_of
 from tasks.models.ready import ModelSettings, ReadyModel
 from tasks.mtbench import answer_lines, question_lines, review_lines
 from tasks.policies import identity, stage_key_of
@@ -95,6 +97,12 @@ class _Evaluation:
 
     def _judge(self) -> None:
         study, distill, questions = self.study, self.distill, self.questions.turns
+        judge = distill.referee
+        model = self._ready(judge.model) if isinstance(judge, LLMReferee) else None
+        for asked in (self.reference, model):  # a wrong key is found before anything is paid or computed
+            if isinstance(asked, ReadyModel) and isinstance(asked.settings, OpenAIModel):
+                check_access(asked.settings)
+                price_of(asked.settings.model, asked.settings.price)
         own = self._step(
             answer_questions, "student", ReadyModel(settings=distill.student.model, checkpoint=self.student.checkpoint),
             questions, distill.evaluation.sampling, distill.student.system_prompt, distill.seed, self._account("student"),
@@ -111,9 +119,7 @@ class _Evaluation:
             answers = self.reference
             if self.missing:
                 study.notes.append(f"{self.missing} turns have no answer in {self.config.reference}: left out")
-        judge = distill.referee
-        read = transcripts(questions, answers, own) if isinstance(judge, LLMReferee) else [questions, answers, own]
-        model = self._ready(judge.model) if isinstance(judge, LLMReferee) else None
+        read = transcripts(questions, answers, own) if model else [questions, answers, own]
         reviews = self._step(review_responses, judge, model, *read, distill.seed, self._account("referee"))
         study.snapshots = {"questions": questions, "reference": answers, "student": own, "reviews": reviews}
         turns = by_id(questions)

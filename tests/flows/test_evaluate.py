@@ -16,6 +16,7 @@ from storage.pools import by_id, read_rows
 from storage.studies import Study, load_study
 from tasks import questions
 from tasks.models.chat import Reply, Request, Sampling, Status
+from tasks.models.errors import ModelError
 from tasks.models.ready import ReadyModel
 from tasks.relative import relative_score
 from tests.lion import lion
@@ -99,9 +100,9 @@ def evaluated(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     monkeypatch.setattr(questions, "answer", answer)
     monkeypatch.setattr(_Evaluation, "_step", lambda self, stage, *inputs: stage.fn(*inputs))
 
-    def evaluate(**changed: Any) -> tuple[Study, dict[str, Any]]:
+    def evaluate(*more: str, **changed: Any) -> tuple[Study, dict[str, Any]]:
         settings = [REMOTE, "teacher.system_prompt=Teach.", "student.system_prompt=Learn."]
-        settings += ["teacher.sampling.max_tokens=11", "evaluation.sampling.max_tokens=12"]
+        settings += ["teacher.sampling.max_tokens=11", "evaluation.sampling.max_tokens=12", *more]
         config = EvaluateConfig(questions=asked(tmp_path), distill=resolve("smoke", settings), **changed)
         study_id = _Evaluation(config, Student(f"{run.run_id}/1", student, run, 1)).run()
         study = load_study(study_id)
@@ -150,6 +151,24 @@ def test_the_files_of_a_study_name_each_answers_model(evaluated: Any) -> None:
     assert [(line["model_1"], line["model_2"], line["g1_winner"]) for line in written["reviews"]] == [
         ("recorded-1/1", "teacher", winner) for winner in ("tie", "model_2", "error")
     ]
+
+
+@pytest.mark.parametrize("role", ["teacher", "referee"])
+@pytest.mark.parametrize(
+    ("lacking", "why"),
+    [
+        ("api_key_env: NOT_SET, price: free", "NOT_SET is not set"),
+        ("api_key_env: null, price: null", "no price is known"),
+    ],
+)
+def test_a_key_or_a_price_that_is_missing_is_found_before_anybody_answers(
+    evaluated: Any, monkeypatch: pytest.MonkeyPatch, role: str, lacking: str, why: str
+) -> None:
+    monkeypatch.setattr(questions, "answer", lambda *_, **__: pytest.fail("somebody was asked"))
+    kind = "llm" if role == "referee" else "reference"
+    model = f"{role}.model={{kind: openai, model: m, base_url: 'http://127.0.0.1:9/v1', {lacking}}}"
+    with pytest.raises(ModelError, match=why):
+        evaluated(f"referee.kind={kind}", model)
 
 
 def test_another_students_answers_are_asked_for_as_this_ones_are(evaluated: Any) -> None:
