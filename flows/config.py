@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -202,7 +203,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 class _OnceEach(yaml.SafeLoader):
-    """YAML in which no name stands twice: of two `budget:` the first would be passed over in silence."""
+    """YAML in which no name stands twice (of two `budget:` the first would be passed over in silence), and in which 5e-05
+    is a number, as JSON writes it and `explain` prints it."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -212,6 +214,11 @@ class _OnceEach(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(None, None, f"{said} is there twice", name.start_mark)
             seen.add(said)
         return node
+
+
+_OnceEach.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _nested(path: list[str], value: Any) -> dict[str, Any]:

@@ -271,6 +271,7 @@ def test_lion_config_prints_several_teachers_and_caps_by_role_as_they_were_given
     settings = [
         "teacher.further=[{share: 0.2, model: {kind: openai, model: o4-mini}}]",
         "budget.by_role={teacher: {max_requests: 5}}",
+        "teacher.model.extra_body={min_p: 0.00005, logit_bias: {a: 1.0e+20}}",
     ]
     file = tmp_path / "mine.yaml"
     shown = lion(tmp_path, "config", "--preset", "lion-7b", *(f"--set={setting}" for setting in settings))
