@@ -19,6 +19,7 @@ from flows.terminal import (
     print_rows,
     use_home,
 )
+from storage.files import whole_folder
 
 commands = typer.Typer()
 diff = typer.Typer(help="A tuned model as its exact difference to a base: make it, and recover the model from it.")
@@ -72,7 +73,9 @@ def finetune(
     )
     print_rows([{"figure": name.replace("_", " "), "value": figures[name]} for name in names])
     if copy_to:
-        shutil.copytree(trained.checkpoint.path, copy_to, ignore=shutil.ignore_patterns("job.json", "log.txt"))
+        with whole_folder(copy_to) as folder:
+            beside = shutil.ignore_patterns("job.json", "log.txt")
+            shutil.copytree(trained.checkpoint.path, folder, ignore=beside, dirs_exist_ok=True)
     else:
         note.print("No run refers to this model, so that `lion gc` would take it; --out FOLDER keeps a copy.")
     out.print(str(copy_to or trained.checkpoint.path), soft_wrap=True)

@@ -96,6 +96,17 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder that is filled under another name, and is there only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
+        folder = Path(name) / "made"
+        folder.mkdir()
+        yield folder
+        folder.rename(path)
+
+
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON, a line each, whole or not at all. What JSON has no form for, such as a date, becomes text."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))

@@ -16,16 +16,14 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from storage.files import model_files, write_atomic
+from storage.files import model_files, whole_folder, write_atomic
 
 FORMAT = 1
 MANIFEST = "diff.json"
@@ -226,14 +224,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in _shards(folder) for name, tensor in Shard(file).tensors.items()}
 
 
-@contextmanager
-def _made(out: Path) -> Iterator[Path]:
-    """A folder that is filled under another name and is there only when it is whole."""
+def _made(out: Path) -> AbstractContextManager[Path]:
     if out.exists():
         raise DiffError(f"{out} is there already. Name a new folder as --out.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
-        folder = Path(name) / "made"
-        folder.mkdir()
-        yield folder
-        folder.rename(out)
+    return whole_folder(out)

@@ -1,13 +1,17 @@
 """`lion finetune`: this stage alone, on a file of one's own."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.lion import lion
+from tests.recorded import checkpoint
 
 ROWS = [
     {"instruction": "word " * 400, "input": "", "output": "The prompt alone fills the length."},
@@ -32,6 +36,29 @@ def test_the_right_rows_are_trained_and_the_others_named(tmp_path: Path, tiny_mo
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     again = lion(tmp_path / "home", *command)
     assert again.stdout.split("\n")[:-2] == done.stdout.split("\n")[:-2]  # found, not trained again: the same seconds
+
+
+def test_a_model_is_at_its_place_once_it_is_copied_whole(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import commands_training, finetune
+
+    figures = dict.fromkeys(("rows", "steps", "train_loss", "validation_rows", "validation_loss", "tokens"), 0)
+    figures |= dict.fromkeys(("padding_share", "tokens_per_second", "seconds"), 0)
+    trained = SimpleNamespace(checkpoint=checkpoint("trained"), figures=figures | {"left_out": {}, "cut": []})
+    monkeypatch.setattr(finetune, "finetune_on_file", lambda *_: trained)
+
+    def fills_the_disk(source: Path, target: Path, **_: object) -> None:
+        target.mkdir(exist_ok=True)
+        shutil.copy(source / "config.json", target)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space"):
+        full.setattr(shutil, "copytree", fills_the_disk)
+        commands_training.finetune("rows.jsonl", "smoke", copy_to=tmp_path / "model")
+    assert list(tmp_path.iterdir()) == [home], "half a model is none"
+    commands_training.finetune("rows.jsonl", "smoke", copy_to=tmp_path / "model")
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_a_file_without_answers_is_refused_by_its_place(tmp_path: Path, tiny_model: Path) -> None:
