@@ -3,28 +3,49 @@
 from typing import Any
 
 from storage.files import Checkpoint, digest_of
-from tasks.models.chat import Request, Sampling, conversation
+from tasks.models.chat import ROLES, Request, Sampling, conversation, is_turn, opening
 from tasks.models.local import LocalModel, answer_locally
 from tasks.progress import progress
-from tasks.seed import read_records, read_row
+from tasks.seed import ACCEPTED, SeedError, read_records, read_row
 
 FIGURES = ("status", "finish_reason", "prompt_tokens", "completion_tokens", "error")
+Asked = tuple[dict[str, Any], list[dict[str, str]]]  # a record as it will be written, the conversation put to the model
 
 
-def answer_file(
-    settings: LocalModel, checkpoint: Checkpoint, data: str, sampling: Sampling, system_prompt: str | None, seed: int
+def read_asked(data: str) -> list[Asked]:
+    """The rows of a file.
+
+    Raises:
+        SeedError: the file cannot be used.
+    """
+    place, records = read_records(data)
+    rows = [_asked(record, f"{place}, {where}") for where, record in records]
+    if not rows:
+        raise SeedError(f"{place}: no instruction in it. {ACCEPTED}.")
+    return rows
+
+
+def answer_rows(
+    settings: LocalModel,
+    checkpoint: Checkpoint,
+    rows: list[Asked],
+    sampling: Sampling,
+    system_prompt: str | None,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """The rows of a file, each with the model's answer as `output`, or as the last of its `messages`.
+    """The rows, each with the model's answer as `output`, or as the last of its `messages`.
 
     Beside it `status`, `finish_reason`, `prompt_tokens`, `completion_tokens`, and `error` where there is no answer. Rows
     that ask the same get the same answer. Interrupted, the same call goes on.
 
+    Args:
+        system_prompt: said before each conversation that does not begin with one of its own.
+
     Raises:
-        SeedError: the file cannot be used.
         JobError: the process ended without a result.
     """
-    place, records = read_records(data)
-    rows = [_asked(record, f"{place}, {where}", system_prompt) for where, record in records]
+    said_before = opening(system_prompt)
+    rows = [(row, said if said[0]["role"] == "system" else [*said_before, *said]) for row, said in rows]
     requests = {digest_of(messages): tuple(messages) for _, messages in rows}
     with progress("answers") as on_progress:
         replies = answer_locally(
@@ -48,17 +69,19 @@ def answer_file(
     return answered
 
 
-def _asked(record: Any, where: str, system_prompt: str | None) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """A record as it will be written, and the conversation that it puts to the model."""
+def _asked(record: Any, where: str) -> Asked:
     row = read_row(record, where)
     # As `read_row` reads it: null in a table that has other rows of this form, and a column beside the instruction is no form.
     if isinstance(record, dict) and record.get("messages") and record.get("instruction") is None:
-        messages = [{"role": said["role"], "content": said["content"]} for said in record["messages"]]
-        while messages[-1]["role"] == "assistant":
-            messages.pop()
-        if system_prompt and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system_prompt})
-        return record, messages
+        messages = record["messages"]
+        if not all(map(is_turn, messages)):
+            raise SeedError(
+                f"{where}: `messages` must be a list of a `role` ({', '.join(ROLES)}) and a text as `content` each"
+            )
+        asked = [{"role": said["role"], "content": said["content"]} for said in messages]
+        while asked[-1]["role"] == "assistant":
+            asked.pop()
+        return record, asked
     kept = record if isinstance(record, dict) else {}
     shown = kept | {"instruction": row["instruction"], "input": row["input"] or ""}
-    return shown, conversation(row["instruction"], row["input"], system_prompt)
+    return shown, conversation(row["instruction"], row["input"])

@@ -150,19 +150,18 @@ def answer(
         raise Refusal(f"--out {to}: name a file that ends in {', '.join(WRITERS)}.")
     check_is_new(to)
     use_home(home)
-    from flows.answer import answer_file
+    from flows.answer import answer_rows, read_asked
     from flows.config import changed
     from flows.students import find_student
     from tasks.models.chat import Sampling
-    from tasks.seed import read_seeds
 
-    read_seeds(data)  # a file that cannot be used is refused before a model is fetched
+    asked = read_asked(data)  # a file that cannot be used is refused before a model is fetched
     found = find_student(model)
     settings = changed(found.model, overrides or [])
-    rows = answer_file(
+    rows = answer_rows(
         settings,
         found.checkpoint,
-        data,
+        asked,
         Sampling(temperature=temperature, max_tokens=max_tokens),
         system or found.system_prompt,
         seed,

@@ -13,13 +13,12 @@ from storage.files import Checkpoint, Snapshot
 from storage.pools import by_id, read_rows, write_snapshot
 from tasks.jobs.launch import checkpoint_folder, make_checkpoint
 from tasks.jobs.settings import SftSettings, launcher_command
-from tasks.models.chat import NOT_STORABLE, Status, conversation, is_storable
+from tasks.models.chat import NOT_STORABLE, ROLES, Status, conversation, is_storable, is_turn
 from tasks.policies import identity, stage
 from tasks.progress import progress, tell
 
 VERSION = 6  # raise it, too, when the trainer makes other weights from the same rows
 TRAINER = "tasks.jobs.sft"
-ROLES = ("system", "user", "assistant")
 
 
 class FinetuneConfig(BaseModel):
@@ -155,7 +154,7 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
                     f"{where}: no answer to train on (found: {found}). Wanted: `instruction` and `output`, or "
                     "`messages` whose last is the assistant's."
                 )
-        if not isinstance(known.get("input"), str | None) or not asked or not all(map(_is_turn, asked)):
+        if not isinstance(known.get("input"), str | None) or not asked or not all(map(is_turn, asked)):
             raise NothingToTrainOn(
                 f"{where}: `input` must be a text, and `messages` a list of a `role` ({', '.join(ROLES)}) and a text as "
                 "`content` each, at least one before the answer"
@@ -172,10 +171,6 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
     if not rows:
         raise NothingToTrainOn("the file holds no row")
     return rows
-
-
-def _is_turn(said: Any) -> bool:
-    return isinstance(said, dict) and said.get("role") in ROLES and isinstance(said.get("content"), str)
 
 
 class NothingToTrainOn(ValueError):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 # Finish reasons of an answer that was cut: OpenAI's; Mistral's at the end of the context; those of gateways that pass a
 # provider's own on; DeepSeek's where it had no room to go on.
 CUT = ("length", "model_length", "max_tokens", "insufficient_system_resource")
+ROLES = ("system", "user", "assistant")
 JSON_OBJECT = re.compile(r"\{\s*[\"}]")  # a brace by itself begins none, and json's errors count all lines before it
 
 
@@ -108,6 +109,11 @@ def opening(system_prompt: str | None) -> list[dict[str, str]]:
 def conversation(instruction: str, input: str | None, system_prompt: str | None = None) -> list[dict[str, str]]:
     """The messages that put an instruction to a model: teacher and student, in training and in inference."""
     return [*opening(system_prompt), {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
+
+
+def is_turn(said: Any) -> bool:
+    """Whether this is a message of a conversation: a role that every chat template knows, and a text."""
+    return isinstance(said, dict) and said.get("role") in ROLES and isinstance(said.get("content"), str)
 
 
 def response_row(reply: Reply, role: str) -> dict[str, Any]:

@@ -3,8 +3,12 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
-from tasks.seed import read_seeds
+import pytest
+
+from flows.answer import read_asked
+from tasks.seed import SeedError, read_seeds
 from tests.lion import COMMAND, environment, lion
 
 ROWS = [
@@ -64,3 +68,23 @@ def test_what_cannot_be_written_or_read_is_refused_before_a_model_is_fetched(tmp
     assert "go together" in alone.stderr and "given" not in alone.stderr
     gone = f"--data={tmp_path / 'gone.txt'}"
     assert "no such file" in lion(tmp_path, "answer", gone, f"--out={tmp_path / 'new.json'}", code=2).stderr
+
+
+USER = {"role": "user", "content": "Name a bird."}
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"messages": "Say it."}, "no message of the role `user`"),
+        ({"messages": [{"role": "assistant", "content": "It."}]}, "no message of the role `user`"),
+        ({"messages": [USER, {"role": "assistant", "content": None}, USER]}, "a text as `content`"),
+        ({"messages": [USER, {"role": "user", "content": [{"type": "text", "text": "A tree."}]}]}, "a text as `content`"),
+        ({"messages": [USER, {"role": "tool", "content": "3"}]}, "a `role` (system, user, assistant)"),
+    ],
+)  # fmt: skip
+def test_what_is_no_conversation_is_put_to_no_model(tmp_path: Path, record: dict[str, Any], why: str) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [{"messages": [USER]}, record])))
+    with pytest.raises(SeedError) as refused:
+        read_asked(str(tmp_path / "rows.jsonl"))
+    assert "rows.jsonl, line 2: " in str(refused.value) and why in str(refused.value)
