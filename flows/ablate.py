@@ -15,7 +15,7 @@ from flows.distill import distill
 from storage.pools import by_id
 from storage.runs import Evaluation, Interval, Manifest, load_manifest
 from tasks.relative import paired
-from tasks.seed import read_seeds
+from tasks.seed import usable_seeds
 
 ARMS = ("adversarial", "random-generation", "imitation-only")
 
@@ -24,10 +24,15 @@ def ablate(config: DistillConfig, arms: list[str], seeds: int) -> list[dict[str,
     """Run every arm with every seed; a row an arm, the adversarial one first. What has been run before is found again.
 
     Raises:
-        ConfigError: an arm is unknown, or there are too few seed instructions for the arm that uses nothing else.
+        ConfigError: an arm is unknown, there are too few seed instructions for the arm that uses nothing else, or its
+            rows would be those that an earlier run left.
     """
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ConfigError(f"no arm {unknown[0]!r}. There are: {', '.join(ARMS)}.")
+    if config.start_from != "base":
+        raise ConfigError(
+            f"start_from: arms that spend as much on other seeds begin from them, not from {config.start_from}. Leave it at base."
+        )
     config = _with_seeds_to_spare(config)
     found: dict[str, list[Manifest]] = defaultdict(list)
     for seed in range(seeds):
@@ -50,12 +55,12 @@ def _answer_tokens(record: Any) -> list[int]:
 
 def _with_seeds_to_spare(config: DistillConfig) -> DistillConfig:
     """The settings with so few seeds that as many as the loop generates are left for imitation alone."""
-    available = len(read_seeds(config.seeds.path).rows)
+    available = len(usable_seeds(config.seeds.model_copy(update={"max_rows": None})).rows)
     generated = (config.generate.hard_rows + config.generate.easy_rows) * (config.iterations - 1)
     rows = min(config.seeds.max_rows or available, available - generated)
     if rows < 1:
         raise ConfigError(
-            f"{config.seeds.path} has {available} seeds, and imitation alone needs more than the {generated} that the "
+            f"{config.seeds.path} has {available} seeds that are near no held-out instruction, and imitation alone needs more than the {generated} that the "
             "loop generates. Give more seeds, or lower generate.hard_rows and generate.easy_rows."
         )
     return config.model_copy(update={"seeds": config.seeds.model_copy(update={"max_rows": rows})})

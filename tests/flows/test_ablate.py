@@ -7,6 +7,7 @@ import pytest
 
 from storage.pools import write_snapshot
 from storage.runs import Evaluation
+from tasks.seed import read_seeds
 from tests.lion import arguments, lion
 
 SETTINGS = (
@@ -54,6 +55,31 @@ def test_a_mean_over_seeds_is_per_token_whatever_the_order_of_the_seeds(home: Pa
     assert worse and worse.value == pytest.approx(1.0)
     score = _mean([[short, long]], "score")
     assert score and score.value == pytest.approx(5.0)
+
+
+def test_seeds_that_enter_no_pool_are_not_to_spare(home: Path, tmp_path: Path) -> None:
+    from flows.ablate import _with_seeds_to_spare
+    from flows.config import ConfigError, resolve
+
+    near = [
+        f"{row['instruction']} Please." for row in read_seeds("bundled", "heldout.jsonl").rows[:6]
+    ]  # as many as smoke holds out
+    texts = [row["instruction"] for row in read_seeds("bundled").rows[:20]] + near
+    (tmp_path / "seeds.txt").write_text("".join(f"{text}\n" for text in texts))
+    settings = [f"seeds.path={tmp_path / 'seeds.txt'}", "seeds.max_rows=null", "iterations=2"]
+    config = resolve("smoke", [*settings, "generate.hard_rows=8", "generate.easy_rows=4"])
+    assert _with_seeds_to_spare(config).seeds.max_rows == 20 - 12
+    with pytest.raises(ConfigError, match="has 20 seeds that are near no held-out"):
+        _with_seeds_to_spare(resolve("smoke", [*settings, "generate.hard_rows=20"]))
+
+
+@pytest.mark.parametrize("start", ["latest", "run:smoke-1"])
+def test_arms_do_not_begin_where_another_run_ended(home: Path, start: str) -> None:
+    from flows.ablate import ablate
+    from flows.config import ConfigError, resolve
+
+    with pytest.raises(ConfigError, match=f"not from {start}"):
+        ablate(resolve("smoke", [f"start_from={start}"]), ["imitation-only"], 1)
 
 
 def test_an_unknown_arm_is_refused(tmp_path: Path) -> None:
