@@ -83,6 +83,8 @@ def evaluate(
 
         found = find_student(student)
         names = [name.strip() for name in suite.split(",") if name.strip()]
+        if not names:
+            raise Refusal(f"--suite {suite!r}: name tasks of lm-eval, as in --suite bbh,agieval.")
         _show(evaluate_on_suites(found, names, suite_tasks, suite_limit, found.config.get("seed", 0)), as_json)
         return
     read_questions(questions, max_questions)  # a file that cannot be used is refused before anything is asked

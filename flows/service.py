@@ -64,10 +64,6 @@ def start_server(host: str | None = None) -> bool:
         ServiceError: it does not come up, would be open to the network without a password, or one that answers there
             is another home's.
     """
-    url = urlsplit(PREFECT_API_URL.value())
-    listen = host or url.hostname or "127.0.0.1"
-    if listen not in LOOPBACK and SERVER_AUTH not in os.environ:
-        raise ServiceError(f"Open to the network only with a password: export {SERVER_AUTH}=NAME:PASSWORD")
     if _answers():
         if _pid("server") is None and "PREFECT_API_URL" not in os.environ:
             raise ServiceError(
@@ -76,6 +72,10 @@ def start_server(host: str | None = None) -> bool:
                 "workers of one pool take each other's runs. Or name another port in PREFECT_API_URL."
             )
         return False
+    url = urlsplit(PREFECT_API_URL.value())
+    listen = host or url.hostname or "127.0.0.1"
+    if listen not in LOOPBACK and SERVER_AUTH not in os.environ:
+        raise ServiceError(f"Open to the network only with a password: export {SERVER_AUTH}=NAME:PASSWORD")
     _start("server", ["server", "start", "--host", listen, "--port", str(url.port)])
     deadline = time.monotonic() + START_SECONDS
     while not _answers():
@@ -142,11 +142,14 @@ def register() -> list[str]:
     """Bring the pool, the deployments and the automations up to date; the names of all that is there now.
 
     Raises:
-        ServiceError: Prefect refuses.
+        ServiceError: no server answers, or Prefect refuses.
     """
     seen = environment()
-    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=seen["LION_WORK_POOL"], type="process"))
+    try:
+        with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=seen["LION_WORK_POOL"], type="process"))
+    except httpx.ConnectError as error:
+        raise ServiceError(f"no Prefect server answers at {ui_url()} ({error}). `lion up` starts one.") from None
     entries = yaml.safe_load(DEPLOYMENTS.read_bytes())["deployments"]
     names = [f"{entry['entrypoint'].partition(':')[2]}/{entry['name']}" for entry in entries]
     schedules = {name: _schedules(name) for name in names}

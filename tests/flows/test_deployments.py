@@ -514,6 +514,32 @@ def test_a_server_of_another_home_is_not_taken_for_ones_own(home: Path, monkeypa
         assert service.start_server() is False
 
 
+def test_a_server_of_another_machine_is_used_and_asks_for_no_password_of_ones_own(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import service
+
+    url = "http://prefect.example.com:4200/api"
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
+    with temporary_settings({PREFECT_API_URL: url}):
+        monkeypatch.setattr(service, "_answers", lambda: True)
+        assert service.start_server() is False
+        monkeypatch.setattr(service, "_answers", lambda: False)
+        with pytest.raises(service.ServiceError, match="only with a password"):
+            service.start_server()
+
+
+def test_what_is_to_be_registered_where_no_server_answers_says_how_to_start_one(home: Path) -> None:
+    from flows import service
+
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(service.ServiceError, match=r"no Prefect server answers at http://127\.0\.0\.1:9 .*`lion up`"),
+    ):
+        service.register()
+
+
 @contextmanager
 def posing_as_the_server(home: Path, **variables: str) -> Iterator[int]:
     """A process that is taken for the server of `home`, unless its own variables say that it is none."""

@@ -30,6 +30,12 @@ ROWS = [
 ]
 
 
+def test_a_suite_of_no_task_is_refused(home: Path) -> None:
+    record_run()
+    done = CliRunner().invoke(app, ["evaluate", "--suite", ","])
+    assert "name tasks of lm-eval" in str(done.exception)
+
+
 def test_without_the_extra_a_suite_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record_run()
     monkeypatch.setattr("flows.suites.find_spec", lambda name: None)
