@@ -104,7 +104,7 @@ def lowered(config: DistillConfig, rows: int) -> DistillConfig:
 
 
 def forecast(config: DistillConfig, manifest: Manifest, pools: Pools, unanswered: int) -> str:
-    """What the next iteration will ask of models, as Markdown: requests, and dollars paid so far."""
+    """What the next iteration will ask of models, as Markdown: requests, dollars paid so far, dollars to the run's end."""
     spent = spend_of(manifest.run_id)
     wanted = config.generate.hard_rows + config.generate.easy_rows
     requests = {
@@ -121,7 +121,8 @@ def forecast(config: DistillConfig, manifest: Manifest, pools: Pools, unanswered
         lines.append(f"| {role} | {number} | ${paid:.2f} for {asked} requests |")
     if config.start_from == "base":  # else the rows that this run begins with are not those that it reckons with
         estimated, _ = estimate_run(config)
-        lines += ["", f"The whole run is estimated at ${total_usd(estimated):.2f} (`lion estimate` shows how)."]
+        to_come = total_usd(line for line in estimated if line.iteration > len(manifest.iterations))
+        lines += ["", f"From here on the run is estimated at ${to_come:.2f} (`lion estimate` shows how)."]
     cap = config.budget.max_usd
     return "\n".join([*lines, "", "The budget has no cap." if cap is None else f"The budget ends at ${cap:.2f}."])
 

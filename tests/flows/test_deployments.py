@@ -497,9 +497,20 @@ class TestApproval:
         assert "| referee | 16 | $3.00 for 1 requests |" in text, (
             "three rows and one held-out one, two orders, two votes"
         )
-        assert "The whole run is estimated at $" in text
+        assert "From here on the run is estimated at $0.00" in text, "after three of three iterations"
         assert "| referee | 12 |" in told("evaluation.by_referee=false")
         assert "estimated" not in told("start_from=run:smoke-1"), "it is not known what that run begins with"
+
+    def test_a_forecast_tells_what_is_still_to_be_paid_and_not_what_was(self, earlier: Manifest) -> None:
+        from flows.approval import forecast
+        from flows.estimate import estimate_run
+        from tasks.refresh import Pools
+
+        config = resolve("lion-7b", ["iterations=5", "generate.hard_rows=600"])
+        lines, _ = estimate_run(config)
+        to_come = sum(line.usd or 0 for line in lines if line.iteration in {4, 5})
+        text = forecast(config, earlier, Pools(train=held_out("a"), cache=held_out("a", "b", "c")), 7)
+        assert f"estimated at ${to_come:.2f} (" in text and to_come > 1
 
 
 def test_a_server_of_another_home_is_not_taken_for_ones_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
