@@ -3,6 +3,7 @@
 lion export --format messages --to train.jsonl
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from storage.catalog import ask
-from storage.files import write_atomic, write_json_lines, write_json_list
+from storage.files import home, write_atomic, write_json_lines, write_json_list
 from storage.pools import by_id, write_parquet
 from storage.runs import Manifest
 from tasks.models.chat import conversation
@@ -143,7 +144,10 @@ def _taught(manifest: Manifest) -> set[str]:
 
 def _with_teacher(manifest: Manifest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     license, local = manifest.config["teacher"].get("license"), manifest.baseline.teacher
-    named = {local.digest: teachers_of(manifest)[0]} if local else {}  # an endpoint's name stands in the row itself
+    # An endpoint's name stands in the row itself; of a model of this machine it is the digest of what was prepared.
+    jobs = {job.parent.name: json.loads(job.read_bytes()) for job in home().glob("checkpoints/*/job.json")}
+    named = {digest: job["source"] for digest, job in jobs.items() if "source" in job}
+    named |= {local.digest: teachers_of(manifest)[0]} if local else {}
     ordered = sorted(rows, key=lambda row: (row["iteration"], row["instruction_id"]))
     return [
         row

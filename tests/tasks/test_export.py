@@ -13,7 +13,7 @@ from storage.pools import instruction_id, read_rows, write_snapshot
 from storage.runs import Manifest
 from tasks.export import NothingToExport, export
 from tasks.finetune import examples_of
-from tests.recorded import IDS, SEEDS, instructions, record_run, snapshot
+from tests.recorded import IDS, SEEDS, checkpoint, instructions, record_run, snapshot
 
 
 @pytest.fixture
@@ -114,6 +114,16 @@ def test_a_card_has_whatever_terms_are_stated(home: Path, tmp_path: Path, terms:
     run = record_run("other", None, f"teacher.license={json.dumps(terms)}")
     export(run, "hf", tmp_path / "set")
     assert head_of((tmp_path / "set" / "README.md").read_text())["license"] == terms.lower()
+
+
+def test_a_row_names_any_teacher_of_this_machine_by_what_it_was_prepared_from(run: Manifest, tmp_path: Path) -> None:
+    job = checkpoint("d1").path / "job.json"
+    job.write_text('{"source": "Qwen/Qwen2.5-1.5B-Instruct"}')
+    rows = [row | {"model": "d1"} for row in read_rows(run.iterations[0].snapshots["teacher_responses"])]
+    run.iterations[0].snapshots["teacher_responses"] = write_snapshot("responses", rows, step="teacher", version=1)
+    run.save()
+    export(run, "messages", tmp_path / "rows.jsonl")
+    assert {row["teacher"] for row in lines(tmp_path / "rows.jsonl")} == {"Qwen/Qwen2.5-1.5B-Instruct"}
 
 
 def test_a_card_names_every_teacher(run: Manifest, tmp_path: Path) -> None:
