@@ -109,14 +109,6 @@ def evaluate(
 
 
 def _show(study: Any, as_json: bool) -> None:
-    """Print a study, and put it into the report of the run that made the student."""
-    if study.run_id:
-        from storage.runs import load_manifest
-        from tasks.report import write_report
-
-        manifest = load_manifest(study.run_id)
-        assert manifest is not None, "the student was found by its run"
-        write_report(manifest)
     if as_json:
         print_json(study.model_dump(mode="json"))
     elif study.relative is None:

@@ -27,6 +27,7 @@ from tasks.prepare import base_model
 from tasks.questions import Questions, answer_questions, read_answers, read_questions, transcripts
 from tasks.referee import LLMReferee, review_responses
 from tasks.relative import TIE_MARGIN, relative_score
+from tasks.report import report_study
 from tasks.shards import shards_by
 
 
@@ -91,8 +92,10 @@ class _Evaluation:
             known = load_study(study.study_id)
             if known and known.is_whole():
                 note.print(f"{study.study_id} is there: nothing to do.")
-                return study.study_id
-            self._judge()
+                study = known
+            else:
+                self._judge()
+        report_study(study)
         return study.study_id
 
     def _judge(self) -> None:
@@ -136,6 +139,8 @@ class _Evaluation:
             study.notes.append(f"{study.relative.left_out} turns without a valid review in every order: left out")
         if self.config.reference == "teacher":
             study.notes += distill.warnings()
+            if others := len(distill.teacher.further):
+                study.notes.append(f"the reference is the first teacher alone: {others} more taught a part each")
         self._write_files(turns, by_id(own), by_id(answers), read_rows(reviews))
         study.save()
 

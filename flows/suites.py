@@ -14,6 +14,7 @@ from flows.terminal import Refusal
 from storage.files import digest_of, digest_of_file, home, write_atomic
 from storage.studies import Study
 from tasks.jobs.launch import run_job
+from tasks.report import report_study
 
 
 def evaluate_on_suites(
@@ -60,6 +61,7 @@ def evaluate_on_suites(
     )
     write_atomic(study.folder / "lm-eval.json", json.dumps(found, indent=2))
     study.save()
+    report_study(study)
     return study
 
 

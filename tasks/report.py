@@ -13,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from storage.catalog import query
 from storage.files import StorageError, write_atomic
 from storage.journal import spend_of
-from storage.runs import Baseline, IterationRecord, Manifest
-from storage.studies import list_studies
+from storage.runs import Baseline, IterationRecord, Manifest, load_manifest
+from storage.studies import Study, list_studies
 from tasks.export import teachers_of
 from tasks.gains import INK, STUDENT, contaminated, gain_charts, lineage, most_improved
 from tasks.selection import compare, gain_in, judged_by_referee, told
@@ -96,6 +96,12 @@ def write_report(manifest: Manifest) -> Path:
     path = manifest.folder / "report.html"
     write_atomic(path, page)
     return path
+
+
+def report_study(study: Study) -> None:
+    """Put a study into the report of the run that made the student, where one of this home did."""
+    if study.run_id and (manifest := load_manifest(study.run_id)):
+        write_report(manifest)
 
 
 def _cut(text: str | None) -> str | None:

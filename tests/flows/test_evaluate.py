@@ -114,6 +114,8 @@ def evaluated(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
 
 def test_a_study_keeps_whose_answers_are_whose_and_of_what_its_figures_are(evaluated: Any) -> None:
     study, seen = evaluated()
+    report = (study.folder.parents[1] / "runs" / "recorded-1" / "report.html").read_text()
+    assert "question.jsonl" in report, "whoever asked, the command or a deployment"
     assert (study.run_id, study.iteration, study.student, study.rows) == ("recorded-1", 1, "recorded-1/1", 2)
     assert {
         role: [row["response"] for row in read_rows(study.snapshots[role])] for role in ("student", "reference")
@@ -169,6 +171,12 @@ def test_a_key_or_a_price_that_is_missing_is_found_before_anybody_answers(
     model = f"{role}.model={{kind: openai, model: m, base_url: 'http://127.0.0.1:9/v1', {lacking}}}"
     with pytest.raises(ModelError, match=why):
         evaluated(f"referee.kind={kind}", model)
+
+
+def test_of_several_teachers_the_first_is_the_reference_and_the_study_says_so(evaluated: Any) -> None:
+    study, seen = evaluated("teacher.further=[{category: math, model: {kind: local}}]")
+    assert study.notes[-1] == "the reference is the first teacher alone: 1 more taught a part each"
+    assert set(seen) == {"recorded-1-trained", "endpoint"}
 
 
 def test_another_students_answers_are_asked_for_as_this_ones_are(evaluated: Any) -> None:
