@@ -74,10 +74,11 @@ def publish_artifacts(manifest: Manifest) -> None:
         key=f"{name}-spend",
         description=f"${sum(line.usd for line in spent):.2f} so far.",
     )
-    for chart in charts(manifest):
+    latest = {_slug(chart["title"]): chart for chart in charts(manifest)}  # earlier iterations' are there already
+    for slug, chart in latest.items():
         create_image_artifact(
             "data:image/svg+xml;base64," + base64.b64encode(chart["svg"].encode()).decode(),
-            key=f"{name}-{_slug(chart['title'])}",
+            key=f"{name}-{slug}",
             description=f"{chart['title']}. {chart['note']}",
         )
     create_link_artifact(

@@ -128,6 +128,16 @@ def test_every_chart_of_the_report_is_shown_under_a_key_that_stays(run: Manifest
     assert said == f"Score gaps, iteration 12. {last['note']}"
 
 
+def test_a_key_has_one_state_of_its_chart_for_each_iteration_in_its_history(
+    run: Manifest, shown: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(artifacts, "create_image_artifact", lambda url, key, description: told.append(key))
+    run.iterations.append(run.iterations[0].model_copy(update={"iteration": 2}))
+    published(run)
+    assert told.count("mine-score-gaps") == 1 and len(told) == len(set(told))
+
+
 def test_the_report_is_linked_where_it_is_served(
     run: Manifest, shown: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
