@@ -23,8 +23,7 @@ from tasks.finetune import finetune_student
 from tasks.generate import generate_instructions
 from tasks.models.budget import Account
 from tasks.models.endpoint import OpenAIModel
-from tasks.models.exchange import check_access
-from tasks.models.ready import ModelSettings, ReadyModel
+from tasks.models.ready import ModelSettings, ReadyModel, check_access_to
 from tasks.prepare import prepare_model, prune_student, source_digest
 from tasks.referee import LLMReferee, review_responses
 from tasks.refresh import Pools, refresh_pools
@@ -97,7 +96,7 @@ class Run:
         if start:
             start.check_holds_out(self.heldout)
 
-        # All who are asked far away come first: a wrong key is found before anything is paid or computed.
+        check_access_to(config.models().values())
         self.teachers = [
             self._ready(step, model, f"prepare {name}")
             for name, model in config.models().items()
@@ -246,7 +245,6 @@ class Run:
 
     def _ready(self, step: Steps, settings: ModelSettings, label: str) -> ReadyModel:
         if isinstance(settings, OpenAIModel):
-            check_access(settings)
             return ReadyModel(settings=settings)
         checkpoint = step(prepare_model, settings, source_digest(settings), label=label)
         return ReadyModel(settings=settings, checkpoint=checkpoint)

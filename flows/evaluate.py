@@ -18,9 +18,7 @@ from storage.pools import by_id, read_rows
 from storage.studies import Study, load_study
 from tasks.models.budget import Account
 from tasks.models.endpoint import OpenAIModel
-from tasks.models.exchange import check_access
-from tasks.models.prices import price_of
-from tasks.models.ready import ModelSettings, ReadyModel
+from tasks.models.ready import ModelSettings, ReadyModel, check_access_to
 from tasks.mtbench import answer_lines, question_lines, review_lines
 from tasks.policies import identity, stage_key_of
 from tasks.prepare import base_model
@@ -102,10 +100,7 @@ class _Evaluation:
         study, distill, questions = self.study, self.distill, self.questions.turns
         judge = distill.referee
         model = self._ready(judge.model) if isinstance(judge, LLMReferee) else None
-        for asked in (self.reference, model):  # a wrong key is found before anything is paid or computed
-            if isinstance(asked, ReadyModel) and isinstance(asked.settings, OpenAIModel):
-                check_access(asked.settings)
-                price_of(asked.settings.model, asked.settings.price)
+        check_access_to(asked.settings for asked in (self.reference, model) if isinstance(asked, ReadyModel))
         own = self._step(
             answer_questions, "student", ReadyModel(settings=distill.student.model, checkpoint=self.student.checkpoint),
             questions, distill.evaluation.sampling, distill.student.system_prompt, distill.seed, self._account("student"),

@@ -1,6 +1,6 @@
 """A model that can be asked: settings, and for a local one the checkpoint. `answer` is the one way to ask it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
@@ -10,7 +10,9 @@ from tasks.models.budget import Account
 from tasks.models.chat import OnProgress, Reply, Request, Sampling
 from tasks.models.client import answer_all
 from tasks.models.endpoint import OpenAIModel
+from tasks.models.exchange import check_access
 from tasks.models.local import LocalModel, answer_locally
+from tasks.models.prices import price_of
 
 
 def _kind(settings: Any) -> str:
@@ -30,6 +32,19 @@ class ReadyModel(BaseModel):
 
     settings: ModelSettings
     checkpoint: Checkpoint | None = None  # null for an endpoint
+
+
+def check_access_to(models: Iterable[ModelSettings]) -> None:
+    """See, before anything is paid or computed, that those who are asked far away take their key, and what they cost.
+
+    Raises:
+        FatalEndpointError: a key is not there, or not taken.
+        UnknownPrice: neither the table nor the settings know it.
+    """
+    for model in models:
+        if isinstance(model, OpenAIModel):
+            check_access(model)
+            price_of(model.model, model.price)
 
 
 def answer(

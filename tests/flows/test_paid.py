@@ -145,6 +145,16 @@ def test_a_wrong_key_ends_the_command_with_one_clear_line(tmp_path: Path, tiny_m
     assert "`context` (1)" in shown(tmp_path)["warnings"][-1]
 
 
+def test_a_wrong_key_of_any_role_is_found_before_a_model_of_this_machine_is_prepared(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    with FakeOpenAI(key="another") as server:
+        model = {"kind": "openai", "model": "gpt-test", "base_url": server.url, "price": PRICE}
+        referee = f"--set=referee={json.dumps({'kind': 'llm', 'model': model})}"
+        done = lion(tmp_path, *arguments(tiny_model, referee), code=2)
+    assert "gpt-test at " in done.stderr and list(shown(tmp_path)["baseline"]["seconds"]) == ["seed"]
+
+
 def test_a_missing_key_is_named_before_anything_is_written(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
