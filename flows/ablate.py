@@ -21,7 +21,8 @@ ARMS = ("adversarial", "random-generation", "imitation-only")
 
 
 def ablate(config: DistillConfig, arms: list[str], seeds: int) -> list[dict[str, Any]]:
-    """Run every arm with every seed; a row an arm, the adversarial one first. What has been run before is found again.
+    """Run every arm with every seed from the settings' own on; a row an arm, the adversarial one first. What has been run
+    before is found again.
 
     Raises:
         ConfigError: an arm is unknown, there are too few seed instructions for the arm that uses nothing else, or its
@@ -35,7 +36,7 @@ def ablate(config: DistillConfig, arms: list[str], seeds: int) -> list[dict[str,
         )
     config = _with_seeds_to_spare(config)
     found: dict[str, list[Manifest]] = defaultdict(list)
-    for seed in range(seeds):
+    for seed in range(config.seed, config.seed + seeds):
         adversarial = _ran(config, "adversarial", seed)  # always: it says how many tokens the others may have
         for arm in dict.fromkeys(["adversarial", *arms]):
             found[arm].append(adversarial if arm == "adversarial" else _ran(config, arm, seed, adversarial))

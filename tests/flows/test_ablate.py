@@ -73,6 +73,17 @@ def test_seeds_that_enter_no_pool_are_not_to_spare(home: Path, tmp_path: Path) -
         _with_seeds_to_spare(resolve("smoke", [*settings, "generate.hard_rows=20"]))
 
 
+def test_seeds_are_counted_from_the_one_that_is_set(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import ablate
+    from flows.config import resolve
+
+    ran: list[tuple[str, int]] = []
+    monkeypatch.setattr(ablate, "_ran", lambda config, arm, seed, *_: ran.append((arm, seed)))
+    monkeypatch.setattr(ablate, "_row", lambda *_: {})
+    ablate.ablate(resolve("smoke", ["seed=3"]), ["random-generation"], 2)
+    assert ran == [(arm, seed) for seed in (3, 4) for arm in ("adversarial", "random-generation")]
+
+
 @pytest.mark.parametrize("start", ["latest", "run:smoke-1"])
 def test_arms_do_not_begin_where_another_run_ended(home: Path, start: str) -> None:
     from flows.ablate import ablate
