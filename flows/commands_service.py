@@ -24,15 +24,10 @@ def up(
     service = _at_the_root()
 
     note.print("Server started." if service.start_server(host) else "A server answers already.")
-    if service.is_outdated():  # it may lack what keeps strangers' pages out
-        note.print(
-            Text("note:", "yellow"),
-            "It was started with other settings than it would be now, as by an earlier version. `lion down`, then "
-            "`lion up`, starts it anew; flow runs under way are ended, and can go on.",
-            soft_wrap=True,
-        )
+    _warn_if_outdated(service, "server")  # it may lack what keeps strangers' pages out
     deploy(home)
     note.print("Worker started." if service.start_worker() else "The worker runs already.")
+    _warn_if_outdated(service, "worker")  # it may lack a key, or take runs from another pool
     note.print(f"UI: {service.ui_url()}", soft_wrap=True)
 
 
@@ -68,6 +63,16 @@ def down(home: Home = None) -> None:
 
     for name in ("worker", "server"):
         note.print(f"{name} " + ("stopped" if service.stop(name) else "was not running"))
+
+
+def _warn_if_outdated(service: Any, name: str) -> None:
+    if service.is_outdated(name):
+        note.print(
+            Text("note:", "yellow"),
+            "It was started with other settings than it would be now, as by an earlier version or without a key. `lion down`, "
+            "then `lion up`, starts it anew; flow runs under way are ended, and can go on.",
+            soft_wrap=True,
+        )
 
 
 def _at_the_root() -> Any:

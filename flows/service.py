@@ -5,6 +5,7 @@ Everything is idempotent: what is there is left, or brought up to date. The serv
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,8 @@ AUTOMATIONS = Path("deployments/automations.yaml")
 START_SECONDS, STOP_SECONDS = 120, 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 AUTH, SERVER_AUTH = "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"  # the clients', the server's
+# Which variables a process keeps as they were when it was started, though they may be others by now.
+MATTERS = {"server": re.compile("^PREFECT_SERVER_"), "worker": re.compile("^LION_|^PREFECT_API_|_KEY$|_TOKEN$")}
 
 
 class ServiceError(RuntimeError):
@@ -85,14 +88,14 @@ def start_server(host: str | None = None) -> bool:
     return True
 
 
-def is_outdated() -> bool:
-    """Whether our server was started with other settings than it would be now, as by an earlier version."""
-    pid = _pid("server")
+def is_outdated(name: str) -> bool:
+    """Whether our `server` or `worker` was started with other settings than it would be now, as by an earlier version."""
+    pid = _pid(name)
     if pid is None:
         return False
     told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    wanted = [f"{name}={value}" for name, value in environment().items() if name.startswith("PREFECT_SERVER_")]
-    return any(setting.encode() not in told for setting in wanted)
+    wanted = [setting for setting in environment().items() if MATTERS[name].search(setting[0])]
+    return any(os.fsencode("=".join(setting)) not in told for setting in wanted)
 
 
 def start_worker() -> bool:

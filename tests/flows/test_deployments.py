@@ -552,13 +552,13 @@ def test_what_is_to_be_registered_where_no_server_answers_says_how_to_start_one(
 
 
 @contextmanager
-def posing_as_the_server(home: Path, **variables: str) -> Iterator[int]:
-    """A process that is taken for the server of `home`, unless its own variables say that it is none."""
+def posing_as(name: str, home: Path, **variables: str) -> Iterator[int]:
+    """A process that is taken for the server or the worker of `home`, unless its own variables say that it is none."""
     code = "import time; time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", code, "prefect", "server"], env=os.environ | variables)
+    child = subprocess.Popen([sys.executable, "-c", code, "prefect", name], env=os.environ | variables)
     try:
         (home / "prefect").mkdir(parents=True, exist_ok=True)
-        (home / "prefect" / "server.pid").write_text(str(child.pid))
+        (home / "prefect" / f"{name}.pid").write_text(str(child.pid))
         deadline = time.monotonic() + 10
         while b"prefect" not in Path(f"/proc/{child.pid}/cmdline").read_bytes() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -572,7 +572,7 @@ def test_a_process_of_another_home_is_not_taken_for_ones_own(home: Path) -> None
     from flows import service
 
     for value, ours in ((str(home), True), ("/another", False)):
-        with posing_as_the_server(home, LION_HOME=value) as pid:
+        with posing_as("server", home, LION_HOME=value) as pid:
             assert (service._pid("server") == pid) is ours
 
 
@@ -580,10 +580,27 @@ def test_a_server_that_an_earlier_version_started_is_told_from_one_of_this_versi
     from flows import service
 
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
-        assert not service.is_outdated(), "none runs"
+        assert not service.is_outdated("server"), "none runs"
         now = service.environment()
-        with posing_as_the_server(home, **now):
-            assert not service.is_outdated()
+        with posing_as("server", home, **now):
+            assert not service.is_outdated("server")
         before = now | {"PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "false"}
-        with posing_as_the_server(home, **before):
-            assert service.is_outdated()
+        with posing_as("server", home, **before):
+            assert service.is_outdated("server")
+
+
+def test_a_worker_that_lacks_a_key_or_looks_into_another_pool_is_told_from_one_as_it_would_be_now(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import service
+
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}),
+        posing_as("worker", home, **service.environment()),
+    ):
+        assert not service.is_outdated("worker")
+        for name in ("OPENAI_API_KEY", "LION_WORK_POOL"):
+            with monkeypatch.context() as changed:
+                changed.setenv(name, "another")
+                assert service.is_outdated("worker")
+        assert not service.is_outdated("worker")
