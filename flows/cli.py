@@ -5,6 +5,7 @@ lion run --preset offline
 
 import atexit
 import errno
+import io
 import os
 import signal
 import sys
@@ -288,6 +289,8 @@ def _hung_up(terminals: list[int], *_: Any) -> None:
 def main() -> None:
     """Run the command line. Bad input ends in one clear message and exit code 2."""
     code = [1]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a letter that a terminal of another encoding has not
     atexit.register(_leave, code)  # the first to be registered is the last to run
     try:
         _main()

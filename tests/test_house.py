@@ -90,11 +90,12 @@ def test_the_readme_shows_every_file_of_the_house() -> None:
     assert not named - there, "in the README's tree, and not there"
 
 
-def test_no_text_is_read_in_whatever_encoding_the_machine_has() -> None:
+def test_texts_are_read_and_written_in_no_encoding_that_the_machine_happens_to_have() -> None:
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "read_text":
-                assert node.keywords, f"{path}, line {node.lineno}: name the encoding"
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"read_text", "write_text"}:
+                named = {keyword.arg for keyword in node.keywords}
+                assert "encoding" in named, f"{path}, line {node.lineno}: name the encoding"
 
 
 def test_every_module_says_what_it_is() -> None:

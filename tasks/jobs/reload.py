@@ -123,7 +123,7 @@ def loss_of_saved(folder: Path, rows: list[dict[str, Any]]) -> float:
 def loss_in_fresh_process(folder: Path, rows: list[dict[str, Any]], held: torch.dtype | None) -> float:
     """`python -m tasks.jobs.reload`, outside of the launcher's group of processes."""
     file = folder / "trainer" / "rows.json"
-    file.write_text(json.dumps([row | {"input_ids": row["input_ids"].tolist()} for row in rows]))
+    file.write_text(json.dumps([row | {"input_ids": row["input_ids"].tolist()} for row in rows]), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
     command = [sys.executable, "-m", "tasks.jobs.reload", str(folder), str(file), str(held).removeprefix("torch.")]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)

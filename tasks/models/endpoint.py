@@ -143,7 +143,7 @@ def key_of(model: OpenAIModel) -> str:
     """
     if model.api_key_file:
         try:
-            key = expanded(model.api_key_file).read_text(errors="replace").strip()
+            key = expanded(model.api_key_file).read_text(encoding="utf-8", errors="replace").strip()
         except OSError as error:
             reason = f"the key file {model.api_key_file} cannot be read ({error.strerror})"
             raise FatalEndpointError(model.base_url, model.model, reason, "Mount it, or correct api_key_file") from None

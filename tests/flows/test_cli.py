@@ -122,6 +122,12 @@ def test_what_sql_prints_as_json_is_json(tmp_path: Path) -> None:
     assert row == {"a": None, "b": [None, 1], "c": "2026-01-31"}
 
 
+def test_a_letter_that_a_terminal_has_not_ends_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert "\\u2026" in lion(tmp_path, "sql", "select '…' as said").stdout
+    assert json.loads(lion(tmp_path, "sql", "select '…' as said", "--json").stdout) == [{"said": "…"}]
+
+
 def test_a_table_that_is_piped_has_a_row_a_line(ran: Path) -> None:
     unset = {name: value for name, value in environment(ran).items() if name != "COLUMNS"}
     done = subprocess.run([*COMMAND, "runs"], capture_output=True, text=True, env=unset, check=True)
