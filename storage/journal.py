@@ -285,7 +285,7 @@ class Journal:
         owners = db.execute("SELECT DISTINCT owner FROM claims WHERE owner != ?", (self._owner,)).fetchall()
         for (owner,) in owners:
             if not owner.startswith(_BATCH) and not is_locked(_lock_of(owner)):
-                db.execute(_LOSE_CLAIMS, (now()[:10], owner))
+                db.execute(_lose_claims("owner = ? AND model IS NOT NULL", "model"), (now()[:10], owner))
                 db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
                 lock_file(_lock_of(owner)).unlink(missing_ok=True)
 
@@ -318,6 +318,14 @@ class Journal:
         with self._reading() as db:
             rows = db.execute("SELECT key, tokens, usd FROM claims WHERE owner = ?", (batch.owner,))
             return {row[0]: Wish(*row) for row in rows}
+
+    def lose(self, batch: Batch, keys: Iterable[str]) -> None:
+        """Count requests of a batch as lost, as far as it holds claims to them, and let go of these: nothing counts twice."""
+        lost = f"owner = ? AND {_AMONG}"
+        values = (batch.owner, json.dumps(list(keys)))
+        with self._writing() as db:
+            db.execute(_lose_claims(lost, "?"), (batch.model, now()[:10], *values))
+            db.execute(f"DELETE FROM claims WHERE {lost}", values)
 
     def keep_batch(self, batch: Batch) -> None:
         """Write a batch down, or its new state. It takes over our claims, and lets go of them once collected."""
@@ -444,6 +452,14 @@ def _first_passed(standing: list[tuple[Cap, Totals, Totals]], usd: float, reques
     return None
 
 
+def _lose_claims(which: str, model: str) -> str:
+    """The statement that counts claims as lost, to be given what `model` asks for, the day, and what `which` asks for."""
+    return f"""
+        INSERT INTO spend ({_columns(Spent)})
+        SELECT run_id, role, iteration, {model} AS asked, ?, 0, 0, 0, 0, 0, sum(requests), sum(tokens), sum(usd)
+        FROM claims WHERE {which} GROUP BY run_id, role, iteration, asked {_ADD_TO_SPEND}"""
+
+
 def _add_to(figures: list[float], more: Iterable[float]) -> None:
     figures[:] = [figure + amount for figure, amount in zip(figures, more, strict=True)]
 
@@ -471,11 +487,6 @@ _ADD_TO_SPEND = """
         lost_usd = lost_usd + excluded.lost_usd
 """
 _UPSERT_SPEND = f"INSERT INTO spend ({_columns(Spent)}) VALUES ({_marks(Spent)}) {_ADD_TO_SPEND}"
-_LOSE_CLAIMS = f"""
-    INSERT INTO spend ({_columns(Spent)})
-    SELECT run_id, role, iteration, model, ?, 0, 0, 0, 0, 0, sum(requests), sum(tokens), sum(usd)
-    FROM claims WHERE owner = ? AND model IS NOT NULL GROUP BY run_id, role, iteration, model {_ADD_TO_SPEND}
-"""
 _UPSERT_CLAIM = """
     INSERT INTO claims (key, owner, run_id, role, iteration, model, tokens, usd) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (key) DO UPDATE SET

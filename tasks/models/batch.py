@@ -20,7 +20,7 @@ import openai
 import tenacity
 
 from storage.files import locked
-from storage.journal import Answer, Batch, Journal, Loss, Wish, now
+from storage.journal import Answer, Batch, Journal, Wish, now
 from tasks.models.budget import Account, budget_reached
 from tasks.models.chat import OnProgress, Request, Sampling
 from tasks.models.endpoint import OpenAIModel, headers_of, key_of, secrets_of
@@ -149,8 +149,9 @@ class Batches:
         if not waiting:
             return []
         with locked("batches"):
+            account, wishes = self.account, [self.wishes[key] for key in waiting]
             claimed = self.journal.claim(
-                self.account.run_id, self.account.role, [self.wishes[key] for key in waiting], self.account.caps()
+                account.run_id, account.role, wishes, account.caps(), iteration=account.iteration
             )
             self.answered |= claimed.answered.keys()
             granted = [key for key in waiting if key in claimed.granted]
@@ -229,8 +230,8 @@ class Batches:
                 return True
             self._keep(batch, rows)
             silent -= {row["custom_id"] for row in rows}
-        if silent and there.status == "completed":  # each request has a row there; without it nobody knows what it cost
-            self.journal.add([], [self._loss(batch, silent)])
+        if there.status == "completed":  # each request has a row there; without it nobody knows what it cost
+            self.journal.lose(batch, silent)
         self.journal.keep_batch(replace(batch, state="collected"))
         if there.status == "failed":
             errors = there.errors.data if there.errors and there.errors.data else []
@@ -254,15 +255,8 @@ class Batches:
                 "Use the key that it was handed in with; or set give_up_batches: true to ask them again, which may be "
                 "billed a second time",
             )
-        self.journal.add([], [self._loss(batch, [key for key in batch.keys if key not in self.answered])])
+        self.journal.lose(batch, batch.keys)
         self.journal.keep_batch(replace(batch, state="collected"))
-
-    def _loss(self, batch: Batch, keys: Collection[str]) -> Loss:
-        """What requests of a batch may have cost without an answer, by its claims: not all of them need be asked for here."""
-        held = self.journal.held_by(batch)
-        wishes = [held[key] for key in keys if key in held]
-        tokens, usd = sum(wish.tokens for wish in wishes), sum(wish.usd for wish in wishes)
-        return Loss(batch.run_id, batch.role, self.account.iteration, batch.model, tokens, usd, now(), len(wishes))
 
     def _keep(self, batch: Batch, rows: list[dict[str, Any]]) -> None:
         answers: list[Answer] = []
@@ -279,8 +273,7 @@ class Batches:
                 refused.append((row["custom_id"], status, _error_in(row["response"].get("body"))))
         for start in range(0, len(answers), ANSWERS_AT_ONCE):
             self.journal.add(answers[start : start + ANSWERS_AT_ONCE])
-        if lost:
-            self.journal.add([], [self._loss(batch, lost)])
+        self.journal.lose(batch, lost)
         self.answered |= {answer.key for answer in answers}
         self._understand([each for each in refused if each[0] in self.requests])
 

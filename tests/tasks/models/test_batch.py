@@ -164,6 +164,7 @@ def create_and_crash(*args: Any) -> Any:
 
 
 CREATE = batch_module.Batches._create
+KEEP_BATCH = Journal.keep_batch
 
 
 def dies_at(name: str, how: Callable[..., Any], server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +351,23 @@ def test_a_row_of_a_batch_without_an_answer_in_it_counts_as_lost() -> None:
     with Journal() as journal:
         (spent,) = journal.spend()
         assert (spent.requests, spent.lost_requests) == (6, 2) and spent.lost_usd > 0
+
+
+def test_what_a_batch_lost_counts_once_though_the_process_died_as_it_collected_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def keep_unless_collected(journal: Journal, batch: Batch) -> None:
+        crash() if batch.state == "collected" else KEEP_BATCH(journal, batch)
+
+    with FakeOpenAI() as server:
+        spoil_first_output(server, lambda data: data.replace(b'"choices"', b'"no choices"', 2))
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Journal, "keep_batch", keep_unless_collected)
+            ask(server, questions(6))
+        assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
+    with Journal() as journal:
+        (spent,) = journal.spend()
+        assert (spent.requests, spent.lost_requests) == (6, 2)
 
 
 def test_a_request_of_a_finished_batch_that_no_row_speaks_of_counts_as_lost() -> None:
