@@ -19,7 +19,10 @@ WRITERS = {".jsonl": write_json_lines, ".json": write_json_list}
 @commands.command(rich_help_panel=USE)
 def chat(
     student: CheckpointName = None,
-    system: Annotated[str | None, typer.Option("--system", help="Said before the conversation.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="Said before the conversation, in place of the student's own; empty: nothing."),
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")] = 0.7,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=32768, help="Of an answer, at most.")] = 512,
     home: Home = None,
@@ -31,7 +34,7 @@ def chat(
     from tasks.models.session import ConversationTooLong, Session
 
     found = find_student(student)
-    said = begun = opening(system or found.system_prompt)
+    said = begun = opening(found.system_prompt if system is None else system)
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
     note.print(f"{found.name}. /new starts over, /quit ends.", soft_wrap=True)
     with Session(found.model, found.checkpoint) as session:
@@ -133,7 +136,10 @@ def answer(
         str | None,
         typer.Option("--model", help="RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="Said before every instruction.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="Said before every instruction, in place of the model's own; empty: nothing."),
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=32768, help="Of an answer, at most.")] = 512,
     seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
@@ -163,7 +169,7 @@ def answer(
         found.checkpoint,
         asked,
         Sampling(temperature=temperature, max_tokens=max_tokens),
-        system or found.system_prompt,
+        found.system_prompt if system is None else system,
         seed,
     )
     WRITERS[to.suffix](to, rows)

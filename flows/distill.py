@@ -16,6 +16,7 @@ from flows.chain import Start, start_of
 from flows.config import DistillConfig
 from flows.steps import Steps, publish_catalog, recorded, warn
 from storage.files import Checkpoint, Snapshot
+from storage.pools import read_rows
 from storage.runs import Baseline, Evaluation, IterationRecord, Manifest
 from tasks.discriminate import discriminate
 from tasks.evaluate import evaluate_student
@@ -92,6 +93,9 @@ class Run:
         if seeds.passed_over:
             more = ", ".join(f"{what} ({rows:,})" for what, rows in seeds.passed_over.items())
             warn(self.manifest, f"Seeds and held-out instructions hold more than is read, in so many rows: {more}.")
+        of = {row["category"] for row in read_rows(seeds.pool, ["category"])}
+        if idle := [each.category for each in config.teacher.further if each.category and each.category not in of]:
+            warn(self.manifest, f"No seed is of the category {', '.join(idle)}, so that its teacher is asked for none.")
         self.heldout: Snapshot = seeds.heldout
         if start:
             start.check_holds_out(self.heldout)

@@ -73,7 +73,8 @@ class UntrustworthyReferee(ValueError):
 
 
 # A row counts only with a valid review in every order that its reviews have; votes are averaged within an order
-# first, so that an order with more valid votes does not weigh more.
+# first, so that an order with more valid votes does not weigh more. Means of thirds are off in their last digits, in which
+# no row is hard or easy.
 SPLIT = """
 with in_order as (
     select instruction_id, "order", avg(teacher_score) as teacher, avg(student_score) as student
@@ -99,7 +100,8 @@ select
     student_score,
     score_gap,
     threshold,
-    case when score_gap is null or weak then 'undecided' when score_gap >= threshold then 'hard' else 'easy' end
+    case when score_gap is null or weak then 'undecided' when round(score_gap, 9) >= round(threshold, 9) then 'hard'
+        else 'easy' end
         as difficulty,
     case when score_gap is null then 'missing_review' when weak then 'weak_teacher' end as reason
 from gaps cross join cut

@@ -168,8 +168,6 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
             raise NothingToTrainOn(f"{where}: {NOT_STORABLE}")
         named = next((str(known[key]) for key in ("instruction_id", "id") if known.get(key) is not None), where)
         rows.append({"instruction_id": named, "messages": asked, "response": answer, "whole": whole is not False})
-    if not rows:
-        raise NothingToTrainOn("the file holds no row")
     return rows
 
 

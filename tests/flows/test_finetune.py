@@ -22,6 +22,12 @@ ROWS = [
 ]
 
 
+def test_a_file_without_a_row_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("\n")
+    done = lion(tmp_path, "finetune", "--preset", "smoke", f"--data={tmp_path / 'none.jsonl'}", code=2)
+    assert "none.jsonl: no row in it, so nothing to train on." in done.stderr
+
+
 @pytest.mark.slow
 def test_the_right_rows_are_trained_and_the_others_named(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

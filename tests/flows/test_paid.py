@@ -138,11 +138,13 @@ def test_a_wrong_key_ends_the_command_with_one_clear_line(tmp_path: Path, tiny_m
     seeds = tmp_path / "seeds.jsonl"
     seeds.write_text(json.dumps({"instruction": "When did it start?", "context": "It started in 2004."}))
     with FakeOpenAI(key="another") as server:
-        done = lion(tmp_path, *paid(server, tiny_model, f"--seeds={seeds}"), code=2)
+        further = "--set=teacher.further=[{category: cooking, model: {kind: local}}]"
+        done = lion(tmp_path, *paid(server, tiny_model, f"--seeds={seeds}", further), code=2)
     assert "Traceback" not in done.stderr
     assert KEY not in done.stderr
     assert "hold more than is read, in so many rows: `context` (1)" in done.stderr, "said before anything is paid"
-    assert "`context` (1)" in shown(tmp_path)["warnings"][-1]
+    assert "No seed is of the category cooking, so that its teacher is asked for none." in done.stderr
+    assert "`context` (1)" in shown(tmp_path)["warnings"][-2]
 
 
 def test_a_wrong_key_of_any_role_is_found_before_a_model_of_this_machine_is_prepared(

@@ -41,6 +41,12 @@ def test_a_gap_at_the_threshold_is_hard(home: Path) -> None:
     assert [found[key]["difficulty"] for key in "ab"] == ["hard", "easy"]
 
 
+def test_a_gap_at_the_threshold_is_hard_though_its_means_are_of_thirds(home: Path) -> None:
+    votes = [("a", "teacher_first", teacher, student) for teacher, student in [(1, 1), (1, 1), (6, 3)]]
+    found = verdicts(reviews(*votes), threshold=1.0)
+    assert found["a"]["score_gap"] < 1 and found["a"]["difficulty"] == "hard"
+
+
 def test_a_row_with_one_valid_order_is_undecided_and_has_no_score(home: Path) -> None:
     (row,) = verdicts(reviews(("a", "teacher_first", 9, 2), ("a", "student_first", None, None))).values()
     assert (row["difficulty"], row["reason"]) == ("undecided", "missing_review")

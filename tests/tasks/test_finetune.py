@@ -216,8 +216,3 @@ def test_an_answer_of_lion_answer_that_was_cut_teaches_no_end() -> None:
     record = {"instruction": "Tell a tale.", "output": reply.text} | {name: getattr(reply, name) for name in FIGURES}
     (cut,), (whole,) = (examples_of([("line 1", record | {"status": status})], None) for status in ("truncated", "ok"))
     assert (cut["whole"], whole["whole"]) == (False, True)
-
-
-def test_a_file_without_a_row_is_refused() -> None:
-    with pytest.raises(NothingToTrainOn, match="the file holds no row"):
-        examples_of([], None)
