@@ -399,9 +399,9 @@ def cost_of(server: FakeOpenAI) -> float:
 
 
 def test_a_cap_is_told_in_whole_figures() -> None:
-    told = str(BudgetReached("budget.max_tokens", 20_000_000, 19_998_123, 12_345))
+    told = str(BudgetReached("budget.max_tokens", 20_000_000, 19_998_123, 0, 12_345))
     assert "= 20,000,000 is reached: 19,998,123 is spent, and the next request may take 12,345." in told
-    told = str(BudgetReached("budget.max_usd", 50.0, 49.99998, 0.00004))
+    told = str(BudgetReached("budget.max_usd", 50.0, 49.99998, 0, 0.00004))
     assert "= 50 is reached: 49.99998 is spent, and the next request may take 0.00004." in told
 
 
