@@ -29,7 +29,7 @@ from tasks.prepare import prepare_model, prune_student, source_digest
 from tasks.referee import LLMReferee, review_responses
 from tasks.refresh import Pools, refresh_pools
 from tasks.report import write_report
-from tasks.seed import load_seeds
+from tasks.seed import SeedPools, load_seeds
 from tasks.selection import compare, gain_in, is_stalled, is_worse, same_reference, told
 from tasks.shards import shards_by
 from tasks.student import answer_with_student
@@ -90,12 +90,7 @@ class Run:
             "duplicates": seeds.duplicates,
             "near_heldout": seeds.near_heldout,
         }
-        if seeds.passed_over:
-            more = ", ".join(f"{what} ({rows:,})" for what, rows in seeds.passed_over.items())
-            warn(self.manifest, f"Seeds and held-out instructions hold more than is read, in so many rows: {more}.")
-        of = {row["category"] for row in read_rows(seeds.pool, ["category"])}
-        if idle := [each.category for each in config.teacher.further if each.category and each.category not in of]:
-            warn(self.manifest, f"No seed is of the category {', '.join(idle)}, so that its teacher is asked for none.")
+        self._remark_on(seeds)
         self.heldout: Snapshot = seeds.heldout
         if start:
             start.check_holds_out(self.heldout)
@@ -246,6 +241,16 @@ class Run:
 
     def _student(self, checkpoint: Checkpoint) -> ReadyModel:
         return ReadyModel(settings=self.config.student.model, checkpoint=checkpoint)
+
+    def _remark_on(self, seeds: SeedPools) -> None:
+        """Say what of the seeds may not be as it was meant, while nothing is paid yet."""
+        if seeds.passed_over:
+            more = ", ".join(f"{what} ({rows:,})" for what, rows in seeds.passed_over.items())
+            warn(self.manifest, f"Seeds and held-out instructions hold more than is read, in so many rows: {more}.")
+        there = {row["category"] for row in read_rows(seeds.pool, ["category"])}
+        wanted = [each.category for each in self.config.teacher.further if each.category]
+        if idle := [category for category in wanted if category not in there]:
+            warn(self.manifest, f"No seed is of the category {', '.join(idle)}, so that its teacher is asked for none.")
 
     def _ready(self, step: Steps, settings: ModelSettings, label: str) -> ReadyModel:
         if isinstance(settings, OpenAIModel):
