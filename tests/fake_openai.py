@@ -159,6 +159,7 @@ class FakeOpenAI:
         self.active = self.most_active = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
+        self.batch_room: int | None = None  # rows that may be in batches at a time; null: any number
         self.batch_script: deque[str] = deque()  # of the next: ok expire partly fail unheard; stuck slow late endless
         self.moved, self.port = moved, port
 
@@ -356,6 +357,9 @@ class FakeOpenAI:
         asked = await request.json()
         id = f"batch_{len(self.batches)}"
         fate = self.batch_script.popleft() if self.batch_script else "ok"
+        waiting = [other["input_file_id"] for other in self.batches.values() if other.get("status") == "in_progress"]
+        rows = sum(len(self.files[file].splitlines()) for file in [*waiting, asked["input_file_id"]])
+        fate = "full" if self.batch_room is not None and rows > self.batch_room else fate
         batch = {
             "id": id, "object": "batch", "endpoint": asked["endpoint"], "completion_window": "24h", "created_at": int(time.time()),
             "input_file_id": asked["input_file_id"], "metadata": asked.get("metadata"), "status": "in_progress",
@@ -388,8 +392,12 @@ class FakeOpenAI:
     def _work_off(self, batch: dict[str, Any]) -> None:
         lines = [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
         fate = batch["fate"]
-        if fate == "fail":
+        if fate in {"fail", "full"}:
             batch["status"] = "failed"
+            if fate == "full":
+                message = "Enqueued token limit reached for fake in organization org-a. Limit: 2,000 enqueued tokens. Please try again once some in_progress batches have been completed."
+                error = {"code": "token_limit_exceeded", "line": None, "message": message, "param": None}
+                batch["errors"] = {"object": "list", "data": [error]}
             return
         done = lines[: len(lines) // 2] if fate in {"expire", "partly", "slow"} else lines
         output, errors = [], []

@@ -93,6 +93,9 @@ class Batches:
         self.deadline = time.monotonic() + model.batch_deadline
         self.wishes = {key: wish_of(key, request, sampling, price) for key, request in requests.items()}
         self.rounds = dict.fromkeys(requests, 0)
+        self.most_rows = (
+            MAX_ROWS  # of one batch; fewer, and one batch at a time, where the endpoint's queue has no room
+        )
         self.answered: set[str] = set()
 
     def run(self) -> None:
@@ -112,7 +115,7 @@ class Batches:
                 if not (out := out or self._resumed()):  # another process may have handed in what we could not
                     break
                 out = [batch for batch in out if not self._collected(batch)]
-                self._report("batches", len(out))
+                self._report("batches" if self.most_rows == MAX_ROWS else f"batches of {self.most_rows:,}", len(out))
                 if out:
                     time.sleep(min(self.model.batch_poll, max(0.0, self.deadline - time.monotonic())))
             self._cancel(out)
@@ -146,6 +149,8 @@ class Batches:
             for key in self.requests
             if key not in self.answered and key not in under_way and self.rounds[key] < MAX_ROUNDS
         ]
+        if self.most_rows < MAX_ROWS:
+            waiting = [] if under_way else waiting[: self.most_rows]
         if not waiting:
             return []
         with locked("batches"):
@@ -235,11 +240,21 @@ class Batches:
         self.journal.keep_batch(replace(batch, state="collected"))
         if there.status == "failed":
             errors = there.errors.data if there.errors and there.errors.data else []
+            if len(batch.keys) > 1 and any("enqueued" in str(error.message).lower() for error in errors):
+                self._take_fewer(batch)
+                return True
             reason = "; ".join(str(error.message) for error in errors[:3]) or "no reason given"
             raise self._fatal(
                 f"the batch {there.id} was refused ({scrubbed(reason, *self.secrets)})", "Use mode: online"
             )
         return True
+
+    def _take_fewer(self, batch: Batch) -> None:
+        """Hand in half as many rows from now on: an endpoint takes so many prompt tokens at a time as the account may
+        have in its queue (OpenAI's first tier: 2 million of a small model)."""
+        self.most_rows = len(batch.keys) // 2
+        for key in self.rounds.keys() & set(batch.keys):
+            self.rounds[key] -= 1
 
     def _rows_of(self, file_id: str) -> list[dict[str, Any]]:
         """The rows of a file. One without our name for the request is nobody's, and no reason to lose the others."""

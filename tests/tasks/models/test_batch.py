@@ -131,6 +131,25 @@ def test_a_refused_batch_is_told_and_holds_nothing() -> None:
         assert {reply.status for reply in ask(server, questions(4))} == {Status.OK}
 
 
+def test_where_the_endpoints_queue_has_no_room_smaller_batches_go_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batch_module, "MAX_ROWS", 20)
+    with FakeOpenAI() as server:
+        server.batch_room = 12
+        assert {reply.status for reply in ask(server, questions(30))} == {Status.OK}
+        assert server.bill()["requests"] == 30 and server.bill()["twice"] == {} and server.received == 0
+        done = [
+            len(server.files[each["input_file_id"]].splitlines())
+            for each in server.batches.values()
+            if each["output_file_id"]
+        ]
+        assert sum(done) == 30 and max(done) <= 12
+        server.batch_room = 0
+        with pytest.raises(FatalEndpointError, match=r"Enqueued token limit.*Use mode: online"):
+            ask(server, questions(2, "one more"))
+
+
 def test_batches_are_split_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_module, "MAX_ROWS", 4)
     with FakeOpenAI() as server:
