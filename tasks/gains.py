@@ -17,6 +17,7 @@ from tasks.selection import loss_per_token, mean_score, relative_to_teacher
 
 STUDENT, INK = "#2f7ed8", "#7a828e"  # a blue; a grey that reads on white and on black
 MOST = 10  # examples shown
+MOST_FIGURES = 8  # beside the points of a chart
 Described = tuple[str, str, alt.Chart | alt.LayerChart]  # title, how to read it, the chart
 
 IMPROVED = f"""
@@ -70,7 +71,7 @@ def gain_charts(manifest: Manifest) -> list[Described]:
         zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=INK, strokeDash=[4, 3]).encode(y="zero:Q")
         charts.append(("Gain of each iteration", note, zero + _with_bounds(gains, "nats per token")))
     steps = [
-        {"iteration": str(record.iteration), "step": step, "loss": loss}
+        {"iteration": record.iteration, "step": step, "loss": loss}
         for record in manifest.iterations
         for step, loss in record.training.get("loss_by_step", [])
     ]
@@ -146,8 +147,8 @@ def _with_bounds(points: list[dict[str, Any]], title: str, *, joined: bool = Fal
         y=alt.Y("low:Q", title=title, scale=alt.Scale(zero=False, padding=14)), y2="high:Q"
     )
     dots = base.mark_point(color=STUDENT, filled=True, size=60).encode(y="value:Q")
-    text = base.mark_text(dx=8, dy=-8, align="left", color=INK).encode(
-        y="value:Q", text=alt.Text("value:Q", format=".4~r")
-    )
+    told = points if len(points) <= MOST_FIGURES else [points[0], points[-1]]  # more would lie upon each other
+    figures = base.properties(data=alt.Data(values=told)).mark_text(dx=8, dy=-8, align="left", color=INK)
+    text = figures.encode(y="value:Q", text=alt.Text("value:Q", format=".4~r"))
     line = base.mark_line(color=STUDENT, strokeWidth=1.6, opacity=0.6).encode(y="value:Q")
     return line + bars + dots + text if joined else bars + dots + text

@@ -24,6 +24,7 @@ GRID, HARD = "#8888884d", "#d9480f"
 LONGEST = 10_000  # characters shown of a text: a page of 300 MB opens nowhere
 WIDEST = 10  # score gaps shown side by side
 MOST_CATEGORIES = 15  # a chart has room for
+MOST_GAPS = 4  # charts of them, of the last iterations
 
 WIDEST_GAPS = """
 select v.score_gap, v.teacher_score, v.student_score, p.instruction, p.input, p.category,
@@ -175,11 +176,12 @@ def charts(manifest: Manifest) -> list[dict[str, str]]:
     """Title, one line of reading help, and SVG of each chart that there are data for."""
     made = [_chart(*described) for described in gain_charts(manifest)]
     judged = [record for record in manifest.iterations if "verdicts" in record.snapshots]
-    for record in judged:
+    earlier = " Earlier iterations: in the view `verdicts`." if len(judged) > MOST_GAPS else ""
+    for record in judged[-MOST_GAPS:]:
         made.append(
             _chart(
                 f"Score gaps, iteration {record.iteration}",
-                "Teacher's score minus student's, a row of the cache pool each. Right of the line is hard.",
+                "Teacher's score minus student's, a row of the cache pool each. Right of the line is hard." + earlier,
                 _gaps(record),
             )
         )
@@ -193,7 +195,7 @@ def charts(manifest: Manifest) -> list[dict[str, str]]:
             )
         )
     rejected = [
-        {"iteration": str(record.iteration), "outcome": outcome, "candidates": count}
+        {"iteration": record.iteration, "outcome": outcome, "candidates": count}
         for record in manifest.iterations
         for outcome, count in {"accepted": record.generated.accepted, **record.generated.rejected}.items()
         if count

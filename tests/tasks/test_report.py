@@ -378,6 +378,18 @@ def test_the_charts_of_the_rows_count_gaps_hard_ones_and_candidates(run: Manifes
     ]  # fmt: skip
 
 
+def test_of_many_iterations_the_last_gaps_are_drawn_and_figures_stand_beside_the_first_and_the_last(
+    run: Manifest,
+) -> None:
+    run.iterations = [run.iterations[0].model_copy(update={"iteration": number}) for number in range(1, 13)]
+    gaps = [each for each in charts(run) if each["title"].startswith("Score gaps")]
+    assert [each["title"].split()[-1] for each in gaps] == ["9", "10", "11", "12"]
+    assert all(each["note"].endswith("Earlier iterations: in the view `verdicts`.") for each in gaps)
+    loss = next(chart.to_dict() for title, _, chart in gain_charts(run) if title == "Held-out loss")
+    (figures,) = (layer["data"] for layer in loss["layer"] if layer["mark"]["type"] == "text")
+    assert [point["iteration"] for point in figures["values"]] == [0, 12]
+
+
 def test_the_chart_of_gaps_counts_every_row_and_draws_no_more_marks_than_there_are_hundredths(run: Manifest) -> None:
     rows = [
         {"instruction_id": str(number), "score_gap": number % 4000 / 1000, "difficulty": "hard"}
