@@ -3,7 +3,7 @@
 from typing import Any
 
 from storage.files import Checkpoint, digest_of
-from tasks.models.chat import ROLES, Request, Sampling, conversation, is_turn, opening
+from tasks.models.chat import TURNS, Request, Sampling, conversation, is_turn, opening
 from tasks.models.local import LocalModel, answer_locally
 from tasks.progress import progress
 from tasks.seed import ACCEPTED, SeedError, read_records, read_row
@@ -75,9 +75,7 @@ def _asked(record: Any, where: str) -> Asked:
     if isinstance(record, dict) and record.get("messages") and record.get("instruction") is None:
         messages = record["messages"]
         if not all(map(is_turn, messages)):
-            raise SeedError(
-                f"{where}: `messages` must be a list of a `role` ({', '.join(ROLES)}) and a text as `content` each"
-            )
+            raise SeedError(f"{where}: `messages` must be {TURNS}")
         asked = [{"role": said["role"], "content": said["content"]} for said in messages]
         while asked[-1]["role"] == "assistant":
             asked.pop()

@@ -119,7 +119,7 @@ def card_of(student: Any) -> str:
         Refusal: no run of this home made it, so nothing is known of it.
     """
     from storage.studies import list_studies
-    from tasks.export import render_card, teachers_of
+    from tasks.export import render_card
 
     manifest = student.manifest
     if manifest is None:
@@ -150,7 +150,6 @@ def card_of(student: Any) -> str:
         manifest=manifest,
         iteration=student.iteration,
         checkpoint=student.checkpoint,
-        teachers=teachers_of(manifest),
         license=config["teacher"].get("license"),
         base=config["student"]["model"]["model_name_or_path"] + pruned,
         rows=rows,

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from storage import files
+
 # What steers a terminal or lets a line read as another one: control characters, the Unicode ones that turn the direction
 # of writing, and the halves of characters that Python makes of file names that are no UTF-8.
 STEERING = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -90,9 +92,9 @@ def settle_home(home: Path | None) -> None:
     Raises:
         Refusal: DuckDB could not open a catalog there.
     """
-    from storage.files import expanded
-
-    settled = str(expanded(str(home or os.environ.get("LION_HOME") or ".lion")).resolve())
+    if home:
+        os.environ["LION_HOME"] = str(home)
+    settled = str(files.home())
     if "?" in settled or "\\" in settled:
         raise Refusal(f"{settled}: DuckDB opens nothing in a folder with ? or \\ in its path. Name another home.")
     os.environ["LION_HOME"] = settled

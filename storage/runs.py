@@ -139,6 +139,13 @@ class Manifest(BaseModel):
         """Where it went on from; a run of before one could go on began from the base."""
         return self.config.get("start_from", "base")
 
+    @property
+    def teachers(self) -> list[str]:
+        """The teachers as the settings name them, the main one first."""
+        teacher = self.config["teacher"]
+        models = [teacher["model"], *(further["model"] for further in teacher.get("further", []))]
+        return list(dict.fromkeys(model.get("model") or model["model_name_or_path"] for model in models))
+
     def begin_again(self, before: "Manifest") -> None:
         """Take over from an earlier attempt at this run: it shows what that one had made until it has made as much."""
         self._before = before

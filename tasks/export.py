@@ -92,13 +92,6 @@ def export(manifest: Manifest, form: Form, to: Path, what: What = "training", it
     return len(records)
 
 
-def teachers_of(manifest: Manifest) -> list[str]:
-    """The teachers as the settings name them, the main one first."""
-    teacher = manifest.config["teacher"]
-    models = [teacher["model"], *(further["model"] for further in teacher.get("further", []))]
-    return list(dict.fromkeys(model.get("model") or model["model_name_or_path"] for model in models))
-
-
 def render_card(template: str, **values: Any) -> str:
     """A Markdown card from a template beside this module."""
     loader = FileSystemLoader(Path(__file__).parent)
@@ -147,7 +140,7 @@ def _with_teacher(manifest: Manifest, rows: Iterable[dict[str, Any]]) -> list[di
     # An endpoint's name stands in the row itself; of a model of this machine it is the digest of what was prepared.
     jobs = {job.parent.name: json.loads(job.read_bytes()) for job in home().glob("checkpoints/*/job.json")}
     named = {digest: job["source"] for digest, job in jobs.items() if "source" in job}
-    named |= {local.digest: teachers_of(manifest)[0]} if local else {}
+    named |= {local.digest: manifest.teachers[0]} if local else {}
     ordered = sorted(rows, key=lambda row: (row["iteration"], row["instruction_id"]))
     return [
         row

@@ -13,7 +13,7 @@ from storage.files import Checkpoint, Snapshot
 from storage.pools import by_id, read_rows, write_snapshot
 from tasks.jobs.launch import checkpoint_folder, make_checkpoint
 from tasks.jobs.settings import SftSettings, launcher_command
-from tasks.models.chat import NOT_STORABLE, ROLES, Status, conversation, is_storable, is_turn
+from tasks.models.chat import NOT_STORABLE, TURNS, Status, conversation, is_storable, is_turn
 from tasks.policies import identity, stage
 from tasks.progress import progress, tell
 
@@ -156,8 +156,7 @@ def examples_of(records: Iterable[tuple[str, Any]], system_prompt: str | None) -
                 )
         if not isinstance(known.get("input"), str | None) or not asked or not all(map(is_turn, asked)):
             raise NothingToTrainOn(
-                f"{where}: `input` must be a text, and `messages` a list of a `role` ({', '.join(ROLES)}) and a text as "
-                "`content` each, at least one before the answer"
+                f"{where}: `input` must be a text, and `messages` {TURNS}, at least one before the answer"
             )
         whole = known.get("whole")  # null in a table is what is not there
         if not isinstance(whole, bool | None):

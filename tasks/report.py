@@ -15,7 +15,6 @@ from storage.files import StorageError, write_atomic
 from storage.journal import spend_of
 from storage.runs import Baseline, IterationRecord, Manifest, load_manifest
 from storage.studies import Study, list_studies
-from tasks.export import teachers_of
 from tasks.gains import INK, STUDENT, contaminated, gain_charts, lineage, most_improved
 from tasks.selection import compare, gain_in, judged_by_referee, told
 
@@ -81,7 +80,6 @@ def write_report(manifest: Manifest) -> Path:
         studies, unreadable = [], str(error)
     page = environment.get_template(TEMPLATE).render(
         manifest=manifest,
-        teachers=teachers_of(manifest),
         rows=progress_rows(manifest),
         verdict=verdict(manifest),
         charts=charts(manifest),

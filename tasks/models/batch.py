@@ -93,9 +93,7 @@ class Batches:
         self.deadline = time.monotonic() + model.batch_deadline
         self.wishes = {key: wish_of(key, request, sampling, price) for key, request in requests.items()}
         self.rounds = dict.fromkeys(requests, 0)
-        self.most_rows = (
-            MAX_ROWS  # of one batch; fewer, and one batch at a time, where the endpoint's queue has no room
-        )
+        self.most_rows = MAX_ROWS  # of a batch; fewer, and one batch at a time, where the queue has no room
         self.answered: set[str] = set()
 
     def run(self) -> None:

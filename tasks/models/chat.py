@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 # provider's own on; DeepSeek's where it had no room to go on.
 CUT = ("length", "model_length", "max_tokens", "insufficient_system_resource")
 ROLES = ("system", "user", "assistant")
+TURNS = f"a list of a `role` ({', '.join(ROLES)}) and a text as `content` each"  # see `is_turn`
 JSON_OBJECT = re.compile(r"\{\s*[\"}]")  # a brace by itself begins none, and json's errors count all lines before it
 
 
