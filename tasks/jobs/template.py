@@ -2,12 +2,14 @@
 
 A model with a chat template of its own is spoken to in that; a base model in the `### Instruction:` format of
 Alpaca and Lion. Training text is the prompt and the answer in one string, tokenised apart at one fixed seam, so
-that the prompt that inference sends is by construction a prefix of what training showed.
+that the prompt that inference sends is by construction a prefix of what training showed. Only the template has special
+tokens: one that a question or an answer names is text, else a page of HTML with `</s>` in it would end an answer.
 """
 
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ Messages = list[dict[str, str]]
 
 DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 A_DAY = datetime(2025, 1, 1)
+QUOTED = re.compile("\ufdd0(.*?)\ufdd1")  # a special token's name as a message says it, while a template is rendered
 
 # Alpaca's roles for a base model without a chat template. Ours to word; the headings are the published ones.
 BASE_TEMPLATE = (
@@ -56,7 +59,10 @@ def render_prompt(tokenizer: Any, messages: Messages) -> str:
 
 def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
     """Token ids of the prompt. Inference sends these; `encode_example` begins with these."""
-    return tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False, verbose=False)["input_ids"]
+    names = _names_of_special_tokens(tokenizer)
+    told = [{**message, "content": names.sub("\ufdd0\\g<0>\ufdd1", message["content"])} for message in messages]
+    parts = QUOTED.split(render_prompt(tokenizer, told))  # every second one is a name
+    return [token for i, part in enumerate(parts) for token in _encode(tokenizer, part, as_text=i % 2 == 1)]
 
 
 def encode_example(tokenizer: Any, messages: Messages, answer: str, *, whole: bool, max_length: int) -> Example:
@@ -66,7 +72,7 @@ def encode_example(tokenizer: Any, messages: Messages, answer: str, *, whole: bo
     the teacher itself never ended (`whole=False`) gets no end of turn: nothing is known of where it ends.
     """
     prompt = encode_prompt(tokenizer, messages)
-    tokens = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]  # a long one is no mistake
+    tokens = _encode(tokenizer, answer, as_text=True)
     end = [token for token in [end_of_turn(tokenizer)] if whole and token is not None]
     room = max(max_length - len(prompt) - len(end), 0)
     return Example([*prompt, *tokens[:room], *end], len(prompt), cut=len(tokens) > room)
@@ -79,11 +85,28 @@ def end_of_turn(tokenizer: Any) -> int | None:
     closed = tokenizer.apply_chat_template(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}], tokenize=False
     )
-    tail = tokenizer(closed.rpartition(said)[2], add_special_tokens=False)["input_ids"]
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | {
-        *tokenizer.all_special_ids
-    }
+    tail = _encode(tokenizer, closed.rpartition(said)[2])
+    special = set(special_tokens(tokenizer))
     return next((token for token in tail if token in special), tokenizer.eos_token_id)
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Names of the special tokens by their ids."""
+    added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+
+
+@lru_cache(maxsize=1)
+def _names_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    names = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)  # the longer of two that begin alike
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def _encode(tokenizer: Any, text: str, as_text: bool = False) -> list[int]:
+    """Token ids; `as_text` also of the names of special tokens. A long text is no mistake."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, verbose=False)
+    tokens: list[int] = encoded["input_ids"]
+    return tokens
 
 
 def end_with_turns(directory: Path) -> None:
