@@ -43,6 +43,7 @@ from flows.terminal import (
     note,
     out,
     prepare_for_a_flow,
+    print_csv,
     print_json,
     print_rows,
     use_home,
@@ -158,7 +159,10 @@ def show(
 
 @app.command(rich_help_panel=LOOK)
 def runs(as_json: AsJson = False, home: Home = None) -> None:
-    """List the runs of this home, the latest first. Runs that go on from each other are one line."""
+    """List the runs of this home, the latest first. Runs that go on from each other are one line.
+
+    The loss is of the student to use: an iteration that was rolled back does not count.
+    """
     use_home(home)
     from storage.runs import chains, list_manifests
 
@@ -167,7 +171,7 @@ def runs(as_json: AsJson = False, home: Home = None) -> None:
             "run": last.run_id,
             "state": last.state_now(),
             "iterations": len(last.iterations),
-            "loss": next((r.evaluation.loss for r in reversed(last.iterations) if r.evaluation), None),
+            "loss": last.loss(),
             "updated": last.updated if as_json else f"{last.updated[:10]} {last.updated[11:16]} UTC",
             "goes on from": ", ".join(manifest.run_id for manifest in earlier),
         }
@@ -205,11 +209,14 @@ def sql(
 ) -> None:
     """Ask the pools in SQL (DuckDB). Every view has run_id and iteration."""
     use_home(home)
-    from storage.catalog import ask
+    from storage.catalog import ask_with_names
 
     with _ended_at_once():
-        rows = ask(statement)
-    print_rows(rows, as_json=as_json, as_csv=as_csv)
+        names, rows = ask_with_names(statement)
+    if as_csv:
+        print_csv(names, rows)
+    else:
+        print_rows(rows, as_json=as_json)
 
 
 @app.command(rich_help_panel=LOOK)

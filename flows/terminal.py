@@ -189,18 +189,12 @@ def print_text(text: str) -> None:
     print(printable(text) if sys.stdout.isatty() else text, end="")
 
 
-def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: bool = False) -> None:
-    """Rows as a table, as JSON or as CSV."""
+def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False) -> None:
+    """Rows as a table or as JSON."""
     if as_json:
         # JSON has no NaN, which SQL gives for a correlation of what is all the same.
         whole = json.loads(json.dumps(rows, default=str), parse_constant=lambda name: None)
         print_json(whole)
-    elif as_csv:
-        sheet = io.StringIO(newline="")
-        writer = csv.DictWriter(sheet, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        print_text(sheet.getvalue())
     elif rows:
         table = Table()
         for name in rows[0]:  # an id that is cut cannot be typed again, and one that is folded is not copied
@@ -210,6 +204,15 @@ def print_rows(rows: list[dict[str, Any]], *, as_json: bool = False, as_csv: boo
         out.print(table)
     else:
         out.print("no rows")
+
+
+def print_csv(names: list[str], rows: list[dict[str, Any]]) -> None:
+    """Rows as CSV, with their names where there are no rows, too."""
+    sheet = io.StringIO(newline="")
+    writer = csv.DictWriter(sheet, fieldnames=names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    print_text(sheet.getvalue())
 
 
 def _shown(value: Any) -> str:

@@ -41,11 +41,16 @@ def query(sql: str, parameters: Mapping[str, Any] | None = None, **snapshots: Sn
     with duckdb.connect() as connection:
         for name, snapshot in snapshots.items():
             connection.sql(f"create view {name} as select * from {_parquet([snapshot])}")
-        return _rows(connection, sql, parameters)
+        return _answer(connection, sql, parameters)[1]
 
 
 def ask(sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Run one SQL statement over the views of all runs of this home; rows as dicts.
+    """As `ask_with_names`, without the names."""
+    return ask_with_names(sql, parameters)[1]
+
+
+def ask_with_names(sql: str, parameters: Mapping[str, Any] | None = None) -> tuple[list[str], list[dict[str, Any]]]:
+    """Run one SQL statement over the views of all runs of this home; names of the columns, and rows as dicts.
 
     Raises:
         StorageError: DuckDB cannot run it; the message is DuckDB's own.
@@ -53,7 +58,7 @@ def ask(sql: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str,
     with duckdb.connect() as connection:
         _define_views(connection, list_manifests())
         try:
-            return _rows(connection, sql, parameters)
+            return _answer(connection, sql, parameters)
         except duckdb.Error as error:
             raise StorageError(f"{error}\nViews: {', '.join(VIEWS)}.") from error
 
@@ -74,12 +79,12 @@ def publish() -> Path:
     return target
 
 
-def _rows(
+def _answer(
     connection: duckdb.DuckDBPyConnection, sql: str, parameters: Mapping[str, Any] | None
-) -> list[dict[str, Any]]:
+) -> tuple[list[str], list[dict[str, Any]]]:
     cursor = connection.execute(sql, parameters) if parameters else connection.execute(sql)
     if cursor is None:  # nothing but white space and comments
-        return []
+        return [], []
     columns = [column[0] for column in cursor.description or ()]
     names: list[str] = []
     for column in columns:
@@ -88,7 +93,7 @@ def _rows(
             number += 1
             name = f"{column}_{number}"
         names.append(name)
-    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    return names, [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
 def _define_views(connection: duckdb.DuckDBPyConnection, manifests: Sequence[Manifest]) -> None:
@@ -183,6 +188,6 @@ def life_of(instruction_id: str) -> dict[str, list[dict[str, Any]]]:
     with duckdb.connect() as connection:
         _define_views(connection, list_manifests())
         return {
-            name: _rows(connection, f"{statement} order by all", {"id": instruction_id})
+            name: _answer(connection, f"{statement} order by all", {"id": instruction_id})[1]
             for name, statement in statements.items()
         }

@@ -177,6 +177,12 @@ class Manifest(BaseModel):
         standing = [(iteration, student) for iteration, student in self.students() if iteration not in gone]
         return standing[-1] if standing else None
 
+    def loss(self) -> float | None:
+        """Held-out loss, in nats per token, of the student to use; none where it was not measured."""
+        best = self.best()
+        measured = self.evaluations().get(best[0]) if best else None
+        return measured.loss if measured else None
+
     def lineage(self, iteration: int) -> list[IterationRecord]:
         """The iterations whose answers made the student of an iteration what it is."""
         if self.config["student"]["init_from"] == "base":

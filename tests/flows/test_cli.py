@@ -21,7 +21,7 @@ import pytest
 from fastapi import FastAPI
 
 from flows.commands_talk import serve_lines
-from flows.terminal import Refusal, print_rows, settle_home
+from flows.terminal import Refusal, print_csv, settle_home
 from storage import files
 from storage.runs import Manifest
 from tasks.report import verdict
@@ -90,6 +90,7 @@ def test_sql_row_runs_and_pools_answer(ran: Path) -> None:
     assert len(life["responses"]) == 2
     assert len(life["verdicts"]) == 1
     assert lion(ran, "sql", "--csv", "select 1 as one").stdout.split() == ["one", "1"]
+    assert lion(ran, "sql", "--csv", "select 1 as one where false").stdout == "one\n", "a table without rows is one"
     assert json.loads(lion(ran, "runs", "--json").stdout)[0]["state"] == "completed"
     assert json.loads(lion(ran, "pools", "--json").stdout)[0]["rows"] == 12
 
@@ -112,7 +113,7 @@ def test_a_statement_without_end_is_ended_by_a_signal(tmp_path: Path, ends: sign
 
 
 def test_a_line_of_csv_ends_as_lines_do_here(capsys: pytest.CaptureFixture[str]) -> None:
-    print_rows([{"id": "a"}], as_csv=True)
+    print_csv(["id"], [{"id": "a"}])
     assert capsys.readouterr().out == "id\na\n", "what a shell takes from it can be given to another command"
 
 

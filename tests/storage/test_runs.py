@@ -153,21 +153,23 @@ def test_what_a_student_descends_from_leaves_out_what_was_rolled_back_and_what_c
 def test_the_student_to_use_is_the_last_one_that_was_measured_and_not_rolled_back(home: Path) -> None:
     run = Manifest(run_id="r")
     assert run.best() is None and run.students() == [] and run.evaluations() == {}
-    measured = evaluation(("Lava.", 20.0, 6.0), ("5", 10.0, 3.0))
+    measured, worse = (evaluation(("Lava.", loss, 6.0), ("5", 10.0, 3.0)) for loss in (20.0, 90.0))
     students = [Checkpoint(digest=f"s{number}", content="c") for number in range(4)]
     run.baseline = Baseline(student=students[0])
     assert run.best() == (0, students[0])
     run.iterations = [
         IterationRecord(iteration=1, student=students[1], evaluation=measured),
-        IterationRecord(iteration=2, student=students[2], evaluation=measured, rolled_back=True),
+        IterationRecord(iteration=2, student=students[2], evaluation=worse, rolled_back=True),
         IterationRecord(iteration=3, student=students[3]),
         IterationRecord(iteration=4),
     ]
     assert run.best() == (1, students[1])
+    assert run.loss() == measured.loss
     assert run.students() == list(enumerate(students)), "also one that was rolled back can be talked to"
     assert list(run.evaluations()) == [1, 2]
     run.iterations[0].rolled_back = True
     assert run.best() == (0, students[0])
+    assert run.loss() is None
 
 
 def test_a_run_is_whole_while_all_it_made_is_there_and_its_report(home: Path) -> None:
