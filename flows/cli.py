@@ -125,7 +125,7 @@ def run(
             forget(manifest)
     elif fresh:
         note.print("--fresh: this run is new; stages that another run has made in the same way stay as they are.")
-    elif manifest and manifest.state == "completed" and manifest.is_whole():
+    elif manifest and manifest.state == "completed" and not manifest.is_stopped_by_hand() and manifest.is_whole():
         note.print(f"{run_id} is complete: nothing to do. (--fresh makes it again.)")
         _print_run(manifest)
         return

@@ -190,6 +190,11 @@ class Manifest(BaseModel):
         made = [record for record in self.iterations if record.iteration <= iteration]
         return [record for record in made if record.iteration == iteration or not record.rolled_back]
 
+    def is_stopped_by_hand(self) -> bool:
+        """Whether a person had it end before the iteration that would come next, and may think otherwise by now."""
+        done = {record.iteration for record in self.iterations}
+        return any(said["decision"] == "stop here" for number, said in self.approvals.items() if number not in done)
+
     def state_now(self) -> str:
         """The state, and whether a run that says it is running still is."""
         return "interrupted" if self.state == "running" and not is_locked(f"run-{self.run_id}") else self.state

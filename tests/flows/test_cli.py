@@ -77,6 +77,19 @@ def test_the_same_command_again_does_nothing_and_starts_no_server(ran: Path, tin
     assert done.stdout.strip().endswith("[]")
 
 
+def test_a_run_that_a_person_stopped_asks_again_and_is_not_said_to_be_complete(
+    ran: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    shutil.copytree(ran, tmp_path / "home")
+    file = tmp_path / "home" / "runs" / shown(ran)["run_id"] / "manifest.json"
+    stopped = json.loads(file.read_bytes()) | {"approvals": {"2": {"decision": "stop here", "max_new_rows": None}}}
+    file.write_text(json.dumps(stopped), encoding="utf-8")
+    again = arguments(tiny_model, "--set", "iterations=1", "--set", "approve=spend")
+    done = subprocess.run([*COMMAND, *again], capture_output=True, text=True, env=environment(tmp_path / "home"))
+    assert "nothing to do" not in done.stderr
+    assert done.returncode == 2 and "needs a Prefect server" in done.stderr
+
+
 def test_duckdb_alone_reads_the_pools(ran: Path) -> None:
     with duckdb.connect(str(ran / "catalog.duckdb"), read_only=True) as connection:
         (counted,) = connection.execute("select count(*) from train_pool where iteration = 1").fetchall()
