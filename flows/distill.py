@@ -89,6 +89,7 @@ class Run:
             "rows": seeds.pool.rows,
             "duplicates": seeds.duplicates,
             "near_heldout": seeds.near_heldout,
+            "beyond_max_rows": seeds.beyond_max_rows,
         }
         self._remark_on(seeds)
         self.heldout: Snapshot = seeds.heldout

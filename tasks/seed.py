@@ -68,6 +68,7 @@ class SeedPools(BaseModel):
     heldout: Snapshot
     duplicates: int  # exact ones, left out of the pool
     near_heldout: int  # near duplicates of a held-out instruction, left out of the pool
+    beyond_max_rows: int = 0
     passed_over: dict[str, int] = {}  # what else the two files hold, and in how many rows
 
 
@@ -127,6 +128,7 @@ def load_seeds(config: SeedConfig, seeds_digest: str, heldout_digest: str) -> Se
         heldout=_write(usable.heldout, "heldout"),
         duplicates=usable.duplicates,
         near_heldout=usable.near_heldout,
+        beyond_max_rows=usable.beyond_max_rows,
         passed_over=usable.passed_over,
     )
 
@@ -138,6 +140,7 @@ class UsableSeeds(NamedTuple):
     heldout: list[dict[str, Any]]
     duplicates: int
     near_heldout: int
+    beyond_max_rows: int
     passed_over: dict[str, int]
 
 
@@ -155,7 +158,8 @@ def usable_seeds(config: SeedConfig) -> UsableSeeds:
     if not clean:
         raise SeedError(f"{config.path}: every seed is near a held-out instruction. Name other ones in seeds.heldout.")
     passed_over = dict(seeds.passed_over + held_out.passed_over)
-    return UsableSeeds(clean[: config.max_rows], heldout, seeds.duplicates, len(near), passed_over)
+    used = clean[: config.max_rows]
+    return UsableSeeds(used, heldout, seeds.duplicates, len(near), len(clean) - len(used), passed_over)
 
 
 def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:

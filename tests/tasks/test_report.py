@@ -189,9 +189,16 @@ def test_each_iteration_is_a_row_of_the_table_with_every_count_under_its_own_nam
     assert "Iteration 1: few" in said and "Iteration 2: rolled back" in said
     why = "1 failed, 89 whose prompt fills max_length, 519 kept for validation"
     assert f"Iteration 1: not trained on: {why}" in said and "Iteration 2: not trained on" not in said
+    assert "Seeds that are not used" not in said
     assert "Kept out of the pools because they are near a held-out instruction: 1 seeds, 2 candidates." in said
     assert "loss 3.000 → 1.500 nats per token, score 1.50 → 4.50 of 10" in said
     assert "The student to use is that of iteration 1." in said
+
+
+def test_the_report_counts_the_seeds_that_are_not_used(run: Manifest) -> None:
+    run.seeds |= {"duplicates": 1234, "beyond_max_rows": 5}
+    said = words(page_of(run))
+    assert "Seeds that are not used: 1,234 said before by another, 5 beyond seeds.max_rows." in said
 
 
 def test_iterations_whose_figures_are_left_out_are_counted_all_the_same(run: Manifest) -> None:

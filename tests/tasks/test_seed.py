@@ -172,9 +172,15 @@ def test_a_seed_near_a_heldout_instruction_enters_no_pool_and_is_counted(home: P
     seeds = written(tmp_path, "seeds.txt", "Write a short poem about the last snow.\nWhy is the sky blue?\n")
     pools = load_seeds.fn(SeedConfig(path=seeds, heldout=heldout), "", "")
     assert [row["instruction"] for row in read_rows(pools.pool)] == ["Why is the sky blue?"]
-    assert pools.near_heldout == 1
+    assert (pools.near_heldout, pools.duplicates, pools.beyond_max_rows) == (1, 0, 0)
     with pytest.raises(SeedError, match="every seed is near a held-out instruction"):
         load_seeds.fn(SeedConfig(path=heldout, heldout=heldout), "", "")
+
+
+def test_every_seed_that_is_not_used_is_counted_by_its_reason(home: Path, tmp_path: Path) -> None:
+    seeds = written(tmp_path, "seeds.txt", "Add 2 and 3.\nWhy is the sky blue?\nAdd 2 and 3.\nName a river.\nSing.\n")
+    pools = load_seeds.fn(SeedConfig(path=seeds, max_rows=2), "", "")
+    assert (pools.pool.rows, pools.duplicates, pools.near_heldout, pools.beyond_max_rows) == (2, 1, 0, 2)
 
 
 def test_a_cell_of_a_csv_may_be_as_long_as_a_text_is(tmp_path: Path) -> None:
