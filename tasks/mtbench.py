@@ -74,7 +74,8 @@ def _asked(turn: Mapping[str, Any]) -> str:
 def _winner(votes: list[dict[str, Any]]) -> str:
     """Who has the higher summed score; "error" where no vote is valid, as FastChat writes it."""
     gaps = [row["student_score"] - row["teacher_score"] for row in votes if row["student_score"] is not None]
-    return WINNERS[(sum(gaps) > 0) - (sum(gaps) < 0)] if gaps else "error"
+    gap = round(sum(gaps), 9)  # of scores such as 8.1 a sum is off in its last digits
+    return WINNERS[(gap > 0) - (gap < 0)] if gaps else "error"
 
 
 def _line(**fields: Any) -> str:

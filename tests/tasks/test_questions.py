@@ -202,6 +202,16 @@ def test_mt_bench_files_have_its_fields_and_an_error_where_no_review_is_valid(as
     ]  # fmt: skip
 
 
+def test_votes_that_even_out_are_a_tie_in_mt_bench_files_though_their_sum_is_off(asked: Questions) -> None:
+    key = asked.conversations[1][0]
+    rows = [
+        {"instruction_id": key, "order": "student_first", "student_score": own, "teacher_score": 8.1, "evidence": "x"}
+        for own in (8.3, 7.9)
+    ]
+    (pair,) = map(json.loads, review_lines("mine", "gpt", "llm", [82], [[key]], rows))
+    assert pair["g1_winner"] == "tie"
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [

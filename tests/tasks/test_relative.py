@@ -149,6 +149,17 @@ def test_a_wider_tie_margin_makes_more_ties() -> None:
     assert outcomes(relative_score(reviews(), tie_margin=1.5).overall) == (0, 9, 3)
 
 
+def test_a_gap_at_the_tie_margin_is_a_tie_though_its_means_are_of_thirds() -> None:
+    votes = {"teacher_first": [(1, 3), (5, 3), (3, 4)], "student_first": [(3, 4), (8, 3), (2, 8)]}
+    rows = [
+        {"instruction_id": "q", "order": order, "student_score": float(own), "teacher_score": float(other)}
+        for order, said in votes.items()
+        for own, other in said
+    ]
+    for found in (relative_score(rows).overall, relative_score(swapped(rows)).overall):
+        assert (found.wins, found.ties, found.losses) == (0, 1, 0)
+
+
 def test_without_reviews_there_are_no_figures() -> None:
     found = relative_score([]).overall
     assert (found.questions, found.mean, found.pooled, found.position_effect) == (0, None, None, None)
