@@ -109,12 +109,13 @@ order by instruction_id
 """
 
 
-# The gap as each order sees it, votes averaged. `unordered` reviews are a metric's, and have no health.
+# The gap as each order sees it, votes averaged, and rounded: the difference of scores such as 8.1 is off in its last digits.
+# `unordered` reviews are a metric's, and have no health.
 HEALTH = """
 with asked as (
-    select *, teacher_score - student_score as gap from reviews where "order" <> 'unordered' and outcome <> 'missing'
+    select *, round(teacher_score - student_score, 9) as gap from reviews where "order" <> 'unordered' and outcome <> 'missing'
 ), in_order as (
-    select instruction_id, "order", avg(gap) as gap, count(gap) as votes, count(distinct sign(gap)) as winners
+    select instruction_id, "order", round(avg(gap), 9) as gap, count(gap) as votes, count(distinct sign(gap)) as winners
     from asked group by all
 ), pairs as (
     select
@@ -137,7 +138,7 @@ from pairs
 """
 
 
-@stage("discriminate", version=VERSION, prompts=[SPLIT])
+@stage("discriminate", version=VERSION, prompts=[SPLIT, HEALTH])
 def discriminate(config: DiscriminateConfig, reviews: Snapshot) -> Split:
     """Split reviewed instructions into hard, easy and undecided by their score gap.
 

@@ -133,6 +133,13 @@ def test_votes_agree_where_all_of_one_order_name_one_winner(home: Path) -> None:
     assert health.position_bias == pytest.approx((3.5 - 3 + 0 - 3 + 3 - 3) / 2 / 3), "of the votes' mean gap"
 
 
+def test_a_judge_that_evens_out_ties_and_does_not_flip_though_its_scores_are_of_tenths(home: Path) -> None:
+    rows = [*both("tie", (8.3, 8.1), (7.9, 8.1)), ("even", "student_first", 9.0, 8.0)]
+    rows += [("even", "teacher_first", teacher, 8.3) for teacher in (8.4, 8.5, 8.0)]
+    health = discriminate.fn(DiscriminateConfig(), reviews(*rows)).judge
+    assert health is not None and (health.flip_share, health.tie_share) == (0.5, 0.5)
+
+
 def test_a_metric_has_no_health(home: Path) -> None:
     assert discriminate.fn(DiscriminateConfig(), reviews(("a", "unordered", 10, 4))).judge is None
 
