@@ -74,8 +74,8 @@ def _ran(config: DistillConfig, arm: str, seed: int, adversarial: Manifest | Non
         changes["generate"] = config.generate.model_copy(update={"parents": "random"})
     if arm == "imitation-only":
         assert adversarial is not None
-        first = _answer_tokens(adversarial.iterations[0])
-        rows = round(teacher_tokens(adversarial) / (sum(first) / len(first)))
+        first = adversarial.iterations[0]  # of whose seeds some may have had no answer worth training on
+        rows = round(teacher_tokens(adversarial) / (sum(_answer_tokens(first)) / first.train_rows))
         changes |= {
             "iterations": 1,
             "seeds": config.seeds.model_copy(update={"max_rows": rows}),

@@ -9,6 +9,7 @@ from storage.pools import write_snapshot
 from storage.runs import Evaluation
 from tasks.seed import read_seeds
 from tests.lion import arguments, lion
+from tests.recorded import record_run
 
 SETTINGS = (
     # The tiny model hardly ever ends a line.
@@ -82,6 +83,19 @@ def test_seeds_are_counted_from_the_one_that_is_set(home: Path, monkeypatch: pyt
     monkeypatch.setattr(ablate, "_row", lambda *_: {})
     ablate.ablate(resolve("smoke", ["seed=3"]), ["random-generation"], 2)
     assert ran == [(arm, seed) for seed in (3, 4) for arm in ("adversarial", "random-generation")]
+
+
+def test_imitation_alone_has_seeds_for_as_many_tokens_though_some_answers_are_not_trained_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import ablate
+    from flows.config import DistillConfig, resolve
+
+    run, asked = record_run(), list[DistillConfig]()  # of three seeds two have an answer
+    monkeypatch.setattr(ablate, "load_manifest", lambda _: run if asked else None)
+    monkeypatch.setattr(ablate, "distill", asked.append)
+    ablate._ran(resolve("smoke"), "imitation-only", 0, run)
+    assert asked[0].seeds.max_rows == 3
 
 
 @pytest.mark.parametrize("start", ["latest", "run:smoke-1"])
