@@ -5,6 +5,7 @@ first turn stands in its conversation when the second is asked.
 """
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def read_answers(path: Path, questions: Questions) -> tuple[Snapshot, int]:
     for where, record in records:
         if isinstance(record, dict) and "choices" in record:
             name, fastchat = str(record.get("model_id") or name), True
-            found |= dict(zip(by_source.get(str(record.get("question_id")), []), _choice(record, f"{place}, {where}")))
+            said = zip(by_source.get(str(record.get("question_id")), []), _choice(record, f"{place}, {where}"))
+            found |= {key: text for key, text in said if text is not None}
     if not fastchat:
         for row in read_seeds(str(path)).rows:
             key = instruction_id(row["instruction"], row["input"])
@@ -158,16 +160,19 @@ def read_answers(path: Path, questions: Questions) -> tuple[Snapshot, int]:
     return answers, len(turns) - len(found)
 
 
-def _choice(record: dict[str, Any], where: str) -> list[str]:
+def _choice(record: dict[str, Any], where: str) -> list[str | None]:
+    """The answers of a line; null where `lion evaluate` wrote a text for none, whose status says so."""
     try:
-        turns = record["choices"][0]["turns"]
+        turns, status = record["choices"][0]["turns"], record["choices"][0].get("status")
     except (TypeError, KeyError, IndexError):
-        turns = None
+        turns = status = None
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise SeedError(f"{where}: expected the answers as `choices[0].turns`, a list of texts.")
     if not is_storable(turns):
         raise SeedError(f"{where}: {NOT_STORABLE}")
-    return turns
+    named = status[: len(turns)] if isinstance(status, list) else []
+    lost = (Status.FAILED, Status.FILTERED)
+    return [None if state in lost else text for text, state in zip_longest(turns, named)]
 
 
 def _given(key: str, text: str | None, model: str) -> Reply:

@@ -143,6 +143,16 @@ def test_answers_come_from_fastchats_file_or_from_the_outputs_of_the_same_instru
     assert ([row["response"] for row in by_id(snapshot).values()], missing) == ([None, None, "4"], 2)
 
 
+def test_what_was_written_for_no_answer_is_none_when_it_is_read_again(asked: Questions, tmp_path: Path) -> None:
+    statuses = dict(zip(by_id(asked.turns), (("ok", "Roses."), ("failed", None), ("empty", ""))))
+    said = {key: {"response": text, "status": status} for key, (status, text) in statuses.items()}
+    path = tmp_path / "reference.jsonl"
+    path.write_text("".join(answer_lines("teacher", asked.source_ids, asked.conversations, said)))
+    snapshot, missing = read_answers(path, asked)
+    assert [(row["status"], row["response"]) for row in read_rows(snapshot)] == list(statuses.values())
+    assert missing == 1
+
+
 @pytest.mark.parametrize("choices", [[], None, [{}], [{"turns": "Roses."}], [{"turns": ["Roses.", None]}]])
 def test_an_answer_that_is_no_list_of_texts_is_named_with_its_line(
     asked: Questions, tmp_path: Path, choices: Any
