@@ -92,6 +92,7 @@ def evaluate_student(
         score=sum(scores) / len(scores) if scores else None,
         rows=heldout.rows,
         scored=len(scores),
+        without_loss=sum(not row["tokens"] for row in rows),
         details=write_snapshot(
             "evaluations", rows, step="evaluate", version=VERSION, inputs=[heldout, teacher_answers]
         ),

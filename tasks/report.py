@@ -113,7 +113,7 @@ def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
     """The table of a run, the student before training as iteration 0: for the terminal and for the report.
 
     `relative` is the relative score with its interval where the referee is a model, else null; of `judged` answers.
-    Of the `heldout` instructions the teacher answered `measured`, which loss and score are of, and `scored` have a score.
+    Of the `heldout` instructions `measured` have an answer of the teacher's whose loss was had, and `scored` have a score.
     """
     rows = []
     places: list[Baseline | IterationRecord] = [manifest.baseline, *manifest.iterations]
@@ -126,7 +126,7 @@ def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
                 "loss": evaluation.loss if evaluation else None,
                 "score": evaluation.score if evaluation else None,
                 "heldout": evaluation.rows if evaluation else 0,
-                "measured": evaluation.details.rows if evaluation else 0,
+                "measured": evaluation.measured if evaluation else 0,
                 "scored": evaluation.scored if evaluation else 0,
                 "relative": judged.mean if judged else None,
                 "judged": judged.questions if judged else 0,

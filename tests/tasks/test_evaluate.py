@@ -80,6 +80,7 @@ def test_the_student_is_asked_what_the_teacher_answered_and_as_in_training(evalu
 def test_an_answer_that_failed_has_no_score_and_one_that_was_not_scored_no_loss(evaluated: Evaluate) -> None:
     found, _, _ = evaluated({"a": None, "b": "用 Python 写一个排序函数"}, {"a": (30.0, 10), "b": (None, 0)})
     assert (found.loss, found.score, found.scored) == (3.0, 10.0, 1)
+    assert found.measured == 1, "what is said of the loss is of one answer"
     rows = by_id(found.details)
     assert [(rows[key]["status"], rows[key]["response"], rows[key]["score"]) for key in "ab"] == [
         ("failed", None, None),

@@ -58,6 +58,14 @@ def test_every_held_out_figure_has_its_unit_and_number_and_a_missing_one_is_no_z
     assert '[50.0, 50.0]</span><span class="under">of 1</span>' in text, "the other pair of answers has no valid review"
 
 
+def test_answers_whose_loss_could_not_be_had_are_not_among_those_that_it_is_of(home: Path) -> None:
+    run = record_run()
+    assert run.baseline.evaluation
+    run.baseline.evaluation = run.baseline.evaluation.model_copy(update={"without_loss": 1})
+    text = words(page_of(run))
+    assert "of 10, on 1 of 2 instructions" in text and "teacher's answers to 1 of 2 held-out instructions" in text
+
+
 def test_an_iteration_that_did_not_end_is_not_counted(home: Path) -> None:
     run = record_run()
     run.iterations.append(run.iterations[0].model_copy(update={"iteration": 2, "evaluation": None}))
