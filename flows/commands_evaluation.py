@@ -222,7 +222,7 @@ def compare(
     rows = []
     for manifest, (iteration, evaluation) in zip(manifests, best, strict=True):
         gain = compare_students(evaluation, best[0][1], best[0][0], manifest.config["seed"])
-        taught = sum(record.trained_rows for record in manifest.iterations)
+        taught = sum(record.trained_rows for record in manifest.lineage(iteration))
         rows.append(
             {
                 "run": manifest.run_id,

@@ -122,6 +122,13 @@ def test_compare_puts_runs_side_by_side_with_the_settings_that_differ(run: Manif
     assert re.search(r"seed\s*│\s*0\s*│\s*7", table)
 
 
+def test_compare_counts_the_rows_that_made_the_best_student_and_no_others(run: Manifest) -> None:
+    run.iterations.append(run.iterations[0].model_copy(update={"iteration": 2, "rolled_back": True}))
+    run.save()
+    (row, _) = json.loads(said("compare", "recorded", "recorded", "--json"))
+    assert (row["best iteration"], row["rows trained on"]) == ("1 of 2", 2)
+
+
 def test_compare_names_a_run_whose_student_was_held_against_other_answers(
     run: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
