@@ -219,9 +219,15 @@ def compare(
         raise Refusal("name two runs or more: lion compare RUN RUN. `lion runs` lists them.")
     manifests = [find_run(name) for name in run_ids]
     best = [_best_evaluation(manifest) for manifest in manifests]
-    rows = []
+    rows, notes, first, other = [], [], best[0][1], manifests[0].run_id
     for manifest, (iteration, evaluation) in zip(manifests, best, strict=True):
-        gain = compare_students(evaluation, best[0][1], best[0][0], manifest.config["seed"])
+        gain = compare_students(evaluation, first, best[0][0], manifest.config["seed"])
+        if not same_reference(evaluation, first):
+            notes.append(f"No gain: {manifest.run_id} was held against other held-out answers than {other}.")
+        elif gain.loss_gain is None and None not in (evaluation.loss, first.loss):
+            notes.append(
+                f"No gain in loss: to {manifest.run_id} the held-out answers are other tokens than to {other}."
+            )
         taught = sum(record.trained_rows for record in manifest.lineage(iteration))
         rows.append(
             {
@@ -241,13 +247,8 @@ def compare(
         return
     # A column a run.
     print_rows([{"": name} | {row["run"]: row[name] for row in rows} for name in rows[0] if name != "run"])
-    if others := [
-        manifest.run_id for manifest, (_, one) in zip(manifests, best) if not same_reference(one, best[0][1])
-    ]:
-        note.print(
-            f"No gain: {', '.join(others)} was held against other held-out answers than {manifests[0].run_id}.",
-            soft_wrap=True,
-        )
+    for line in notes:
+        note.print(line, soft_wrap=True)
     settings = [dict(_flat(manifest.config)) for manifest in manifests]
     keys = sorted({key for one in settings for key in one if len({json.dumps(s.get(key)) for s in settings}) > 1})
     note.print("Settings that differ:" if keys else "The settings are the same.")

@@ -140,6 +140,19 @@ def test_compare_names_a_run_whose_student_was_held_against_other_answers(
     )
 
 
+def test_compare_says_so_where_losses_are_of_other_tokens(run: Manifest) -> None:
+    other = record_run("second-1")
+    evaluation = other.iterations[0].evaluation
+    assert evaluation
+    longer = [row | {"tokens": 20} for row in read_rows(evaluation.details)]
+    of_others = {"details": recorded.snapshot("evaluations", longer, "evaluate"), "loss": 0.75}
+    other.iterations[0].evaluation = evaluation.model_copy(update=of_others)
+    other.save()
+    assert "No gain in loss: to second-1 the held-out answers are other tokens than to recorded-1." in said(
+        "compare", "rec", "second"
+    )
+
+
 def test_contamination_finds_pool_rows_near_an_evaluation(run: Manifest, tmp_path: Path) -> None:
     file = tmp_path / "question.jsonl"
     file.write_text(json.dumps({"question_id": 1, "turns": ["Something new entirely.", "Why is the sky so blue?"]}))
