@@ -228,6 +228,9 @@ def compare(
             notes.append(
                 f"No gain in loss: to {manifest.run_id} the held-out answers are other tokens than to {other}."
             )
+        alike = bool(evaluation.reviews) == bool(first.reviews)  # a model's scores are no metric's
+        if not alike:
+            notes.append(f"No relative score: {manifest.run_id} has another kind of referee than {other}.")
         taught = sum(record.trained_rows for record in manifest.lineage(iteration))
         rows.append(
             {
@@ -238,7 +241,7 @@ def compare(
                 "gain in loss over the first": with_bounds(gain.loss_gain),
                 "score": evaluation.score,
                 "gain in score": with_bounds(gain.score_gain),
-                "relative": with_bounds(gain.relative),
+                "relative": with_bounds(gain.relative if alike else None),
                 "usd": sum(line.usd for line in spend_of(manifest.run_id)),
             }
         )

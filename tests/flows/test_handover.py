@@ -153,6 +153,21 @@ def test_compare_says_so_where_losses_are_of_other_tokens(run: Manifest) -> None
     )
 
 
+def test_compare_puts_a_referees_scores_and_a_metrics_not_in_one_row(run: Manifest) -> None:
+    other = record_run("second-1")
+    evaluation, orders = other.iterations[0].evaluation, ("teacher_first", "student_first")
+    assert evaluation
+    judged = recorded.reviews(*((HELDOUT_IDS[0], order, 8.0, 7.0) for order in orders))
+    reviews = recorded.snapshot("reviews", judged, "referee")
+    other.iterations[0].evaluation = evaluation.model_copy(update={"reviews": reviews})
+    other.save()
+    rows = json.loads(said("compare", "rec", "second", "--json"))
+    assert [row["relative"] for row in rows] == ["0.450 [0.300, 0.600]", ""]
+    assert "No relative score: second-1 has another kind of referee than recorded-1." in said(
+        "compare", "rec", "second"
+    )
+
+
 def test_contamination_finds_pool_rows_near_an_evaluation(run: Manifest, tmp_path: Path) -> None:
     file = tmp_path / "question.jsonl"
     file.write_text(json.dumps({"question_id": 1, "turns": ["Something new entirely.", "Why is the sky so blue?"]}))
