@@ -120,6 +120,7 @@ def card_of(student: Any) -> str:
     """
     from storage.studies import list_studies
     from tasks.export import render_card
+    from tasks.selection import relative_to_teacher
 
     manifest = student.manifest
     if manifest is None:
@@ -132,13 +133,20 @@ def card_of(student: Any) -> str:
         "relative": "",
         "gain": "",
     }
+    mine = manifest.evaluations().get(student.iteration)
+
+    def relative(evaluation: Any) -> str:  # a model's scores and a metric's do not go into one column
+        alike = evaluation and mine and bool(evaluation.reviews) == bool(mine.reviews)
+        return with_bounds(relative_to_teacher(evaluation, config["seed"]) if alike else None, ".1f", 100, " %")
+
     rows = [start] + [
         {
             "iteration": record.iteration,
             "evaluation": record.evaluation,
             "rolled_back": record.rolled_back,
-            "relative": with_bounds(record.comparison and record.comparison.relative, ".1f", 100, " %"),
-            "gain": with_bounds(record.comparison and record.comparison.loss_gain, "+.3f"),
+            "relative": relative(record.evaluation),
+            # An earlier run's figures of other answers are left out, and the gains between them.
+            "gain": with_bounds(record.evaluation and record.comparison and record.comparison.loss_gain, "+.3f"),
         }
         for record in manifest.iterations
         if record.iteration <= student.iteration

@@ -55,6 +55,20 @@ def test_the_card_says_of_how_many_answers_its_figures_are_and_whose_scores_the_
     assert "On 1 of 2 held-out instructions" in card and "score is what the referee gave them" in card
 
 
+def test_the_card_has_no_figures_of_another_referee_or_of_other_answers_in_its_columns(run: Manifest) -> None:
+    first, orders = run.iterations[0], ("teacher_first", "student_first")
+    assert first.evaluation
+    judged = recorded.reviews(*((HELDOUT_IDS[0], order, 8.0, 7.0) for order in orders))
+    by_model = first.evaluation.model_copy(update={"reviews": recorded.snapshot("reviews", judged, "referee")})
+    run.iterations.append(first.model_copy(update={"iteration": 2, "evaluation": by_model}))
+    run.save()
+    assert "| 1 | 1.500 | 4.50 |  | +1.500" in said("card", run.run_id)
+    assert "| 2 (this one) | 1.500 | 4.50 | 87.5 % [87.5, 87.5] |" in said("card", run.run_id)
+    run.iterations[0].evaluation = None  # as of another teacher
+    run.save()
+    assert "| 1 |  |  |  |  |" in said("card", run.run_id)
+
+
 def test_card_and_report_name_every_teacher_whose_text_taught_the_model(home: Path) -> None:
     run = record_run("several-1", None, "teacher.further=[{share: 0.2, model: {kind: openai, model: o4-mini}}]")
     assert "A student distilled from **embedded**, **o4-mini** by" in said("card")
