@@ -118,7 +118,7 @@ def card_of(student: Any) -> str:
     Raises:
         Refusal: no run of this home made it, so nothing is known of it.
     """
-    from storage.studies import list_studies
+    from storage.studies import studies_of
     from tasks.export import render_card
     from tasks.selection import relative_to_teacher
 
@@ -161,7 +161,7 @@ def card_of(student: Any) -> str:
         license=config["teacher"].get("license"),
         base=config["student"]["model"]["model_name_or_path"] + pruned,
         rows=rows,
-        studies=[study for study in list_studies(manifest.run_id) if study.iteration == student.iteration],
+        studies=[study for study in studies_of(manifest) if study.iteration == student.iteration],
         training=config["finetune"]["training"],
         truncated=config["finetune"]["train_on_truncated"],
     )

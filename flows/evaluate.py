@@ -90,10 +90,9 @@ class _Evaluation:
             known = load_study(study.study_id)
             if known and known.is_whole():
                 note.print(f"{study.study_id} is there: nothing to do.")
-                study = known
             else:
                 self._judge()
-        report_study(study)
+        report_study(study.run_id)  # also where another run's student, the same one, was named before
         return study.study_id
 
     def _judge(self) -> None:

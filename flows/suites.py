@@ -61,7 +61,7 @@ def evaluate_on_suites(
     )
     write_atomic(study.folder / "lm-eval.json", json.dumps(found, indent=2))
     study.save()
-    report_study(study)
+    report_study(study.run_id)
     return study
 
 

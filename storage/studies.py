@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from storage.files import Checkpoint, Pointer, Snapshot, StorageError, home, write_atomic
-from storage.runs import Interval, now, pointers_in
+from storage.runs import Interval, Manifest, now, pointers_in
 
 
 class Figures(BaseModel):
@@ -95,8 +95,19 @@ def load_study(study_id: str) -> Study | None:
         raise StorageError(f"{path} cannot be read ({error}). Move it away and evaluate again.") from error
 
 
-def list_studies(run_id: str | None = None) -> list[Study]:
-    """All studies of this home, or those of one run's students; the latest first."""
+def list_studies() -> list[Study]:
+    """All studies of this home; the latest first."""
     names = (path.parent.name for path in (home() / "evaluations").glob("*/study.json"))
-    found = [study for name in names if (study := load_study(name)) and run_id in {None, study.run_id}]
+    found = [study for name in names if (study := load_study(name))]
     return sorted(found, key=lambda study: (study.created, study.study_id), reverse=True)
+
+
+def studies_of(manifest: Manifest) -> list[Study]:
+    """Those of one run's students, by its own iterations: runs that begin alike, or go on from each other, share students,
+    and a study knows the one that was named; the latest first."""
+    made = {student.digest: {"iteration": iteration} for iteration, student in manifest.students()}
+    return [
+        study if study.run_id == manifest.run_id else study.model_copy(update=made[study.checkpoint.digest])
+        for study in list_studies()
+        if study.run_id == manifest.run_id or study.checkpoint.digest in made
+    ]

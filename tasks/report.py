@@ -14,7 +14,7 @@ from storage.catalog import query
 from storage.files import StorageError, write_atomic
 from storage.journal import spend_of
 from storage.runs import Baseline, IterationRecord, Manifest, load_manifest
-from storage.studies import Study, list_studies
+from storage.studies import studies_of
 from tasks.gains import INK, STUDENT, contaminated, gain_charts, lineage, most_improved
 from tasks.selection import compare, gain_in, judged_by_referee, told
 
@@ -75,7 +75,7 @@ def write_report(manifest: Manifest) -> Path:
     environment.filters["figure"] = lambda figure, digits: "no figure" if figure is None else f"{figure:.{digits}f}"
     environment.filters["cut"] = _cut
     try:
-        studies, unreadable = list_studies(manifest.run_id), ""
+        studies, unreadable = studies_of(manifest), ""
     except StorageError as error:  # it may be another run's, and this one shall end
         studies, unreadable = [], str(error)
     page = environment.get_template(TEMPLATE).render(
@@ -97,9 +97,9 @@ def write_report(manifest: Manifest) -> Path:
     return path
 
 
-def report_study(study: Study) -> None:
-    """Put a study into the report of the run that made the student, where one of this home did."""
-    if study.run_id and (manifest := load_manifest(study.run_id)):
+def report_study(run_id: str | None) -> None:
+    """Put a study into the report of the run whose student was named, where one of this home made it."""
+    if run_id and (manifest := load_manifest(run_id)):
         write_report(manifest)
 
 

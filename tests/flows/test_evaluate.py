@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from flows.commands_evaluation import _settings, print_study
+from flows.commands_handover import card_of
 from flows.config import resolve
 from flows.evaluate import EvaluateConfig, _Evaluation
-from flows.students import Student
+from flows.students import Student, best_student
 from storage.files import Checkpoint
 from storage.pools import by_id, read_rows
+from storage.runs import Manifest
 from storage.studies import Study, load_study
 from tasks import questions
 from tasks.models.chat import Reply, Request, Sampling, Status
@@ -100,7 +102,7 @@ def evaluated(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     monkeypatch.setattr(questions, "answer", answer)
     monkeypatch.setattr(_Evaluation, "_step", lambda self, stage, *inputs: stage.fn(*inputs))
 
-    def evaluate(*more: str, **changed: Any) -> tuple[Study, dict[str, Any]]:
+    def evaluate(*more: str, run: Manifest = run, **changed: Any) -> tuple[Study, dict[str, Any]]:
         settings = [REMOTE, "teacher.system_prompt=Teach.", "student.system_prompt=Learn."]
         settings += ["teacher.sampling.max_tokens=11", "evaluation.sampling.max_tokens=12", *more]
         config = EvaluateConfig(questions=asked(tmp_path), distill=resolve("smoke", settings), **changed)
@@ -190,6 +192,18 @@ def test_another_students_answers_are_asked_for_as_this_ones_are(evaluated: Any)
     seen.clear()
     again, _ = evaluated(reference="recorded-1/0")
     assert (again, seen) == (study, {}), "what is there is not asked for again"
+
+
+def test_a_student_that_two_runs_share_is_in_the_report_and_on_the_card_of_both(evaluated: Any) -> None:
+    study, seen = evaluated()
+    seen.clear()
+    other = record_run("second-1")
+    other.iterations[0].student = study.checkpoint
+    other.save()
+    again, seen = evaluated(run=other)
+    assert (again, seen) == (study, {})
+    assert "Evaluations of its students" in (other.folder / "report.html").read_text()
+    assert "### question.jsonl against teacher" in card_of(best_student(other))
 
 
 def test_turns_that_a_file_of_answers_lacks_are_counted(evaluated: Any, tmp_path: Path) -> None:
