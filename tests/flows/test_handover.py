@@ -14,6 +14,7 @@ from flows.terminal import Refusal
 from storage.files import StorageError
 from storage.pools import read_rows
 from storage.runs import Manifest
+from storage.studies import Study
 from tasks.prepare import ModelNotFound
 from tasks.report import write_report
 from tests import recorded
@@ -67,6 +68,16 @@ def test_the_card_has_no_figures_of_another_referee_or_of_other_answers_in_its_c
     run.iterations[0].evaluation = None  # as of another teacher
     run.save()
     assert "| 1 |  |  |  |  |" in said("card", run.run_id)
+
+
+def test_card_and_report_say_of_how_many_rows_a_suites_figures_are(run: Manifest) -> None:
+    (_, student) = run.students()[1]
+    Study(
+        study_id="suite-1", student="s", checkpoint=student, run_id=run.run_id, iteration=1, reference="lm-eval",
+        questions="arc", rows=0, settings={"limit": 20}, suite={"arc": {"acc": 0.5}},
+    ).save()  # fmt: skip
+    assert "- `arc` (first 20 rows of a task): {'acc': 0.5}" in said("card")
+    assert "first 20 rows of a task" in write_report(run).read_text()
 
 
 def test_card_and_report_name_every_teacher_whose_text_taught_the_model(home: Path) -> None:
