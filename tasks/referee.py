@@ -115,7 +115,7 @@ def _row(pair: Pair, order: str, vote: int, outcome: Outcome, **scores: Any) -> 
 def _review_by_reference(pairs: list[Pair]) -> Iterator[dict[str, Any]]:
     for pair in pairs:
         _, reference, response = pair
-        if not reference or response is None:
+        if not reference or not reference.strip() or response is None:
             yield _row(pair, "unordered", 0, Outcome.MISSING)
         else:
             score = reference_score(response, reference)

@@ -59,8 +59,9 @@ def test_without_two_answers_there_is_no_score(home: Path, status: str) -> None:
     assert (row["outcome"], row["student_score"]) == ("missing", None)
 
 
-def test_a_teacher_who_said_nothing_is_nothing_to_be_measured_by(home: Path) -> None:
-    (row,) = review(ReferenceReferee(), response("student", "Magic."), response("teacher", "", "empty"))
+@pytest.mark.parametrize("nothing", ["", " \n"])
+def test_a_teacher_who_said_nothing_is_nothing_to_be_measured_by(home: Path, nothing: str) -> None:
+    (row,) = review(ReferenceReferee(), response("student", "Magic."), response("teacher", nothing, "empty"))
     assert (row["outcome"], row["teacher_score"]) == ("missing", None)
 
 
