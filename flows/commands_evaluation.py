@@ -323,7 +323,7 @@ def print_study(study: Any) -> None:
         table.add_column(name.replace("teacher", "reference"), justify="left" if name == "category" else "right")
     for name, part in [("all", relative.overall), *relative.by_category.items()]:
         orders = [_percent(part.by_order[order].value) for order in relative.overall.by_order if order in part.by_order]
-        several = part.mean and part.questions > 1  # of one question there is nothing to draw
+        several = part.mean and (part.drawn or part.questions) > 1  # of one conversation there is nothing to draw
         interval = f"{_percent(part.mean.low)} to {_percent(part.mean.high)}" if several else ""
         mean = _percent(part.mean.value) if part.mean else ""
         table.add_row(

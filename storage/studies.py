@@ -18,6 +18,7 @@ class Figures(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     questions: int  # each turn of a conversation counts as one
+    drawn: int | None = None  # of so many the intervals are: a conversation is one; null in studies of before
     by_order: dict[str, Interval]  # sum of student scores / sum of reference scores, in this order of the answers
     mean: Interval | None  # of the orders, as the paper reports it
     pooled: Interval | None  # both orders' scores in one sum: swapping the models gives exactly its inverse

@@ -105,6 +105,7 @@ def _figures(scores: Scores, asked: npt.NDArray[np.str_], orders: list[str], tie
         effect = paired(*by_question(np.column_stack([gained / 2, np.ones(len(gained))])).T, seed=seed)
     return Figures(
         questions=len(scores),
+        drawn=int(question.max()) + 1,
         by_order={
             order: sums.interval(lambda drawn, at=at: by_order(drawn)[:, at])  # type: ignore[misc]
             for at, order in enumerate(orders)

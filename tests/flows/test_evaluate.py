@@ -1,6 +1,7 @@
 """`lion evaluate` end to end: a student against a reference on a file of questions."""
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,13 @@ def test_the_table_shows_any_category_and_no_interval_of_one_question(capsys: py
     assert "[b] against teacher" in shown and "q[/1].jsonl" in shown and "[/n]" in shown
     (alone,) = (line for line in shown.splitlines() if "[/x]" in line)
     assert " to " not in alone and "75.0 to 75.0" in shown
+
+
+def test_the_table_shows_no_interval_of_one_conversation(evaluated: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    study, _ = evaluated(max_questions=1)
+    print_study(study)
+    (turns,) = (line for line in capsys.readouterr().out.splitlines() if "writing" in line)
+    assert re.search(r"writing +│ +2 ", turns) and " to " not in turns
 
 
 def test_a_referee_that_is_named_judges_whatever_the_run_was_judged_by(capsys: pytest.CaptureFixture[str]) -> None:
