@@ -16,6 +16,7 @@ from flows.terminal import note
 from storage.files import Snapshot, digest_of, expanded, home, locked, write_atomic
 from storage.pools import by_id, read_rows
 from storage.studies import Study, load_study
+from tasks import questions, referee
 from tasks.models.budget import Account
 from tasks.models.endpoint import OpenAIModel
 from tasks.models.ready import ModelSettings, ReadyModel, check_access_to
@@ -72,8 +73,11 @@ class _Evaluation:
         }
         asked = [student.checkpoint, self.reference, self.questions.turns]
         teacher = identity(self.distill.teacher) if isinstance(self.reference, ReadyModel) else None
+        # As the stages are keyed that ask and review: another prompt or version of theirs makes another study.
+        prompt = referee.PROMPT.text if isinstance(self.distill.referee, LLMReferee) else None
+        told = [questions.VERSION, referee.VERSION, prompt]
         self.study = Study(
-            study_id=f"{Path(config.questions).stem}-{digest_of([settings, teacher, *map(identity, asked)])[:8]}",
+            study_id=f"{Path(config.questions).stem}-{digest_of([settings, teacher, told, *map(identity, asked)])[:8]}",
             student=student.name,
             checkpoint=student.checkpoint,
             run_id=student.manifest.run_id if student.manifest else None,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from storage.files import Checkpoint
 from storage.pools import by_id, read_rows
 from storage.runs import Manifest
 from storage.studies import Study, load_study
-from tasks import questions
+from tasks import questions, referee
 from tasks.models.chat import Reply, Request, Sampling, Status
 from tasks.models.errors import ModelError
 from tasks.models.ready import ReadyModel
@@ -75,6 +76,23 @@ def test_a_student_that_is_run_otherwise_is_another_study(home: Path, tmp_path: 
     answers.write_text(json.dumps({"question_id": 2, "choices": [{"turns": ["2, 3, 5."]}]}) + "\n")
     assert study_of() == study_of("student.model.max_batch_rows=7")
     assert len({study_of(), study_of("student.model.quantization=4bit"), study_of("student.model.precision=fp32")}) == 3
+
+
+def test_a_study_by_another_prompt_or_version_of_the_referee_is_another_study(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def study_of(kind: str) -> str:
+        settings = resolve(None, [f"referee.kind={kind}", *(["referee.model={kind: local}"] if kind == "llm" else [])])
+        config = EvaluateConfig(questions=asked(tmp_path), reference=str(answers), distill=settings)
+        return _Evaluation(config, Student("mine", Checkpoint(digest="m", content="c"))).study.study_id
+
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"question_id": 2, "choices": [{"turns": ["2, 3, 5."]}]}) + "\n")
+    by_model, by_metric = study_of("llm"), study_of("reference")
+    monkeypatch.setattr(referee, "PROMPT", replace(referee.PROMPT, text="Be harsh.\n"))
+    assert study_of("llm") != by_model and study_of("reference") == by_metric
+    monkeypatch.setattr(referee, "VERSION", referee.VERSION + 1)
+    assert study_of("reference") != by_metric
 
 
 REMOTE = "teacher.model={kind: openai, model: t, base_url: 'http://127.0.0.1:9/v1', api_key_env: null, price: free}"
