@@ -43,9 +43,7 @@ class Evaluation(BaseModel):
     score: float | None  # mean reference score, 1..10 (10: the teacher's own words); null: nothing to score
     rows: int
     scored: int  # rows with a score
-    without_loss: int = (
-        0  # rows of the details that have none: the prompt fills the context, or the template refuses it
-    )
+    without_loss: int = 0  # rows of the details whose prompt fills the context, or is refused by the template
     details: Snapshot  # table evaluations: a row an instruction
     reviews: Snapshot | None = None  # the referee's, of these answers beside the teacher's; null where it is a metric
 
