@@ -215,11 +215,12 @@ class Run:
         assert record.evaluation and before.evaluation, "students are evaluated before they are compared"
         against = before.iteration if isinstance(before, IterationRecord) else 0
         record.comparison = compare(record.evaluation, before.evaluation, against, self.config.seed)
-        if self.config.keep == "best" and is_worse(record.evaluation, before.evaluation, measure):
+        gain = gain_in(record.comparison, measure)
+        if self.config.keep == "best" and is_worse(record.evaluation, before.evaluation, measure, gain):
             record.rolled_back = True
             record.notes.append(
-                f"rolled back: this student is worse than that of iteration {against} "
-                f"({told(gain_in(record.comparison, measure), measure)}), which goes on in its place"
+                f"rolled back: this student is worse than that of iteration {against} ({told(gain, measure)}), "
+                "which goes on in its place"
             )
         else:
             self.standing = record

@@ -96,11 +96,14 @@ def _ratio(pairs: Sequence[tuple[float, float]], seed: int) -> Interval | None:
     return paired(*zip(*pairs), seed=seed) if pairs else None
 
 
-def is_worse(now: Evaluation, before: Evaluation, measure: Measure) -> bool:
-    """Whether a student is worse than the one before. One whose figure cannot be had is, if the other's can."""
+def is_worse(now: Evaluation, before: Evaluation, measure: Measure, gain: Interval | None = None) -> bool:
+    """Whether a student is worse than the one before: by its gain, which is of what both answered, where there is one. One
+    whose figure cannot be had is, if the other's can."""
     new, old = getattr(now, measure), getattr(before, measure)
     if new is None or old is None:
         return old is not None
+    if gain is not None:
+        return gain.value < 0
     return new > old if measure == "loss" else new < old
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from storage.files import Checkpoint
 from storage.pools import read_rows, write_snapshot
-from storage.runs import Comparison, Evaluation, Interval
+from storage.runs import Baseline, Comparison, Evaluation, Interval, IterationRecord, Manifest
 from tasks.selection import StopConfig, compare, is_stalled, is_worse, loss_per_token, mean_score, told
 
 
@@ -100,6 +101,19 @@ def test_lower_loss_and_higher_score_are_better(home: Path) -> None:
     for measure in ("loss", "score"):
         assert is_worse(bad, good, measure) and not is_worse(good, bad, measure)  # type: ignore[arg-type]
         assert not is_worse(good, good, measure)  # type: ignore[arg-type]
+
+
+def test_a_student_that_answers_more_is_not_rolled_back_for_what_it_adds(home: Path) -> None:
+    from flows.config import resolve
+    from flows.distill import Run
+
+    losses = dict.fromkeys("abc", 10.0)
+    before, now = evaluation(losses, {"a": 9, "b": 9, "c": None}), evaluation(losses, {"a": 9.5, "b": 9.5, "c": 2})
+    run = Run(resolve("smoke", ["stop.measure=score"]), Manifest(run_id="r"))
+    run.standing = Baseline(evaluation=before, student=Checkpoint(digest="start", content=""))
+    record = IterationRecord(iteration=1, evaluation=now, student=Checkpoint(digest="new", content=""))
+    assert run._standing_student(record) == record.student
+    assert record.comparison and told(record.comparison.score_gain, "score").startswith("gain in score: +0.500")
 
 
 def gains(*lows: float | None) -> list[Comparison]:
