@@ -7,6 +7,7 @@
 Every arm of a seed starts from the same student and is looked at on the same held-out instructions.
 """
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -124,6 +125,8 @@ def _mean(arms: list[list[Evaluation]], column: str) -> Interval | None:
     # answers that a sampling teacher gave otherwise with another seed, and one seed lacks.
     weights = [sums[0][key][1] / len(arms[0]) for key in keys]
     differences = [figures[0][key] - (figures[1][key] if len(arms) > 1 else 0) for key in keys]
+    if not all(map(math.isfinite, differences)):
+        return None  # a student that broke
     return paired([weight * each for weight, each in zip(weights, differences, strict=True)], weights)
 
 

@@ -58,6 +58,20 @@ def test_a_mean_over_seeds_is_per_token_whatever_the_order_of_the_seeds(home: Pa
     assert score and score.value == pytest.approx(5.0)
 
 
+def test_a_student_that_broke_has_no_mean_loss(home: Path) -> None:
+    from flows.ablate import _mean
+
+    rows = [
+        {"instruction_id": key, "status": "ok", "loss_sum": loss, "tokens": 10, "score": 5.0}
+        for key, loss in (("a", 20.0), ("b", float("nan")))
+    ]
+    broken = Evaluation(
+        loss=None, score=5.0, rows=2, scored=2, details=write_snapshot("evaluations", rows, step="test", version=1)
+    )
+    assert _mean([[broken]], "loss_sum") is None
+    assert _mean([[broken]], "score") is not None
+
+
 def test_seeds_that_enter_no_pool_are_not_to_spare(home: Path, tmp_path: Path) -> None:
     from flows.ablate import _with_seeds_to_spare
     from flows.config import ConfigError, resolve
