@@ -158,7 +158,9 @@ def best(
     for record in manifest.iterations:
         for line in record.notes:
             note.print(f"Iteration {record.iteration}: {line}")
-    note.print(f"{found.name}" + ("" if found.iteration else ": the student before any training was never beaten"))
+    measured = any(record.evaluation for record in manifest.iterations)
+    start = ": the student before any training" + (" was never beaten" if measured else "; none was measured since")
+    note.print(found.name + ("" if found.iteration else start))
     print(found.checkpoint.path)
 
 
@@ -169,7 +171,7 @@ def contamination(
     ],
     run_id: Annotated[str | None, typer.Option("--run", help="Only this run's pools.")] = None,
     max_similarity: Annotated[
-        float, typer.Option("--max-similarity", min=0.01, max=1, help="ROUGE-L F from which an instruction is near.")
+        float, typer.Option("--max-similarity", min=0.01, max=1, help="ROUGE-L F above which an instruction is near.")
     ] = 0.7,
     as_json: AsJson = False,
     home: Home = None,

@@ -137,6 +137,16 @@ def test_with_a_token_the_model_and_its_card_go_to_a_private_repository(
     assert "hf_secret" not in output
 
 
+def test_best_says_whether_the_student_before_any_training_was_beaten_or_none_was_measured(run: Manifest) -> None:
+    run.baseline.student = run.iterations[0].student
+    run.iterations[0].rolled_back = True
+    run.save()
+    assert "was never beaten" in said("best")
+    run.iterations[0].evaluation = None
+    run.save()
+    assert "the student before any training; none was measured since" in said("best")
+
+
 def test_compare_puts_runs_side_by_side_with_the_settings_that_differ(run: Manifest) -> None:
     record_run("second-1", None, "seed=7")
     rows = json.loads(said("compare", "recorded", "second", "--json"))

@@ -42,6 +42,7 @@ def test_the_reference_score_is_rouge_l_on_the_scale_of_the_referee() -> None:
     rouge = RougeScorer(["rougeL"], use_stemmer=False).score(reference, said)["rougeL"].fmeasure
     assert reference_score(said, reference) == pytest.approx(1 + 9 * rouge)
     assert reference_score(reference, reference) == 10
+    assert reference_score("🦁\n", "🦁") == 10 and reference_score("🐈", "🦁") == 1
     assert reference_score("", reference) == 1
 
 
