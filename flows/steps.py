@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from prefect.client.schemas.objects import State
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.tasks import Task
 from rich.text import Text
 
@@ -113,6 +113,10 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
                 "interrupted",
                 "cancelled, or ended by Ctrl-C or SIGTERM; everything finished is kept",
             )
+            manifest.save()
+            raise
+        except Pause:  # somebody has suspended it
+            manifest.state, manifest.error = "paused", "suspended in Prefect; Resume there goes on"
             manifest.save()
             raise
         except (BudgetReached, NotApproved) as error:

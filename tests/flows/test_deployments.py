@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from prefect.automations import Automation
+from prefect.exceptions import Pause
 from prefect.schedules import Cron
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
@@ -176,6 +177,7 @@ def test_a_run_that_ends_at_once_says_how_and_still_refers_to_all_that_it_had_ma
     earlier.model_copy(update={"run_id": config.run_id}).save()
     ends: list[tuple[BaseException, str, str]] = [
         (NotApproved("nobody answered"), "paused", "nobody answered"),
+        (Pause(), "paused", "Resume there goes on"),
         (KeyboardInterrupt(), "interrupted", "everything finished is kept"),
         (RuntimeError("no key"), "failed", "RuntimeError: no key"),
     ]
