@@ -64,8 +64,8 @@ def start_server(host: str | None = None) -> bool:
         host: the address to listen at, where others shall reach it too.
 
     Raises:
-        ServiceError: it does not come up, would be open to the network without a password, or one that answers there
-            is another home's.
+        ServiceError: it does not come up, would not be heard at that URL, would be open to the network without a
+            password, or one that answers there is another home's.
     """
     if _answers():
         if _pid("server") is None and "PREFECT_API_URL" not in os.environ:
@@ -76,6 +76,9 @@ def start_server(host: str | None = None) -> bool:
             )
         return False
     url = urlsplit(PREFECT_API_URL.value())
+    if url.path != "/api":  # one that starts would never be heard there
+        at = url._replace(path="/api").geturl()
+        raise ServiceError(f"A server that is started here has its API at /api: export PREFECT_API_URL={at}")
     listen = host or url.hostname or "127.0.0.1"
     if listen not in LOOPBACK and SERVER_AUTH not in os.environ:
         raise ServiceError(f"Open to the network only with a password: export {SERVER_AUTH}=NAME:PASSWORD")

@@ -543,6 +543,20 @@ def test_a_server_of_another_machine_is_used_and_asks_for_no_password_of_ones_ow
             service.start_server()
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://127.0.0.1:9/api/"])
+def test_a_server_that_would_not_be_heard_where_the_api_is_looked_for_is_not_started(
+    home: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import service
+
+    monkeypatch.setattr(service, "_start", lambda name, arguments: pytest.fail("started"))
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        pytest.raises(service.ServiceError, match=r"export PREFECT_API_URL=http://127\.0\.0\.1:9/api$"),
+    ):
+        service.start_server()
+
+
 def test_what_is_to_be_registered_where_no_server_answers_says_how_to_start_one(home: Path) -> None:
     from flows import service
 
