@@ -8,10 +8,14 @@ are None, which means: as in the preset. What a group says is laid upon the pres
 UI says all of a group once it is opened, and fills it with the paper's values.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from prefect import flow
 from prefect.client.schemas.objects import State
+from prefect.events import emit_event
+from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel, Field
@@ -37,8 +41,20 @@ from tasks.student import StudentConfig
 from tasks.teacher import TeacherConfig
 
 
+@contextmanager
+def _says_when_it_leaves() -> Iterator[None]:
+    """Tell the server when a run that was suspended ends its process. Until the end of its stage it sent heartbeats, and
+    `lion marks what died` would take it for dead without the next."""
+    try:
+        yield
+    except Pause:
+        emit_event("lion.flow-run.left", {"prefect.resource.id": f"prefect.flow-run.{flow_run.id}"})
+        raise
+
+
 # What a form or a command says is part of a preset's settings, and is checked once it is laid upon them (`resolve`).
 @flow(name="distill", flow_run_name="{preset} · iterations {iterations} · from {start_from}", validate_parameters=False)
+@_says_when_it_leaves()
 def distill(
     iterations: Iterations = 3,
     start_from: StartFrom = "base",
@@ -102,6 +118,7 @@ def distill(
 
 
 @flow(name="evaluate", flow_run_name="evaluate {student} on {questions}", validate_parameters=False)
+@_says_when_it_leaves()
 def evaluate(
     student: str | None = None,
     questions: str = "bundled",
@@ -126,6 +143,7 @@ def evaluate(
 
 
 @flow(name="finetune", flow_run_name="finetune on {data}", validate_parameters=False)
+@_says_when_it_leaves()
 def finetune(
     data: str, preset: str = "lion-7b", student: StudentConfig | None = None, finetune: FinetuneConfig | None = None
 ) -> State[Any]:

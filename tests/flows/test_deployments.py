@@ -89,6 +89,21 @@ def test_every_automation_is_one(automation: dict[str, Any]) -> None:
     Automation.model_validate(automation | {"actions": actions})
 
 
+def test_a_suspended_run_that_leaves_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def suspended(*_: Any) -> None:
+        raise Pause
+
+    told: list[str] = []
+    monkeypatch.setattr(deployed, "emit_event", lambda event, resource: told.append(event), raising=False)
+    for what in ("loop", "study"):
+        monkeypatch.setattr(getattr(deployed, what), "fn", suspended)
+    for flow in (deployed.distill, deployed.evaluate):
+        with pytest.raises(Pause):
+            flow.fn(preset="smoke")
+    (marks,) = [automation for automation in AUTOMATIONS if automation["name"] == "lion marks what died"]
+    assert len(told) == 2 and set(told) <= set(marks["trigger"]["expect"])
+
+
 def test_runs_that_go_on_from_each_other_are_one_chain() -> None:
     def run(name: str, start: str) -> Manifest:
         return Manifest(run_id=name, config={"start_from": start}, baseline=Baseline(), iterations=[])
