@@ -22,6 +22,7 @@ from prefect.automations import Automation
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
@@ -71,8 +72,8 @@ def start_server(host: str | None = None) -> bool:
         if _pid("server") is None and "PREFECT_API_URL" not in os.environ:
             raise ServiceError(
                 f"{ui_url()} is answered by a server that was not started for {home()}. Its own `lion down` ends it. To use "
-                f"it for this home, too: export PREFECT_API_URL={PREFECT_API_URL.value()}, and LION_WORK_POOL=ANOTHER, as "
-                "workers of one pool take each other's runs. Or name another port in PREFECT_API_URL."
+                f"it in its place: export PREFECT_API_URL={PREFECT_API_URL.value()}, and LION_WORK_POOL=ANOTHER, as workers of "
+                "one pool take each other's runs; all deployments then go there. Or name another port in PREFECT_API_URL."
             )
         return False
     url = urlsplit(PREFECT_API_URL.value())
@@ -158,37 +159,39 @@ def register() -> list[str]:
         raise ServiceError(f"no Prefect server answers at {ui_url()} ({error}). `lion up` starts one.") from None
     entries = yaml.safe_load(DEPLOYMENTS.read_bytes())["deployments"]
     names = [f"{entry['entrypoint'].partition(':')[2]}/{entry['name']}" for entry in entries]
-    schedules = {name: _schedules(name) for name in names}
+    there = {name: _deployed(name) for name in names}
     command = [*_prefect(), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
     done = subprocess.run(command, env=seen, capture_output=True, text=True)
     if done.returncode:
         raise ServiceError(f"Prefect refuses {DEPLOYMENTS}:\n{done.stdout}{done.stderr}")
-    for name, before in schedules.items():
-        _restore_schedules(name, before)
-    return [*names, *(_keep_automation(wanted) for wanted in yaml.safe_load(AUTOMATIONS.read_bytes()))]
+    for before in filter(None, there.values()):
+        _restore_schedules(before)
+    pool = seen["LION_WORK_POOL"]
+    moved = {name: was.work_pool_name for name, was in there.items() if was and was.work_pool_name != pool}
+    told = [
+        f"{name} (its runs go to pool {pool}, no longer to {moved[name]})" if name in moved else name for name in names
+    ]
+    return [*told, *(_keep_automation(wanted) for wanted in yaml.safe_load(AUTOMATIONS.read_bytes()))]
 
 
-def _schedules(deployment: str) -> list[Any] | None:
-    """The schedules that a deployment has; null where there is none of this name."""
+def _deployed(deployment: str) -> DeploymentResponse | None:
+    """A deployment as it is on the server; null where there is none of this name."""
     with get_client(sync_client=True) as client:
         try:
-            return client.read_deployment_by_name(deployment).schedules
+            return client.read_deployment_by_name(deployment)
         except ObjectNotFound:
             return None
 
 
-def _restore_schedules(deployment: str, before: list[Any] | None) -> None:
+def _restore_schedules(before: DeploymentResponse) -> None:
     """Give a deployment back the schedules that it had, switched on or off as they were: Prefect replaces them all."""
-    if before is None:
-        return
     with get_client(sync_client=True) as client:
-        id = client.read_deployment_by_name(deployment).id
-        for made in client.read_deployment_schedules(id):
-            client.delete_deployment_schedule(id, made.id)
+        for made in client.read_deployment_schedules(before.id):
+            client.delete_deployment_schedule(before.id, made.id)
         names = DeploymentScheduleCreate.model_fields.keys()
-        wanted = [DeploymentScheduleCreate(**each.model_dump(include=set(names))) for each in before]
+        wanted = [DeploymentScheduleCreate(**each.model_dump(include=set(names))) for each in before.schedules]
         if wanted:
-            client.create_deployment_schedules(id, wanted)
+            client.create_deployment_schedules(before.id, wanted)
 
 
 def _keep_automation(wanted: dict[str, Any]) -> str:

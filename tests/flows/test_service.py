@@ -67,6 +67,16 @@ def test_up_again_brings_back_what_is_missing_and_makes_nothing_twice(service: S
     assert sorted(deployments) == ["lion-7b", "nightly", "offline", "offline", "offline", "smoke"]
 
 
+def test_whoever_moves_the_deployments_to_another_pool_is_told(service: Service) -> None:
+    elsewhere = service.environment | {"LION_WORK_POOL": "elsewhere"}
+    try:
+        done = subprocess.run([*COMMAND, "deploy"], cwd=ROOT, env=elsewhere, capture_output=True, text=True)
+        assert "distill/nightly (its runs go to pool elsewhere, no longer to lion)" in done.stderr
+    finally:
+        assert "no longer to elsewhere" in service.lion("deploy")
+    assert "no longer" not in service.lion("deploy")
+
+
 def test_three_nights_are_one_chain_and_the_same_as_one_run_of_three_iterations(
     service: Service, whole: dict[str, Any]
 ) -> None:
