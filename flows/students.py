@@ -59,6 +59,8 @@ def find_student(name: str | None) -> Student:
         Refusal: nothing is called that, or its checkpoint is gone.
         JobError: a model from elsewhere cannot be had.
     """
+    if name is not None and not name.strip():
+        raise Refusal("the name of a student is empty: leave it out for the best of the last run, or name one.")
     student = _named(name)
     check_is_there(student)
     return student

