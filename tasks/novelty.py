@@ -356,7 +356,7 @@ def check_text(text: str) -> Rejection | None:
 
 
 def leaks(text: str) -> bool:
-    """Whether a phrase of our own prompts or a special token, which would be one in the next prompt, is in a text."""
+    """Whether a phrase of our own prompts or a special token, which a server would take for one in the next prompt, is in a text."""
     lowered = _lowered(text)
     return any(phrase in lowered for phrase in LEAKS) or SPECIAL_TOKEN.search(text) is not None
 

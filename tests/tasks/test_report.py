@@ -44,6 +44,15 @@ def test_a_gain_that_may_be_none_is_not_called_better(home: Path) -> None:
     )
 
 
+def test_a_gain_on_one_instruction_is_not_called_better(home: Path) -> None:
+    run = record_run()
+    assert verdict(run).startswith("The student got better (")
+    measured = run.iterations[0].evaluation
+    assert measured
+    run.iterations[0].evaluation = measured.model_copy(update={"without_loss": 1})
+    assert verdict(run).startswith("That the student got better is not sure (")
+
+
 def test_every_held_out_figure_has_its_unit_and_number_and_a_missing_one_is_no_zero(home: Path) -> None:
     run = with_student(record_run(), ("Lava.", 20.0, 6.0), ("5", 10.0, 3.0), score=None, scored=0, rows=3)
     both = ("teacher_first", "student_first")
