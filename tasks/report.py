@@ -20,6 +20,7 @@ from tasks.selection import compare, gain_in, judged_by_referee, told
 
 TEMPLATE = "report.html.jinja"
 GRID, HARD = "#8888884d", "#d9480f"
+ITERATIONS = [STUDENT, HARD, "#2b8a3e", "#9c36b5"]  # colours of a few
 LONGEST = 10_000  # characters shown of a text: a page of 300 MB opens nowhere
 WIDEST = 10  # score gaps shown side by side
 MOST_CATEGORIES = 15  # a chart has room for
@@ -239,6 +240,7 @@ def _hard_share(record: IterationRecord) -> alt.LayerChart:
 
 
 def _candidates(rows: list[dict[str, Any]]) -> alt.Chart:
+    several = len({row["iteration"] for row in rows}) > len(ITERATIONS)
     return (
         alt.Chart(alt.Data(values=rows))
         .mark_bar(opacity=0.85)
@@ -246,7 +248,9 @@ def _candidates(rows: list[dict[str, Any]]) -> alt.Chart:
             y=alt.Y("outcome:N", sort="-x", title=None),
             x=alt.X("candidates:Q", title="candidates"),
             color=alt.Color(
-                "iteration:N", title="iteration", scale=alt.Scale(range=[STUDENT, HARD, "#2b8a3e", "#9c36b5"])
+                "iteration:O",
+                title="iteration",
+                scale=alt.Scale(scheme="turbo") if several else alt.Scale(range=ITERATIONS),
             ),
         )
     )

@@ -44,6 +44,15 @@ def test_a_gain_that_may_be_none_is_not_called_better(home: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("iterations", [4, 9])
+def test_every_iteration_has_a_colour_of_its_own_among_the_candidates(iterations: int) -> None:
+    from tasks.report import _candidates, _chart
+
+    rows = [{"iteration": i, "outcome": "accepted", "candidates": 5} for i in range(1, iterations + 1)]
+    drawn = _chart("candidates", "", _candidates(rows))["svg"]
+    assert len({*re.findall(r'<path aria-label="[^"]*" [^>]*fill="([^"]+)"', drawn)}) == iterations
+
+
 def test_a_gain_on_one_instruction_is_not_called_better(home: Path) -> None:
     run = record_run()
     assert verdict(run).startswith("The student got better (")
