@@ -55,7 +55,7 @@ def publish_artifacts(manifest: Manifest) -> None:
         create_table_artifact(
             [{"iteration": iteration, **judge.model_dump(exclude={"unusable"})} for iteration, judge in judged],
             key=f"{name}-judge",
-            description="How far the referee can be trusted. Shares are of pairs read in both orders.",
+            description="How far the referee can be trusted. flip_share and tie_share are of pairs read in both orders.",
         )
     spent = spend_of(manifest.run_id)
     create_table_artifact(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 
 from flows import deployed
+from flows.chain import settled
 from flows.config import DistillConfig, presets, resolve
 from flows.deployed import _said, distill
 from storage.files import Snapshot
@@ -63,6 +65,25 @@ def test_nights_go_on_from_each_other_one_at_a_time_once_they_are_switched_on() 
     (schedule,) = nightly["schedules"]
     assert schedule["active"] is False
     Cron(schedule["cron"], timezone=schedule["timezone"])
+
+
+def test_a_night_whose_question_of_before_is_answered_with_stop_is_over(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(config: DistillConfig) -> str:
+        went_through.append(config.run_id)
+        Manifest(run_id=config.run_id, config=config.model_dump(mode="json"), state="completed").save()
+        return config.run_id
+
+    went_through: list[str] = []
+    tonight = resolve("smoke").model_copy(update={"start_from": "latest"})
+    begun = settled(tonight)
+    Manifest(run_id=begun.run_id, config=begun.model_dump(mode="json"), state="paused").save()
+    monkeypatch.setattr(deployed.loop, "fn", stopped)
+    monkeypatch.setattr(deployed, "flow_run", SimpleNamespace(run_count=1))
+    ended = distill.fn(preset="smoke", start_from="latest", iterations=tonight.iterations)
+    assert ended.message == f"Runs: {begun.run_id}"
+    assert went_through == [begun.run_id]
 
 
 def test_every_setting_is_in_the_form_with_help_and_bounds() -> None:
