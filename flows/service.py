@@ -77,12 +77,12 @@ def start_server(host: str | None = None) -> bool:
             )
         return False
     url = urlsplit(PREFECT_API_URL.value())
-    if url.path != "/api":  # one that starts would never be heard there
-        at = url._replace(path="/api").geturl()
-        raise ServiceError(f"A server that is started here has its API at /api: export PREFECT_API_URL={at}")
     listen = host or url.hostname or "127.0.0.1"
     if listen not in LOOPBACK and SERVER_AUTH not in os.environ:
         raise ServiceError(f"Open to the network only with a password: export {SERVER_AUTH}=NAME:PASSWORD")
+    if url.path != "/api":  # one that starts would never be heard there
+        at = url._replace(path="/api").geturl()
+        raise ServiceError(f"A server that is started here has its API at /api: export PREFECT_API_URL={at}")
     _start("server", ["server", "start", "--host", listen, "--port", str(url.port)])
     deadline = time.monotonic() + START_SECONDS
     while not _answers():
