@@ -126,19 +126,19 @@ def card_of(student: Any) -> str:
     if manifest is None:
         raise Refusal(f"{student.name}: no run of this home made this model, so there is nothing to write on its card.")
     config = manifest.config
-    start = {
-        "iteration": 0,
-        "evaluation": manifest.baseline.evaluation,
-        "rolled_back": False,
-        "relative": "",
-        "gain": "",
-    }
     mine = manifest.evaluations().get(student.iteration)
 
     def relative(evaluation: Any) -> str:  # a model's scores and a metric's do not go into one column
         alike = evaluation and mine and bool(evaluation.reviews) == bool(mine.reviews)
         return with_bounds(relative_to_teacher(evaluation, config["seed"]) if alike else None, ".1f", 100, " %")
 
+    start = {
+        "iteration": 0,
+        "evaluation": manifest.baseline.evaluation,
+        "rolled_back": False,
+        "relative": relative(manifest.baseline.evaluation),
+        "gain": "",
+    }
     rows = [start] + [
         {
             "iteration": record.iteration,

@@ -64,7 +64,9 @@ def test_the_card_has_no_figures_of_another_referee_or_of_other_answers_in_its_c
     run.iterations.append(first.model_copy(update={"iteration": 2, "evaluation": by_model}))
     run.save()
     assert "| 1 | 1.500 | 4.50 |  | +1.500" in said("card", run.run_id)
+    assert "| 0 | 3.000 | 1.50 |  |" in said("card", run.run_id)
     assert "| 2 (this one) | 1.500 | 4.50 | 87.5 % [87.5, 87.5] |" in said("card", run.run_id)
+    assert "| 0 | 3.000 | 1.50 | 15.0 % " in said("card", f"{run.run_id}/1"), "by the same metric"
     run.iterations[0].evaluation = None  # as of another teacher
     run.save()
     assert "| 1 |  |  |  |  |" in said("card", run.run_id)
