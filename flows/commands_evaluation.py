@@ -230,7 +230,7 @@ def compare(
             notes.append(
                 f"No gain in loss: to {manifest.run_id} the held-out answers are other tokens than to {other}."
             )
-        alike = bool(evaluation.reviews) == bool(first.reviews)  # a model's scores are no metric's
+        alike = evaluation.is_judged == first.is_judged
         if not alike:
             notes.append(f"No relative score: {manifest.run_id} has another kind of referee than {other}.")
         taught = sum(record.trained_rows for record in manifest.lineage(iteration))

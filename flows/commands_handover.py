@@ -128,8 +128,8 @@ def card_of(student: Any) -> str:
     config = manifest.config
     mine = manifest.evaluations().get(student.iteration)
 
-    def relative(evaluation: Any) -> str:  # a model's scores and a metric's do not go into one column
-        alike = evaluation and mine and bool(evaluation.reviews) == bool(mine.reviews)
+    def relative(evaluation: Any) -> str:
+        alike = evaluation and mine and evaluation.is_judged == mine.is_judged
         return with_bounds(relative_to_teacher(evaluation, config["seed"]) if alike else None, ".1f", 100, " %")
 
     start = {

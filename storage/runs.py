@@ -48,6 +48,11 @@ class Evaluation(BaseModel):
     reviews: Snapshot | None = None  # the referee's, of these answers beside the teacher's; null where it is a metric
 
     @property
+    def is_judged(self) -> bool:
+        """Whether a model scored the answers: its scores and a metric's do not go into one column, row or line."""
+        return self.reviews is not None
+
+    @property
     def measured(self) -> int:
         """How many rows the loss is of."""
         return self.details.rows - self.without_loss

@@ -37,11 +37,11 @@ def gain_charts(manifest: Manifest) -> list[Described]:
     """Loss and scores by iteration, gain over the student before, training loss; each where there are data for it."""
     charts: list[Described] = []
     evaluations = manifest.evaluations()
-    judged = any(evaluation.reviews for evaluation in evaluations.values())
+    judged = any(evaluation.is_judged for evaluation in evaluations.values())
 
     def relative(evaluation: Evaluation) -> Interval | None:
         # Earlier iterations of a chain may have had a metric for a referee: its scores are others than a model's.
-        return relative_to_teacher(evaluation) if bool(evaluation.reviews) == judged else None
+        return relative_to_teacher(evaluation) if evaluation.is_judged == judged else None
 
     by = "the referee's, mean of both orders" if judged else "ROUGE-L"
     figures: list[tuple[str, str, str, Callable[[Evaluation], Interval | None], float]] = [

@@ -96,7 +96,7 @@ def _ratio(pairs: Sequence[tuple[float, float]], seed: int) -> Interval | None:
     return paired(*zip(*pairs), seed=seed) if pairs else None
 
 
-def is_worse(now: Evaluation, before: Evaluation, measure: Measure, gain: Interval | None = None) -> bool:
+def is_worse(now: Evaluation, before: Evaluation, measure: Measure, gain: Interval | None) -> bool:
     """Whether a student is worse than the one before: by its gain, which is of what both answered, where there is one. One
     whose figure cannot be had is, if the other's can."""
     new, old = getattr(now, measure), getattr(before, measure)

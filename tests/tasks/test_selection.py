@@ -9,7 +9,17 @@ import pytest
 from storage.files import Checkpoint
 from storage.pools import read_rows, write_snapshot
 from storage.runs import Baseline, Comparison, Evaluation, Interval, IterationRecord, Manifest
-from tasks.selection import StopConfig, compare, is_stalled, is_worse, loss_per_token, mean_score, told
+from tasks.selection import (
+    Measure,
+    StopConfig,
+    compare,
+    gain_in,
+    is_stalled,
+    is_worse,
+    loss_per_token,
+    mean_score,
+    told,
+)
 
 
 def evaluation(losses: dict[str, float], scores: dict[str, float | None], loss: float | None = None) -> Evaluation:
@@ -85,11 +95,15 @@ def test_a_referees_word_on_the_held_out_answers_is_the_relative_score(home: Pat
     assert relative and relative.value == pytest.approx(3 / 20), "without a review the metric's"
 
 
+def worse(now: Evaluation, before: Evaluation, measure: Measure) -> bool:
+    return is_worse(now, before, measure, gain_in(compare(now, before, against=0, seed=0), measure))
+
+
 def test_a_student_whose_loss_is_no_number_is_worse_and_has_no_gain(home: Path) -> None:
     before = evaluation({"a": 30.0}, {"a": 2.0}, loss=3.0)
     broken = evaluation({"a": math.nan}, {"a": 1.0}, loss=None)
-    assert is_worse(broken, before, "loss")
-    assert not is_worse(before, broken, "loss")
+    assert worse(broken, before, "loss")
+    assert not worse(before, broken, "loss")
     assert compare(broken, before, against=0, seed=0).loss_gain is None
     whole, partly = (evaluation({"a": loss, "b": 10.0}, {"a": 2.0, "b": 2.0}) for loss in (30.0, math.nan))
     assert compare(partly, whole, against=0, seed=0).loss_gain is None
@@ -98,9 +112,10 @@ def test_a_student_whose_loss_is_no_number_is_worse_and_has_no_gain(home: Path) 
 def test_lower_loss_and_higher_score_are_better(home: Path) -> None:
     good = evaluation({"a": 1.0}, {"a": 5.0}, loss=1.0)
     bad = evaluation({"a": 2.0}, {"a": 4.0}, loss=2.0)
-    for measure in ("loss", "score"):
-        assert is_worse(bad, good, measure) and not is_worse(good, bad, measure)  # type: ignore[arg-type]
-        assert not is_worse(good, good, measure)  # type: ignore[arg-type]
+    measures: list[Measure] = ["loss", "score"]
+    for measure in measures:
+        assert worse(bad, good, measure) and not worse(good, bad, measure)
+        assert not worse(good, good, measure)
 
 
 def test_a_student_that_answers_more_is_not_rolled_back_for_what_it_adds(home: Path) -> None:
