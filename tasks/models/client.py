@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,17 +74,16 @@ def answer_all(
     with Journal() as journal:
         call = _Call(model, requests, sampling, account, price, journal, on_progress)
         call.look_up()
-        if call.missing and (
-            model.mode == "batch" or batches_to_collect(journal, model, account.run_id, call.missing.keys())
-        ):
-            missing = {key: requests[index] for key, index in call.missing.items()}
-            Batches(model, missing, sampling, account, price and price.batched(), journal, on_progress).run()
-            call.look_up()  # what the batches left unanswered goes the ordinary way
-        if call.missing:
-            try:
-                asyncio.run(call.ask())
-            finally:
-                call.keep_the_rest()
+        while call.missing:
+            if model.mode == "batch" or batches_to_collect(journal, model, account.run_id, call.missing.keys()):
+                missing = {key: requests[index] for key, index in call.missing.items()}
+                Batches(model, missing, sampling, account, price and price.batched(), journal, on_progress).run()
+                call.look_up()  # what the batches left unanswered goes the ordinary way
+            if call.missing:
+                try:
+                    asyncio.run(call.ask())
+                finally:
+                    call.keep_the_rest()
         return call.finished()
 
 
@@ -140,9 +139,9 @@ class _Call:
     # --- before and after -------------------------------------------------------------------------------------------
 
     def look_up(self) -> None:
-        """Fill in the replies that the journal has; the rest is `missing`."""
+        """Fill in the replies that the journal has; what has none then is `missing`."""
         key_of_request = keyer(self.model, self.sampling)
-        self.found, self.twins = 0, []
+        self.twins = []
         firsts: dict[str, int] = {}
         for start in range(0, len(self.requests), KEYS_AT_ONCE):
             part = range(start, min(start + KEYS_AT_ONCE, len(self.requests)))
@@ -150,14 +149,17 @@ class _Call:
             found = self.journal.find(keys.values())
             for index, key in keys.items():
                 if key in found:
+                    self.found += self.replies[index] is None
                     self.replies[index] = reply_of(self.requests[index].id, found[key])
-                    self.found += 1
                 elif key in firsts:
                     self.twins.append((index, firsts[key]))
                 else:
                     firsts[key] = index
-        self.missing = firsts
-        self.done = self.found
+        self._look_for_missing(firsts)
+
+    def _look_for_missing(self, among: Mapping[str, int]) -> None:
+        self.missing = {key: index for key, index in among.items() if self.replies[index] is None}
+        self.done = sum(reply is not None for reply in self.replies)
 
     def finished(self) -> list[Reply]:
         """All replies, once nothing is missing any more."""
@@ -191,7 +193,10 @@ class _Call:
     # --- the call ---------------------------------------------------------------------------------------------------
 
     async def ask(self) -> None:
-        """Ask for all that is missing, and return when every answer is durable."""
+        """Ask for what is missing, and return when every answer is durable.
+
+        What is missing still is with a batch that another process has handed in meanwhile.
+        """
         work = asyncio.ensure_future(self._ask())
         with _terminated_by_signal(asyncio.current_task()) as terminated:
             try:
@@ -207,6 +212,7 @@ class _Call:
                 self.keep_the_rest()
                 self.journal.let_go()  # the signal may end this process before the journal is closed
                 raise
+        self._look_for_missing(self.missing)
 
     async def _ask(self) -> None:
         self.throttle, self.gate = Throttle(self.model.max_concurrency), Gate()
@@ -274,6 +280,8 @@ class _Call:
             self.elsewhere = len(elsewhere)
             if elsewhere and (not ready or time.monotonic() - looked_at > POLL_SECONDS):
                 if not ready:
+                    if await self._in_batches([question.wish.key for question in elsewhere]):
+                        break  # whoever handed them in may be gone: we collect them
                     self._report()
                     await asyncio.sleep(POLL_SECONDS)
                 looked_at = time.monotonic()
@@ -323,6 +331,10 @@ class _Call:
         account = self.account
         sent = partial(self.journal.claim, iteration=account.iteration, model=self.model.model)
         return await self._in_thread(sent, account.run_id, account.role, wishes, account.caps())
+
+    async def _in_batches(self, keys: list[str]) -> bool:
+        open_batches = await self._in_thread(self.journal.open_batches, self.model.base_url, self.model.model)
+        return any(not set(batch.keys).isdisjoint(keys) for batch in open_batches)
 
     async def _until_settled(self, seconds: float | None = None) -> None:
         self.settled.clear()

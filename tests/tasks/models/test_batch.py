@@ -12,6 +12,7 @@ import pytest
 
 from storage.journal import Batch, Journal, Wish, now
 from tasks.models import batch as batch_module
+from tasks.models import client as client_module
 from tasks.models.budget import Account, Budget
 from tasks.models.chat import Reply, Request, Sampling, Status
 from tasks.models.client import answer_all
@@ -504,3 +505,22 @@ def test_a_batch_that_another_process_hands_in_meanwhile_and_leaves_is_waited_fo
         monkeypatch.setattr(batch_module.Batches, "_resumed", lambda batches: seen.pop() if seen else resumed(batches))
         assert {reply.status for reply in ask(server, questions(6))} == {Status.OK}
         assert server.bill()["twice"] == {} and server.received == 0
+
+
+def test_an_ordinary_call_collects_a_batch_that_another_process_hands_in_meanwhile_and_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    to_collect = client_module.batches_to_collect
+    seen: list[list[Batch]] = [[]]  # at the first look it is not there yet
+    with FakeOpenAI() as server:
+        dies_at("_collected", crash, server, monkeypatch)
+        server.script.append("too-long")  # of what the batch does not hold
+        monkeypatch.setattr(
+            client_module, "batches_to_collect", lambda *call: seen.pop() if seen else to_collect(*call)
+        )
+        replies = ask(
+            server, [*questions(8), replace(questions(1)[0], id="again")], mode="online", max_failed_share=0.5
+        )
+        assert [reply.status for reply in replies].count(Status.OK) == 8
+        assert (replies[-1].id, replies[-1].text) == ("again", replies[0].text)
+        assert server.bill()["twice"] == {} and server.received == 2
