@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from flows.terminal import ALONE, USE, CheckpointName, Home, Refusal, check_is_new, note, out, use_home
 from storage.files import write_json_lines, write_json_list
@@ -162,6 +163,12 @@ def answer(
     from tasks.models.chat import Sampling
 
     asked = read_asked(data)  # a file that cannot be used is refused before a model is fetched
+    if longer := sum(len(row.get("turns") or []) > 1 for row, _ in asked):  # FastChat's question.jsonl
+        note.print(
+            Text("note:", "yellow"),
+            f"Rows with several `turns`: {longer:,}. The first is asked alone; lion evaluate --questions {data} asks them all.",
+            soft_wrap=True,
+        )
     found = find_student(model)
     settings = changed(found.model, overrides or [])
     rows = answer_rows(

@@ -31,9 +31,17 @@ def test_every_row_has_its_answer_in_the_form_it_came_in(tmp_path: Path, tiny_mo
     assert second["messages"][1]["content"] != "An oak."
     assert (fourth["output"], fourth["status"]) == (None, "failed")
     assert "fit into the context" in fourth["error"]
-    assert "1 failed" in done.stderr
+    assert "1 failed" in done.stderr and "turns" not in done.stderr
     lion(tmp_path / "home", *command, f"--out={tmp_path / 'out.json'}", "--set=shards=2")
     assert len(read_seeds(str(tmp_path / "out.json")).rows) == 3
+
+
+def test_turns_that_are_not_asked_are_told(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"question_id": 1, "turns": ["Name a bird.", "Name another."]}, {"question_id": 2, "turns": ["Sing."]}]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["answer", f"--model={tiny_model}", f"--data={tmp_path / 'question.jsonl'}", "--max-tokens=8"]
+    done = lion(tmp_path / "home", *command, f"--out={tmp_path / 'out.jsonl'}")
+    assert "several `turns`: 1. The first is asked alone; lion evaluate" in done.stderr
 
 
 def test_an_answer_is_the_same_in_a_locale_that_is_not_utf8(tmp_path: Path, tiny_model: Path) -> None:
