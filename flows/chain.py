@@ -4,6 +4,7 @@ A run that goes on takes over the records of the iterations before it, so that i
 iterations are counted on. What `latest` means is settled before a run gets its id: a run never changes its start.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from flows.config import ConfigError, DistillConfig
 from storage.files import Snapshot, StorageError
+from storage.journal import spend_of
 from storage.pools import by_id
 from storage.runs import IterationRecord, Manifest, list_manifests, load_manifest
 from tasks.policies import identity
@@ -83,6 +85,17 @@ def before_upgrade(config: DistillConfig) -> Manifest | None:
         if knew_fewer and run.run_id != config.run_id and identity(settings) == identity(config):
             return run
     return None
+
+
+def paid_in_chain(run: Manifest) -> float:
+    """Dollars that a run has paid, with those of the runs that it goes on from, as far as it does."""
+    usd, last = 0.0, math.inf
+    chained: Manifest | None = run
+    while chained:
+        usd += sum(line.usd for line in spend_of(chained.run_id) if line.iteration <= last)
+        run_id, _, number = chained.start_from.removeprefix("run:").partition(":")
+        chained, last = load_manifest(run_id), int(number) if number else math.inf
+    return usd
 
 
 def start_of(config: DistillConfig) -> Start | None:

@@ -213,7 +213,7 @@ def compare(
 ) -> None:
     """Put runs side by side: the best student of each, the gain over the first with its interval, the settings."""
     use_home(home)
-    from storage.journal import spend_of
+    from flows.chain import paid_in_chain
     from tasks.selection import compare as compare_students
     from tasks.selection import same_reference
 
@@ -244,7 +244,7 @@ def compare(
                 "score": evaluation.score,
                 "gain in score": with_bounds(gain.score_gain),
                 "relative": with_bounds(gain.relative if alike else None),
-                "usd": sum(line.usd for line in spend_of(manifest.run_id)),
+                "usd": paid_in_chain(manifest),
             }
         )
     if as_json:

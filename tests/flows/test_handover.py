@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.terminal import Refusal
 from storage.files import StorageError
+from storage.journal import Journal
 from storage.pools import read_rows
 from storage.runs import Manifest
 from storage.studies import Study
@@ -19,6 +21,7 @@ from tasks.prepare import ModelNotFound
 from tasks.report import write_report
 from tests import recorded
 from tests.recorded import HELDOUT_IDS, SEEDS, record_run
+from tests.storage.test_journal import ANSWER
 
 
 @pytest.fixture
@@ -164,6 +167,15 @@ def test_compare_counts_the_rows_that_made_the_best_student_and_no_others(run: M
     run.save()
     (row, _) = json.loads(said("compare", "recorded", "recorded", "--json"))
     assert (row["best iteration"], row["rows trained on"]) == ("1 of 2", 2)
+
+
+def test_compare_counts_what_the_nights_before_have_paid_as_far_as_a_run_goes_on_from_them(run: Manifest) -> None:
+    night = record_run("second-1", None, f"start_from=run:{run.run_id}:1")
+    with Journal() as journal:
+        for key, (payer, iteration, usd) in enumerate([(run, 0, 0.25), (run, 1, 0.5), (run, 2, 8.0), (night, 2, 1.0)]):
+            paid = {"key": str(key), "run_id": payer.run_id, "iteration": iteration, "cost_usd": usd}
+            journal.add([replace(ANSWER, **paid)])
+    assert [row["usd"] for row in json.loads(said("compare", "rec", "second", "--json"))] == [8.75, 1.75]
 
 
 def test_compare_names_a_run_whose_student_was_held_against_other_answers(
