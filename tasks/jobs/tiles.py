@@ -25,7 +25,7 @@ from tasks.jobs.network import Network
 
 STEP_TOKENS = 64  # what a step costs beside its tokens, as if it were so many of them
 LANES_OF_A_GPU = 2
-RUN = 256  # tokens of a row whose attention is computed in one piece
+RUN = 256  # tokens of a row that are computed together, at most: a prompt is cut at multiples of it
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ class Row:
     losses: list[float] = field(default_factory=list)  # of the first targets
     computed: int = 0  # tokens whose keys and values are in the row's pages
     pages: list[int] = field(default_factory=list)
-    borrowed: int = 0  # of the pages, the first are the prefix's
+    borrowed: int = 0  # so many of them, the first ones, are the prefix's
     slot: int = 0  # its line in the lane's table of pages
 
     @property
@@ -66,6 +66,7 @@ class Row:
         return min(self.pending, longest - self.computed % longest)
 
     def next_tokens(self, count: int) -> list[int]:
+        """The first of the pending tokens; of an answer only its last one is ever pending."""
         return self.answer[-1:] if self.answer else self.given[self.computed : self.computed + count]
 
 
@@ -131,11 +132,11 @@ class Lane:
         width = pages_for(longest)
         pages = min(rows * width, max(tokens // PAGE, width))
         self.cache = Pages(1 + pages_for(len(prefix)) + pages, width)
-        self.pages = np.zeros((1 + rows, max(width, pages_for(len(prefix)))), np.int32)  # of each row, in its slot
-        self.slots = list(range(rows, 0, -1))  # free ones
+        self.table = np.zeros((1 + rows, max(width, pages_for(len(prefix)))), np.int32)  # pages of the row in each slot
+        self.slots = list(range(rows, 0, -1))  # free ones; 0 is the prefix's
         self.prefix = Row("", list(prefix))
         self.prefix.pages = self.cache.take(len(prefix))
-        self.pages[0, : len(self.prefix.pages)] = self.prefix.pages
+        self.table[0, : len(self.prefix.pages)] = self.prefix.pages
 
     @torch.inference_mode()
     def run(self, waiting: Queue, settle: Settle) -> Iterator[list[dict[str, Any]]]:
@@ -172,7 +173,7 @@ class Lane:
         row.pages = self.prefix.pages[: row.borrowed]
         row.pages += self.cache.take(len(row.given) + row.room - row.borrowed * PAGE)
         row.slot = self.slots.pop()
-        self.pages[row.slot, : len(row.pages)] = row.pages
+        self.table[row.slot, : len(row.pages)] = row.pages
         if row.computed % PAGE:
             self.cache.copy(self.prefix.pages[row.borrowed], row.pages[row.borrowed])
 
@@ -183,6 +184,15 @@ class Lane:
 
     def _compute(self, active: Sequence[Row]) -> Iterator[tuple[Wanted, Tensor]]:
         """One step: tokens whose logits are wanted, and these logits, some at a time."""
+        step, wanted = self._next_step(active)
+        self.statistics.add(positions=len(step.tokens), padded=len(step.tokens) - step.used)
+        begin = 0
+        for logits in self.network.forward(step):
+            yield wanted[begin : begin + len(logits)], logits
+            begin += len(logits)
+
+    def _next_step(self, active: Sequence[Row]) -> tuple[Step, Wanted]:
+        """The next runs of as many rows as fit into the cheapest tile, and the places in rows whose logits are wanted."""
         rows = sorted(active, key=lambda row: len(row.answer))
         most = self._tile(sum(row.pending for row in rows), rows[0].next_run(self.longest_run))
         tokens: list[int] = []
@@ -203,12 +213,7 @@ class Lane:
             if at == most:
                 break
         tile = next(size for size in self.network.tiles if size >= at)
-        self.statistics.add(positions=tile, padded=tile - at)
         width = max(len(row.pages) for row in rows)
         pages = np.zeros((tile, width), np.int32)
-        pages[:at] = self.pages[slots, :width]
-        step = Step(filled(tokens, tile), filled(positions, tile), pages, runs, self.cache, at_wanted)
-        begin = 0
-        for logits in self.network.forward(step):
-            yield wanted[begin : begin + len(logits)], logits
-            begin += len(logits)
+        pages[:at] = self.table[slots, :width]
+        return Step(filled(tokens, tile), filled(positions, tile), pages, runs, self.cache, at_wanted), wanted
