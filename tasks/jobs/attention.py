@@ -87,7 +87,7 @@ def pages_for(tokens: int) -> int:
 
 
 def filled(numbers: Sequence[int], size: int) -> np.ndarray:
-    """Numbers as an array of so many, the last of them 0."""
+    """Numbers as an array of so many, zeros behind them."""
     array = np.zeros(size, np.int32)
     array[: len(numbers)] = numbers
     return array
@@ -105,8 +105,8 @@ class Step:
     wanted: Sequence[int]  # the tokens whose logits are
 
     @property
-    def filled(self) -> int:
-        """How many tokens are of rows; the last ones only make up a tile, and attend to nothing."""
+    def used(self) -> int:
+        """How many tokens are of rows; those behind them only make up a tile, and attend to nothing."""
         return self.runs[-1][1]
 
     @cached_property
@@ -172,13 +172,14 @@ def attend_in_model(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer; `step` reaches it through the arguments of the model's forward.
 
-    On a GPU it is a step that attends by itself (`tasks.jobs.gpu.GpuStep`), elsewhere a `Step`.
+    query (1, heads, tokens, size); key and value (1, kv heads, tokens, size); what is found (1, tokens, heads, size). On a
+    GPU it is a step that attends by itself (`tasks.jobs.gpu.GpuStep`), elsewhere a `Step`.
     """
     if s_aux is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention with sinks is not supported")
     (heads, tokens, size), kv_heads = query.shape[1:], key.shape[1]
     keys, values = step.cache.of_layer(module.layer_idx, kv_heads, size, key)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads or kv heads, size)
     window = sliding_window or 0
     if not isinstance(step, Step):
         output = step.attend(q, k, v, keys, values, scaling, window, softcap)
@@ -201,7 +202,7 @@ def attend_on_cpu(qkv: Tensor, keys: Tensor, values: Tensor, step: Step, scaling
     tokens, places = bits(qkv), Places(bits(keys), bits(values), step.pages, step.positions)
     kernels.store(tokens, step.together, places)
     output = tensor(kernels.attend(tokens, step.alone, places, scaling, window))
-    output[step.filled :] = 0
+    output[step.used :] = 0
     for run in step.long_runs:
         row_keys, row_values = kernels.gather(places.keys, places.values, run.pages)
         query = qkv[run.begin : run.end, : output.shape[1]]

@@ -1,13 +1,41 @@
 """Answers many prompts with one causal language model, as fast as one machine allows, and scores given answers.
 
-What a row answers depends on its prompt and its own random numbers alone, not on the rows that are computed with it
-(see `tasks.jobs.tiles`).
+    generate, score     make a *row* of each request; all of them wait in one queue
+      │
+      ├── lane, lane    are threads; each takes rows for whose *pages* it has room, and goes on until none is left:
+      │
+      │   tiles         fills a *step* with the next *run* of each of its rows, those with the shortest answers first
+      │
+      │                   │ row 9, new: 40 of its prompt │ row 2: 1 │ row 5: 1 │ row 7: 1 │ ... │ nobody's │
+      │                   └──────────────────── as many tokens as a *tile* has ──────────────────────────────┘
+      │
+      │   network       takes the step through the layers of the model, in each of which
+      │     linear        multiplies all tokens with weights at once,
+      │     attention     puts their keys and values into pages, and lets each token look at those of its row,
+      │     kernels       does what lies between, token by token
+      │                 (on a GPU `gpu` does this, with `gpu_kernels` for the last two; pages are the same)
+      │
+      │   engine        gets the logits after each row's last token, and draws the next one (`sampling`), or notes the
+      │                 losses where an answer is scored. The pages of a row that is done are for others
+      ▼
+    replies, scores     as rows are done, in no order
 
-On a CPU each core is a *lane* that takes rows from the common queue and computes steps of its own: operations this
-small lose more by waiting for each other than they win by two cores. On a GPU there are two, so that it computes one's
-step while the other's tokens are looked at.
+- A *row* is one text: its prompt, and what is known of its answer.
+- A *step* is what goes through the network at once. It has as many tokens as one of a few *tiles* (`Network.tiles`): with
+  these products with weights give each token the same numbers, and on a GPU they are the sizes that are recorded.
+- A *run* is tokens of one row that follow each other and are computed together: of a prompt up to 256, of an answer the
+  one that was drawn last. A row is cut into the same runs in any company.
+- A *page* has the keys and values of 64 tokens of one row, in all layers. Who begins gets as many as it may ever need, so
+  that no row has to be moved or to wait. Those of what the chat template puts before every question are shared.
+- A *lane* has rows, pages and steps of its own. On a CPU each core is one: operations this small lose more by waiting for
+  each other than they win by two cores. On a GPU there are two, so that it computes one's step while the other's tokens
+  are looked at.
 
-Knows nothing of jobs, files of requests or progress: `tasks.jobs.infer` does.
+What a row answers depends on its prompt and its own random numbers alone, not on the rows that are computed with it.
+`tasks.jobs.tiles` says why.
+
+Knows nothing of jobs, files of requests or progress: `tasks.jobs.infer` does. `network` and what is below it know nothing
+of requests and answers.
 
     engine = Engine(Path("model"))
     for replies in engine.generate([{"id": "a", "messages": [...]}], Sampling(max_tokens=64)):

@@ -25,7 +25,7 @@ from tasks.jobs.network import unsupported
 from tasks.jobs.sampling import GPU_ROWS
 from tasks.jobs.tiles import LANES_OF_A_GPU
 
-TILES = (256, 512, 1024)  # tokens of a step, where they give the same
+TILES = (256, 512, 1024)  # tokens of a step: those are taken that give the same
 TRIED = 32  # tokens of each row by which that is tried out
 CACHE_SHARE = 0.8  # of what is left; the rest is for what nobody counts: workspaces, and blocks that are rounded up
 DRAWN_BYTES = 16  # for each logit from which tokens are drawn: it in fp32, its probability, and sums of them
@@ -224,12 +224,12 @@ class GpuLlama:
         stream = torch.zeros(change.shape, dtype=torch.float32, device=change.device)
         for index, layer in enumerate(self.layers):
             normed = add_norm(stream, change, layer.input_norm, self.epsilon)
-            qkv = layer.qkv(normed)
+            qkv = layer.qkv(normed)  # (tokens, (heads + 2 x kv heads) x size)
             heads = qkv.shape[1] // layer.size - 2 * self.kv_heads
             rotate(qkv, heads + self.kv_heads, layer.size, self.cosines, self.sines, step.places.positions)
             query, key, value = qkv.view(len(qkv), -1, layer.size).split([heads, self.kv_heads, self.kv_heads], 1)
             keys, values = step.cache.of_layer(index, self.kv_heads, layer.size, qkv)
-            found = step.attend(query, key, value, keys, values, layer.scaling, layer.window)
+            found = step.attend(query, key, value, keys, values, layer.scaling, layer.window)  # (tokens, heads, size)
             change = layer.output(found.flatten(1))
             normed = add_norm(stream, change, layer.attention_norm, self.epsilon)
             change = layer.down(gate(layer.gate_and_up(normed)))

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from numba.types import none
 from torch import Tensor
 
-LANES = 64  # elements that are compared at once
+ABREAST = 64  # elements that are compared at once
 BLOCK = 512  # logits that are summed up on their own
 PAGE = 64  # tokens whose keys and values lie together
 CHUNK = 16  # rows of a page that are computed while a few lines of another are fetched
@@ -309,7 +309,7 @@ def attend(qkv: np.ndarray, chosen: np.ndarray, places: Places, scaling: float, 
     output = _empty(tokens, heads * size, qkv.dtype)
     query = _empty(group, size, np.float32)
     weights = _empty(group, pages.shape[1] * PAGE, np.float32)
-    partial = np.empty(LANES, np.float32)
+    partial = np.empty(ABREAST, np.float32)
     totals, sums = np.empty(group, np.float32), _empty(group, size, np.float32)
     key_block, value_block = _empty(size, PAGE, np.float32), _empty(PAGE, size, np.float32)
     for c in range(len(chosen)):
@@ -373,13 +373,13 @@ def _exponentials(scores: np.ndarray, begin: int, end: int, partial: np.ndarray)
 @inlined
 def _highest(x: np.ndarray, partial: np.ndarray) -> float:
     """The highest element. Of every 64th one first, as one after the other would wait for each other."""
-    for a in range(LANES):
+    for a in range(ABREAST):
         partial[a] = float32(-np.inf)
-    whole = len(x) // LANES * LANES
-    for t in range(0, whole, LANES):
-        for a in range(LANES):
+    whole = len(x) // ABREAST * ABREAST
+    for t in range(0, whole, ABREAST):
+        for a in range(ABREAST):
             partial[a] = max(partial[a], _wide(x[t + a]))
-    half = LANES // 2
+    half = ABREAST // 2
     while half:
         for a in range(half):
             partial[a] = max(partial[a], partial[half + a])
@@ -428,7 +428,7 @@ def _add_products(
 @njit(**OPTIONS)
 def likeliest(logits: np.ndarray) -> np.ndarray:
     """The first of the highest logits (tokens, vocabulary) of each token."""
-    found, partial = np.empty(len(logits), np.int64), np.empty(LANES, np.float32)
+    found, partial = np.empty(len(logits), np.int64), np.empty(ABREAST, np.float32)
     for i in range(len(logits)):
         most, best = float32(-np.inf), 0
         for begin in range(0, logits.shape[1], BLOCK):
@@ -448,7 +448,7 @@ def likeliest(logits: np.ndarray) -> np.ndarray:
 @njit(**OPTIONS)
 def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndarray:
     """For each token a next one: where its chance, from 0 to 1, falls in the summed softmax of logits / temperature."""
-    found, partial = np.empty(len(logits), np.int64), np.empty(LANES, np.float32)
+    found, partial = np.empty(len(logits), np.int64), np.empty(ABREAST, np.float32)
     vocabulary, sharpness = logits.shape[1], float32(1 / temperature)
     sums = np.empty(-(-vocabulary // BLOCK), np.float64)
     for i in range(len(logits)):
@@ -478,7 +478,7 @@ def draw(logits: np.ndarray, chances: np.ndarray, temperature: float) -> np.ndar
 @njit(**OPTIONS)
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The cross entropy, in nats, of one target for each row of logits (tokens, vocabulary), in fp32."""
-    found, partial = np.empty(len(logits), np.float32), np.empty(LANES, np.float32)
+    found, partial = np.empty(len(logits), np.float32), np.empty(ABREAST, np.float32)
     for i in range(len(logits)):
         most, total = _highest(logits[i], partial), 0.0
         for begin in range(0, logits.shape[1], BLOCK):

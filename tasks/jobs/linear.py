@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TILE = 64  # tokens of a step on a CPU
-TILES = tuple(range(16, 257, 16))  # sizes, where they give the same
+TILE = 64  # tokens of a product on a CPU; other numbers are held against it
+TILES = tuple(range(16, 257, 16))  # numbers that are tried
 INT8 = 127  # what the largest weight of a row becomes
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -93,7 +93,7 @@ def _replace(model: nn.Module, kinds: set[type], make: Callable[[Any], Layer]) -
 
 @torch.inference_mode()
 def alike_tiles(layers: Iterable[PackedLinear | WidenedLinear]) -> list[int]:
-    """The sizes of a step at which every layer gives a token the same numbers, to the last bit, wherever it stands.
+    """Of `TILES` those at which every layer gives a token the same as in a `TILE`, to the last bit, wherever it stands.
 
     A library picks how a product is summed up by its shape alone, and it is not said how; so it is tried out, once for
     each shape, with one thread, as lanes have.

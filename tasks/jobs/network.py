@@ -23,15 +23,12 @@ from tasks.jobs.llama import LlamaLayer, is_llama_like, rotations, windows
 from tasks.jobs.quantization import quantized
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LARGEST_TILE = 512  # made of several such sizes: a layer's weights are read from memory once for all of them
+LARGEST_TILE = 512  # of parts: a layer's weights are read from memory once for all of them
 ATTENDED_LAYERS = {"full_attention", "sliding_attention"}
 WITH_SINKS = {"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}  # model types
 UNTOLD_WINDOWS = {"phimoe", "qwen2_moe"}  # model types whose layers tell their mask of a window, and attention nothing
-MISCOMPUTED = {
-    "diffllama",
-    "doge",
-    "nemotron",
-}  # model types that come out wrong, or not at all, though nothing says why
+# Model types that come out wrong, or not at all, though nothing says why.
+MISCOMPUTED = {"diffllama", "doge", "nemotron"}
 
 
 class UnsupportedModel(Exception):
@@ -154,8 +151,9 @@ class TransformersNetwork:
 class LlamaNetwork:
     """Llama's layers: what is linear by oneDNN, the rest by one kernel each. Takes the model apart as it packs it.
 
-    What runs through the layers is kept in fp32, whatever the precision of the weights. A step of more tokens than the
-    largest tile goes through each layer in parts, one after the other, but for attention, which looks across them.
+    What runs through the layers is kept in fp32, whatever the precision of the weights. A step of more tokens than a
+    product may have (`part`) goes through each layer in parts, one after the other, but for attention, which looks across
+    them.
     """
 
     def __init__(self, model: Any):
@@ -175,6 +173,8 @@ class LlamaNetwork:
         self.tiles = sorted({size + before for size in alike for before in range(0, LARGEST_TILE, self.part)})
 
     def forward(self, step: Step) -> Iterator[Tensor]:
+        # stream (tokens, hidden), changes the same in parts; qkv (tokens, (heads + 2 x kv heads) x size); found (tokens,
+        # heads x size)
         parts = [slice(begin, begin + self.part) for begin in range(0, len(step.tokens), self.part)]
         changes = [self.embedding(torch.from_numpy(step.tokens[part]).long()) for part in parts]
         stream = np.zeros((len(step.tokens), changes[0].shape[1]), np.float32)
@@ -200,7 +200,7 @@ class LlamaNetwork:
 
 
 def _filled_up(wanted: Sequence[int], tiles: Sequence[int]) -> np.ndarray:
-    """The tokens whose logits are wanted, and the first one as often as it takes to be so many as in a tile."""
+    """The tokens whose logits are wanted, and token 0 behind them until they are so many as in a tile."""
     return filled(wanted, next(size for size in tiles if size >= len(wanted)))
 
 
