@@ -122,7 +122,7 @@ class Engine:
 
     # ---- answering
 
-    def generate(self, requests: Iterable[dict[str, Any]], sampling: Sampling) -> Iterator[list[dict[str, Any]]]:
+    def generate(self, requests: Sequence[dict[str, Any]], sampling: Sampling) -> Iterator[list[dict[str, Any]]]:
         """Yield replies as rows finish, in no particular order.
 
         Args:
@@ -135,23 +135,23 @@ class Engine:
             NoRoom: no prompt fits beside an answer of `max_tokens`, so that all would be refused.
         """
         room = self.context - sampling.max_tokens
+        if requests and room < 1:
+            raise NoRoom(
+                f"max_tokens {sampling.max_tokens} leaves no room for a prompt: this model's context is "
+                f"{self.context} tokens. Set max_tokens lower"
+            )
         fitting, refused = [], []
         for request in requests:
-            if room < 1:
-                raise NoRoom(
-                    f"max_tokens {sampling.max_tokens} leaves no room for a prompt: this model's context is "
-                    f"{self.context} tokens. Set max_tokens lower"
-                )
             try:
                 row = self._row(request, sampling)
             except TemplateError as error:
-                refused.append(_refusal(request["id"], 0, f"the chat template refuses it: {error}"))
+                refused.append(_reply(request["id"], 0, error=f"the chat template refuses it: {error}"))
                 continue
             if 0 < len(row.given) <= room:
                 fitting.append(row)
             else:
                 why = f"the prompt has {len(row.given)} tokens; 1 to {room} fit into the context beside the answer"
-                refused.append(_refusal(row.id, len(row.given), why))
+                refused.append(_reply(row.id, len(row.given), error=why))
         if refused:
             yield refused
         yield from self._share(fitting, partial(self._draw, sampling), self.max_batch_rows)
@@ -173,7 +173,7 @@ class Engine:
             row.answer.append(token)
             text, finish_reason = self._ending(row, sampling)
             if finish_reason is not None:
-                done.append((row, _reply(row, text, finish_reason)))
+                done.append((row, _reply(row.id, len(row.given), text, finish_reason, len(row.answer))))
         return done
 
     def _ending(self, row: Row, sampling: Sampling) -> tuple[str, str | None]:
@@ -225,8 +225,9 @@ class Engine:
         yield from self._share(rows, self._add_losses, min(self.max_batch_rows, SCORED_ROWS))
 
     def _example(self, item: dict[str, Any]) -> Example:
-        whole = item.get("whole", True)
-        return encode_example(self.tokenizer, item["messages"], item["answer"], whole=whole, max_length=self.context)
+        return encode_example(
+            self.tokenizer, item["messages"], item["answer"], whole=item["whole"], max_length=self.context
+        )
 
     def _add_losses(self, wanted: Wanted, logits: Tensor) -> list[tuple[Row, dict[str, Any]]]:
         """Give each row the losses of its targets; the rows that have them all, and their scores."""
@@ -235,7 +236,7 @@ class Engine:
         for (row, _), loss in zip(wanted, losses):
             row.losses.append(loss)
             if len(row.losses) == len(row.targets):
-                done.append((row, _score(row)))
+                done.append((row, {"id": row.id, "loss_sum": sum(row.losses), "tokens": len(row.losses)}))
         return done
 
     # ---- through the network
@@ -333,27 +334,19 @@ def stop_tokens_of(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(t for t in (*tokens, tokenizer.eos_token_id, end_of_turn(tokenizer)) if t is not None)
 
 
-def _score(row: Row) -> dict[str, Any]:
-    return {"id": row.id, "loss_sum": sum(row.losses), "tokens": len(row.losses)}
-
-
-def _reply(row: Row, text: str, finish_reason: str) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "text": text,
-        "finish_reason": finish_reason,
-        "prompt_tokens": len(row.given),
-        "completion_tokens": len(row.answer),
-        "error": None,
-    }
-
-
-def _refusal(id: str, prompt_tokens: int, why: str) -> dict[str, Any]:
+def _reply(
+    id: str,
+    prompt_tokens: int,
+    text: str | None = None,
+    finish_reason: str | None = None,
+    completion_tokens: int = 0,
+    error: str | None = None,
+) -> dict[str, Any]:
     return {
         "id": id,
-        "text": None,
-        "finish_reason": None,
+        "text": text,
+        "finish_reason": finish_reason,
         "prompt_tokens": prompt_tokens,
-        "completion_tokens": 0,
-        "error": why,
+        "completion_tokens": completion_tokens,
+        "error": error,
     }

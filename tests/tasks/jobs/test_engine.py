@@ -243,7 +243,7 @@ def test_the_loss_of_an_answer_is_that_of_single_forwards(tiny_model: Path, engi
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_loss_of_an_answer_does_not_depend_on_the_company_to_the_last_bit(tiny_model: Path, precision: str) -> None:
     engine = Engine(tiny_model, precision)
-    items = [{**request, "answer": TEXTS[i] * (1 + i)} for i, request in enumerate(REQUESTS)]
+    items = [{**request, "answer": TEXTS[i] * (1 + i), "whole": True} for i, request in enumerate(REQUESTS)]
     together = {score["id"]: score for batch in engine.score(items) for score in batch}
     engine.lanes = 1
     alone = {score["id"]: score for item in items for batch in engine.score([item]) for score in batch}
@@ -368,9 +368,9 @@ def test_a_peaked_row_draws_the_same_beside_a_flat_one() -> None:
 def test_what_cannot_be_scored_has_no_loss_and_costs_the_others_nothing(engine: Engine) -> None:
     ask = [{"role": "user", "content": "Why?"}]
     items = [
-        {"id": "long", "messages": [{"role": "user", "content": "bridges " * 700}], "answer": "Yes."},
+        {"id": "long", "messages": [{"role": "user", "content": "bridges " * 700}], "answer": "Yes.", "whole": True},
         {"id": "empty", "messages": ask, "answer": "", "whole": False},
-        {"id": "good", "messages": ask, "answer": "Because."},
+        {"id": "good", "messages": ask, "answer": "Because.", "whole": True},
     ]
     scores = {score["id"]: score for batch in engine.score(items) for score in batch}
     assert [(scores[id]["loss_sum"], scores[id]["tokens"]) for id in ("long", "empty")] == [(None, 0)] * 2
@@ -385,7 +385,8 @@ def test_a_row_that_the_template_refuses_is_refused_by_id_and_the_others_are_ans
     replies = answers(engine, [refused, *REQUESTS[:2]], GREEDY)
     assert "the chat template refuses it: no system" in replies["system"]["error"]
     assert all(replies[request["id"]]["error"] is None for request in REQUESTS[:2])
-    assert next(iter(engine.score([{**refused, "answer": "x"}]))) == [{"id": "system", "loss_sum": None, "tokens": 0}]
+    (scored,) = engine.score([{**refused, "answer": "x", "whole": True}])
+    assert scored == [{"id": "system", "loss_sum": None, "tokens": 0}]
 
 
 def test_a_base_model_without_a_chat_template_answers(tiny_model: Path, tmp_path: Path) -> None:
