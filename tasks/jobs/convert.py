@@ -41,18 +41,18 @@ CONTROL_TOKEN = 3  # GGUF's type of a token that is no text
 
 
 def convert(source: str, directory: Path) -> dict[str, int]:
-    """Write the model `source` into `directory`; its numbers of parameters and layers.
+    """Write the model `source` into `directory`; how many layers it has, and parameters where its weights were read.
 
     Raises:
         SystemExit: the model cannot be had; the message names the ways out.
     """
-    gguf = find_embedded() if source == EMBEDDED else None
-    if gguf:
-        numbers = convert_gguf(gguf, directory)
-    elif source != EMBEDDED and Path(source).is_dir():
+    if source == EMBEDDED:
+        gguf = find_embedded()
+        numbers = convert_gguf(gguf, directory) if gguf else download(HUB_ID, directory)
+    elif Path(source).is_dir():
         numbers = link(Path(source), directory)
     else:
-        numbers = download(HUB_ID if source == EMBEDDED else source, directory)
+        numbers = download(source, directory)
     end_with_turns(directory)
     return numbers
 

@@ -66,12 +66,11 @@ BEGAN = time.time()  # after the imports
 
 def load_model(job: dict[str, Any], settings: SftSettings, precision: str, device: torch.device) -> Any:
     """The model to train: fp32 weights, or with LoRA a frozen base in the computed precision and fp32 adapters."""
-    dtype = torch.float32 if settings.peft == "none" else DTYPES[precision]
     if settings.peft == "none":
-        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    bits = "4bit" if settings.peft == "qlora" else "none"
+    dtype, bits = DTYPES[precision], "4bit" if settings.peft == "qlora" else "none"
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, **quantized(bits, dtype, device))
     if settings.peft == "qlora":
         keep_layout(model)
