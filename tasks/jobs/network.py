@@ -36,7 +36,7 @@ class UnsupportedModel(Exception):
 
 
 class Network(Protocol):
-    """What an engine needs of a model."""
+    """What an engine needs of a model; on a GPU `tokens_that_fit`, too (`tasks.jobs.gpu.GpuNetwork`)."""
 
     config: Any
     generation_config: Any
