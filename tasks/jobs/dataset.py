@@ -142,7 +142,7 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
         length = len(row["input_ids"])
         input_ids[place, :length] = row["input_ids"]
         attention_mask[place, :length] = 1
-        predicting[place, row["prompt_length"] - 1 : length - 1] = True
+        predicting[place, :length] = _predicting(row)
     return _batch(rows, input_ids, predicting, attention_mask=torch.from_numpy(attention_mask))
 
 
@@ -150,11 +150,14 @@ def packed(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows end to end in one sequence (1, tokens). Positions begin anew with each row, which keeps attention apart."""
     input_ids = np.concatenate([row["input_ids"] for row in rows]).astype(np.int64)[None]
     position_ids = np.concatenate([np.arange(len(row["input_ids"])) for row in rows])[None]
-    predicting = np.concatenate(
-        [np.arange(len(row["input_ids"])) + 1 >= row["prompt_length"] for row in rows]
-    )[None]  # fmt: skip
-    predicting[0, np.cumsum([len(row["input_ids"]) for row in rows]) - 1] = False  # nothing follows a row's last token
+    predicting = np.concatenate([_predicting(row) for row in rows])[None]
     return _batch(rows, input_ids, predicting, position_ids=torch.from_numpy(position_ids))
+
+
+def _predicting(row: dict[str, Any]) -> np.ndarray:
+    """(tokens), whether a label follows: from the prompt's last token on, and not after the row's last."""
+    following = np.arange(1, len(row["input_ids"]) + 1)
+    return (row["prompt_length"] <= following) & (following < len(row["input_ids"]))
 
 
 def _batch(rows: list[dict[str, Any]], input_ids: np.ndarray, predicting: np.ndarray, **more: Any) -> dict[str, Any]:
