@@ -138,6 +138,38 @@ def _started(module: str, job_file: Path, launcher: Sequence[str], environment: 
     return start_fork(module, str(job_file), variables)
 
 
+def _run(
+    child: Process,
+    log: Path,
+    on_progress: Callable[[dict[str, Any]], None],
+    on_notable_line: Callable[[str], None],
+) -> tuple[int, str]:
+    """Exit code and last lines of a process whose output goes to `log`.
+
+    The program's own last word, a line that begins with "error: " or REFUSED, is among them even where a launcher says
+    more.
+    """
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    last_word = ""
+    try:
+        with log.open("a", buffering=1, encoding="utf-8") as file:  # a line at a time: it is read while the job runs
+            for line in lines_of(child):
+                if line.startswith(PROGRESS):
+                    on_progress(json.loads(line.removeprefix(PROGRESS)))
+                    continue
+                file.write(line)
+                tail.append(line.rstrip())
+                if line.startswith(("error: ", REFUSED)):
+                    last_word = line.rstrip()
+                if NOTABLE.search(line):
+                    on_notable_line(line.rstrip())
+        if last_word and last_word not in tail:
+            tail.append(last_word)
+        return child.wait(), "\n".join(tail)
+    finally:
+        stop(child)
+
+
 def run_shard(module: str, job: dict[str, Any], directory: str, environment: Mapping[str, str]) -> None:
     """Run one job of several, wherever that is; how far it is stands in `progress.json` in its folder.
 
@@ -287,35 +319,3 @@ def finish(directory: Path, result: dict[str, Any]) -> None:
     """For the program: write its result, which makes the job complete, with the digest of the model it made."""
     result = {**result, "content": digest_of_model(directory)}
     write_atomic(directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False))
-
-
-def _run(
-    child: Process,
-    log: Path,
-    on_progress: Callable[[dict[str, Any]], None],
-    on_notable_line: Callable[[str], None],
-) -> tuple[int, str]:
-    """Exit code and last lines of a process whose output goes to `log`.
-
-    The program's own last word, a line that begins with "error: " or REFUSED, is among them even where a launcher says
-    more.
-    """
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
-    last_word = ""
-    try:
-        with log.open("a", buffering=1, encoding="utf-8") as file:  # a line at a time: it is read while the job runs
-            for line in lines_of(child):
-                if line.startswith(PROGRESS):
-                    on_progress(json.loads(line.removeprefix(PROGRESS)))
-                    continue
-                file.write(line)
-                tail.append(line.rstrip())
-                if line.startswith(("error: ", REFUSED)):
-                    last_word = line.rstrip()
-                if NOTABLE.search(line):
-                    on_notable_line(line.rstrip())
-        if last_word and last_word not in tail:
-            tail.append(last_word)
-        return child.wait(), "\n".join(tail)
-    finally:
-        stop(child)

@@ -82,9 +82,9 @@ class SftTrainer(Trainer):
             logs |= {"tokens": tokens, "padded_tokens": padded_tokens, "memory_gb": peak_memory_gb()}
             now = time.perf_counter()
             if self._last:  # rates of the steps since the last line
-                then, *before = self._last
-                names = ("tokens_per_second", "padded_tokens_per_second")
-                logs |= {name: (a - b) / (now - then) for name, a, b in zip(names, (tokens, padded_tokens), before)}
+                then, tokens_then, padded_then = self._last
+                logs["tokens_per_second"] = (tokens - tokens_then) / (now - then)
+                logs["padded_tokens_per_second"] = (padded_tokens - padded_then) / (now - then)
             self._last = (now, tokens, padded_tokens)
         super().log(logs, start_time)
 
