@@ -63,6 +63,25 @@ def logits_after(engine: Engine, prompts: list[list[int]]) -> torch.Tensor:
     return torch.stack([found[str(i)] for i in range(len(prompts))])
 
 
+def largest_error(engine: Engine, prompts: list[list[int]], model: Any) -> float:
+    """Of the logits after each prompt, beside those of transformers' model: in parts of the largest."""
+    errors = []
+    for prompt, ours in zip(prompts, logits_after(engine, prompts).float()):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt], device=model.device)).logits[0, -1].cpu()
+        errors.append((ours - theirs).abs().max() / theirs.abs().max())
+    return torch.stack(errors).max().item()
+
+
+def save_random(config: Any, tiny_model: Path, folder: Path) -> Any:
+    """A model of this config with random weights; saved with the tiny model's tokenizer, too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return model
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_logits_do_not_depend_on_the_company_to_the_last_bit(tiny_model: Path, precision: str) -> None:
     engine = Engine(tiny_model, precision)
@@ -78,26 +97,25 @@ def test_logits_do_not_depend_on_the_company_to_the_last_bit(tiny_model: Path, p
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_llama_written_out_is_the_llama_of_transformers(tiny_model: Path, precision: str) -> None:
     engine = Engine(tiny_model, precision)
-    prompts = prompts_of(engine)
     assert isinstance(engine.network, LlamaNetwork)
-    ours = logits_after(engine, prompts).float()
-    for i, prompt in enumerate(prompts):
-        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-        with torch.inference_mode():
-            theirs = model(torch.tensor([prompt])).logits[0, -1]
-        error = (ours[i] - theirs).abs().max() / theirs.abs().max()
-        assert error < {"fp32": 1e-5, "bf16": 0.05}[precision]
-
-
-def test_greedy_answers_are_those_of_transformers(tiny_model: Path, engine: Engine) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    ours = answers(engine, REQUESTS, GREEDY)
-    for request in REQUESTS:
+    assert largest_error(engine, prompts_of(engine), model) < {"fp32": 1e-5, "bf16": 0.05}[precision]
+
+
+def assert_answers_are_those_of(model: Any, engine: Engine, requests: list[dict[str, Any]]) -> None:
+    """Greedy ones, of transformers' own loop."""
+    ours = answers(engine, requests, GREEDY)
+    for request in requests:
         prompt = encode_prompt(engine.tokenizer, request["messages"])
         output = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
         assert ours[request["id"]]["text"] == engine.tokenizer.decode(output, skip_special_tokens=True)
         assert ours[request["id"]]["completion_tokens"] == len(output)
         assert ours[request["id"]]["prompt_tokens"] == len(prompt)
+
+
+def test_greedy_answers_are_those_of_transformers(tiny_model: Path, engine: Engine) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    assert_answers_are_those_of(model, engine, REQUESTS)
 
 
 def test_a_system_prompt_of_the_template_is_computed_once_and_changes_no_answer(tiny_model: Path) -> None:
@@ -149,11 +167,6 @@ def test_a_nucleus_is_of_the_probabilities_at_that_temperature(
     logits = 0.5 * torch.tensor([[0.05, 0.5, 0.15, 0.3]] * 4).log()
     how = Sampling(temperature=0.5, top_p=0.6)  # 0.5 and 0.3 fill it
     assert draw_tokens(logits, [0.0, 0.6, 0.65, 0.999], how) == [1, 1, 3, 3]
-
-
-def test_five_rows_in_many_places_work(engine: Engine) -> None:
-    replies = answers(engine, REQUESTS[:5], GREEDY)
-    assert sorted(replies) == sorted(request["id"] for request in REQUESTS[:5])
 
 
 def test_no_rows_are_no_replies(engine: Engine) -> None:
@@ -269,40 +282,39 @@ def test_precision_follows_the_hardware(
     assert best_precision(torch.device("cpu")) == precision
 
 
+LAYERS = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "architecture", ["Qwen2ForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM", "Gemma2ForCausalLM"]
-)
-def test_other_architectures_answer_as_in_transformers(architecture: str, tiny_model: Path, tmp_path: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    common = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 2, "bos_token_id": None}
-    layers = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-    }
-    config = {
-        "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(**common, **layers),
-        # A window shorter than the prompts, so that it matters.
-        "MistralForCausalLM": lambda: transformers.MistralConfig(**common, **layers, sliding_window=8),
-        # Caps so low that they matter.
-        "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(
-            **common, **layers, head_dim=16, sliding_window=8, attn_logit_softcapping=0.5, final_logit_softcapping=5.0
+    ("architecture", "settings"),
+    [
+        ("Qwen2", LAYERS),
+        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+        # A window shorter than the prompts, and caps so low, that they matter.
+        ("Mistral", {**LAYERS, "sliding_window": 8}),
+        (
+            "Gemma2",
+            {
+                **LAYERS,
+                "head_dim": 16,
+                "sliding_window": 8,
+                "attn_logit_softcapping": 0.5,
+                "final_logit_softcapping": 5.0,
+            },
         ),
-        "GPT2LMHeadModel": lambda: transformers.GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=512),
-    }[architecture]()
-    torch.manual_seed(0)
-    model = getattr(transformers, architecture)(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    engine = Engine(tmp_path, "fp32")
-    ours = answers(engine, REQUESTS[:6], Sampling(max_tokens=20))
-    for request in REQUESTS[:6]:
-        prompt = encode_prompt(tokenizer, request["messages"])
-        output = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :]
-        assert ours[request["id"]]["text"] == tokenizer.decode(output, skip_special_tokens=True)
+    ],
+    ids=["qwen2", "gpt2", "mistral", "gemma2"],
+)
+def test_other_architectures_answer_as_in_transformers(
+    architecture: str, settings: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    tokens = {"vocab_size": len(AutoTokenizer.from_pretrained(tiny_model)), "eos_token_id": 2, "pad_token_id": 2}
+    config = getattr(transformers, f"{architecture}Config")(**tokens, bos_token_id=None, **settings)
+    model = save_random(config, tiny_model, tmp_path)
+    assert_answers_are_those_of(model, Engine(tmp_path, "fp32"), REQUESTS[:6])
 
 
 @pytest.mark.parametrize(
@@ -431,19 +443,9 @@ class TestWeightsInFewBits:
         held = few.network.config.quantization_config
         model = AutoModelForCausalLM.from_pretrained(outliers, dtype=few.network.model.dtype, quantization_config=held)
         model = model.dequantize(torch.float32).float()
-        for prompt in prompts_of(few):
-            with torch.inference_mode():
-                expected = model(torch.tensor([prompt], device=model.device)).logits[0, -1].cpu()
-            error = (logits_after(few, [prompt])[0].float() - expected).abs().max() / expected.abs().max()
-            assert error < {"fp32": 1e-5, "bf16": 0.05}[few.precision]
+        assert largest_error(few, prompts_of(few), model) < {"fp32": 1e-5, "bf16": 0.05}[few.precision]
 
     def test_weights_take_little_memory(self, few: Engine) -> None:
         layer = few.network.model.model.layers[0].mlp.up_proj
-        assert layer.weight.untyped_storage().nbytes() == layer.in_features * layer.out_features // (
-            2 if has_4_bit(few) else 1
-        )
-
-
-def has_4_bit(engine: Engine) -> bool:
-    """Whether its weights are held in 4 bit."""
-    return engine.network.config.quantization_config.load_in_4bit
+        bits = 4 if few.network.config.quantization_config.load_in_4bit else 8
+        assert 8 * layer.weight.untyped_storage().nbytes() == bits * layer.in_features * layer.out_features

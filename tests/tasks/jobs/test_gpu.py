@@ -29,7 +29,17 @@ from tasks.jobs.gpu import CACHE_SHARE, DRAWN_BYTES, GpuLlama, GpuNetwork
 from tasks.jobs.gpu_kernels import PIECE, Places, attend, store
 from tasks.jobs.network import UnsupportedModel
 from tasks.jobs.sampling import GPU_ROWS, SORTED_ROWS, Sampling, _draw_in_torch, aligned, draw_tokens
-from tests.tasks.jobs.test_engine import GREEDY, REQUESTS, SAMPLED, answers, logits_after, prompts_of
+from tests.tasks.jobs.test_engine import (
+    GREEDY,
+    LAYERS,
+    REQUESTS,
+    SAMPLED,
+    answers,
+    largest_error,
+    logits_after,
+    prompts_of,
+    save_random,
+)
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -169,12 +179,7 @@ def on_a_gpu(tiny_model: Path, request: pytest.FixtureRequest) -> Engine:
 def test_logits_are_those_of_transformers(tiny_model: Path, on_a_gpu: Engine) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     short, long = prompts_of(on_a_gpu)[-3:-1]
-    prompts = [short, long[: PAGE + 9]]
-    ours = logits_after(on_a_gpu, prompts)
-    for i, prompt in enumerate(prompts):
-        with torch.inference_mode():
-            theirs = model(torch.tensor([prompt])).logits[0, -1]
-        assert (ours[i] - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert largest_error(on_a_gpu, [short, long[: PAGE + 9]], model) < 1e-4
 
 
 def test_a_row_answers_the_same_in_any_company(on_a_gpu: Engine) -> None:
@@ -187,25 +192,18 @@ def test_a_row_answers_the_same_in_any_company(on_a_gpu: Engine) -> None:
 def test_a_model_whose_layers_have_heads_of_other_sizes_is_that_of_transformers(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    vocabulary = len(AutoTokenizer.from_pretrained(tiny_model))
     config = transformers.Gemma4TextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, global_head_dim=32, sliding_window=8, hidden_size_per_layer_input=8,
-        layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=len(tokenizer),
+        layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=vocabulary,
         eos_token_id=2, pad_token_id=2, bos_token_id=None,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.Gemma4ForCausalLM(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    model = save_random(config, tiny_model, tmp_path)
     engine = Engine(tmp_path, "fp32")
     if not HAS_GPU:
         engine.network = GpuNetwork(engine.network.model, tiles=[32])
-    (prompt,) = prompts_of(engine)[:1]
-    (ours,) = logits_after(engine, [prompt])
-    with torch.inference_mode():
-        theirs = model(torch.tensor([prompt])).logits[0, -1]
-    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert largest_error(engine, prompts_of(engine)[:1], model) < 1e-4
     assert engine.network._bytes_of_a_token == 2 * 4 * 2 * (16 + 32)  # key and value, in fp32, of two heads
 
 
@@ -386,23 +384,11 @@ def test_lanes_are_recorded_where_little_memory_is_left(tiny_model: Path) -> Non
 
 @needs_gpu
 def test_a_model_of_experts_is_that_of_transformers(tiny_model: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    config = transformers.MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, eos_token_id=2, pad_token_id=2, bos_token_id=None,
-        initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.MixtralForCausalLM(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tokens = {"vocab_size": len(AutoTokenizer.from_pretrained(tiny_model)), "eos_token_id": 2, "pad_token_id": 2}
+    config = transformers.MixtralConfig(**tokens, **LAYERS, bos_token_id=None, num_local_experts=4)
+    model = save_random(config, tiny_model, tmp_path)
     engine = Engine(tmp_path, "fp32")
-    prompts = prompts_of(engine)[:4]
-    ours = logits_after(engine, prompts)
-    for i, prompt in enumerate(prompts):
-        with torch.inference_mode():
-            theirs = model(torch.tensor([prompt])).logits[0, -1]
-        assert (ours[i] - theirs).abs().max() < 1e-3 * theirs.abs().max()
+    assert largest_error(engine, prompts_of(engine)[:4], model) < 1e-3
 
 
 @needs_gpu

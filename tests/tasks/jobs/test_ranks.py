@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from tasks.jobs.dataset import COLLATE, Examples, Order, encode_rows
 from tasks.jobs.process import ENVIRONMENT, Process, can_fork, free_port, lines_of, start, start_fork
 from tasks.jobs.settings import SftSettings
-from tests.tasks.jobs.test_sft import make_job, train_here, write_rows
+from tests.tasks.jobs.test_sft import history_of, make_job, train_here, write_rows
 
 RANKS = 2
 ANSWERS = [f"{'very ' * (7 * number % 29)}{number}" for number in range(48)]  # batches differ in their labels
@@ -81,10 +81,6 @@ def _terminate(ranks: list[Process]) -> None:
     for rank in ranks:
         with suppress(ProcessLookupError):
             rank.terminate()
-
-
-def history_of(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
 
 
 def files_of(directory: Path) -> set[str]:

@@ -58,6 +58,10 @@ def train_here(job: dict[str, Any], directory: Path) -> dict[str, Any]:
     return json.loads((directory / "result.json").read_text())
 
 
+def history_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Two threads would wait for each other longer than so small a model computes."""
@@ -440,9 +444,7 @@ class TestTraining:
     def test_the_rate_rises_from_the_first_step_and_falls_until_the_last(self, home: Path, tiny_model: Path) -> None:
         settings = {"global_batch_size": 4, "num_train_epochs": 2, "warmup_ratio": 0.3, "learning_rate": 1e-3}
         train_here(make_job(tiny_model, write_rows(*NUMBERS), **settings), home / "job")
-        rates = [
-            json.loads(line)["learning_rate"] for line in (home / "job" / "history.jsonl").read_text().splitlines()
-        ]
+        rates = [entry["learning_rate"] for entry in history_of(home / "job")]
         peak = int(np.argmax(rates))
         assert rates[0] > 0 and rates[-1] > 0 and max(rates) == pytest.approx(1e-3)
         assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True) and 2 <= peak <= 4
@@ -493,7 +495,7 @@ class TestTraining:
             assert resumed[name] == undisturbed[name], name
         weights = [load_file(home / folder / "model.safetensors") for folder in ("whole", "job")]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-        history = [json.loads(line) for line in (home / "job" / "history.jsonl").read_text().splitlines()]
+        history = history_of(home / "job")
         assert [entry["step"] for entry in history] == list(range(1, 13))
         assert [entry["seconds"] for entry in history] == sorted(entry["seconds"] for entry in history)
         assert resumed["seconds"] == history[-1]["seconds"]
@@ -507,7 +509,7 @@ class TestTraining:
         result = train_here(job, home / "job")
         assert result["tokens"] == 3 * examples.lengths.sum() < result["padded_tokens"]
         assert result["padding_share"] == round(1 - result["tokens"] / result["padded_tokens"], 4)
-        history = [json.loads(line) for line in (home / "job" / "history.jsonl").read_text().splitlines()]
+        history = history_of(home / "job")
         told = np.diff([entry["tokens"] for entry in history], prepend=0).reshape(3, 6)
         trained, _ = examples.split(0.0, seed=0)
         for epoch in range(3):  # each in an order of its own
