@@ -10,6 +10,8 @@ import sys
 import tempfile
 from typing import Any
 
+from tests.benchmarks.run import figure
+
 SEEDS = 3
 
 
@@ -27,8 +29,6 @@ def run() -> list[dict[str, Any]]:
             ratio = (found["value"] / other["value"]) ** better
             bounds = f"95 % {found['low']:.3f} to {found['high']:.3f}"
             against = f"imitation-only ({other['value']:.3f}); {row['teacher_tokens']} teacher tokens, {bounds}"
-            figures.append(
-                {"name": f"ablation-{arm}-{measure}", "value": found["value"], "unit": unit, "ratio": ratio}
-                | {"against": against, "seeds": SEEDS, "loss_by_seed": row["loss_by_seed"]}
-            )
+            measured = figure(f"ablation-{arm}-{measure}", found["value"], unit, against, ratio)
+            figures.append(measured | {"seeds": SEEDS, "loss_by_seed": row["loss_by_seed"]})
     return figures

@@ -11,17 +11,18 @@ import os
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.run import figure, install
+
 ROOT = Path(__file__).parents[2]
 CURATOR = Path.home() / ".cache" / "lion-bench" / "curator"
 REQUESTS, MANY, CONCURRENCY = 10_000, 100_000, 128
 CLIENT_CORE, SERVER_CORE = 0, (os.cpu_count() or 1) - 1
-INSTALL_SECONDS, RUN_SECONDS = 500, 500
+RUN_SECONDS = 500
 
 OURS = """
 import json, resource, sys, time
@@ -78,7 +79,7 @@ def run() -> list[dict[str, Any]]:
     with _server() as url:
         ours = _measured([sys.executable, "-c", OURS, url, str(REQUESTS), str(CONCURRENCY)])
         rate = REQUESTS / ours["seconds"]
-        theirs, why_not = None, _install_curator()
+        theirs, why_not = None, install("bespokelabs-curator", CURATOR)
         if why_not is None:
             command = [str(CURATOR / "bin" / "python"), "-c", THEIRS, url, str(REQUESTS), str(CONCURRENCY)]
             try:
@@ -88,20 +89,8 @@ def run() -> list[dict[str, Any]]:
         grown = _measured([sys.executable, "-c", OURS, url, str(MANY), str(CONCURRENCY)])["growth"]
     against = f"bespokelabs-curator ({theirs:.0f} requests/s)" if theirs else f"bespokelabs-curator not run: {why_not}"
     return [
-        {
-            "name": "client",
-            "value": rate,
-            "unit": "requests/s",
-            "against": against,
-            "ratio": rate / theirs if theirs else None,
-        },
-        {
-            "name": "client-memory",
-            "value": grown,
-            "unit": f"MB for {MANY:,} requests",
-            "against": "the limit of 100 MB",
-            "ratio": 100 / max(grown, 1),
-        },
+        figure("client", rate, "requests/s", against, rate / theirs if theirs else None),
+        figure("client-memory", grown, f"MB for {MANY:,} requests", "the limit of 100 MB", 100 / max(grown, 1)),
     ]
 
 
@@ -141,22 +130,6 @@ def _measured(command: list[str]) -> dict[str, Any]:
             timeout=RUN_SECONDS,
         )
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def _install_curator() -> str | None:
-    """Make curator's environment unless it is there. Says why where it cannot be made."""
-    python = CURATOR / "bin" / "python"
-    done = CURATOR / "installed"
-    if done.exists():
-        return None
-    try:
-        venv.create(CURATOR, with_pip=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "bespokelabs-curator"]
-        subprocess.run(command, check=True, capture_output=True, timeout=INSTALL_SECONDS, stdin=subprocess.DEVNULL)
-    except (subprocess.SubprocessError, OSError) as error:
-        return f"it cannot be installed here ({type(error).__name__})"
-    done.touch()
-    return None
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tasks.jobs.engine import Engine
 from tasks.jobs.network import DTYPES
 from tasks.jobs.sampling import Sampling
 from tasks.jobs.template import encode_example, encode_prompt
+from tests.benchmarks.run import figure
 
 PROMPTS, MAX_TOKENS = 256, 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,8 +94,8 @@ def score(engine: Engine, items: Sequence[dict[str, Any]]) -> tuple[float, dict[
 
 def run() -> list[dict[str, Any]]:
     requests = make_requests()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         convert(EMBEDDED, folder)
         start_up, engine = seconds(lambda: Engine(folder))
         list(engine.generate(requests[:8], Sampling(max_tokens=8)))  # warm up
@@ -125,28 +126,17 @@ def run() -> list[dict[str, Any]]:
         ours = (tokens + more_tokens) / (taken + more_taken)
         scoring = 2 * len(items) / (scoring_taken + score(engine, items)[0])
 
-    def figure(name: str, value: float, unit: str, label: str, theirs: float) -> dict[str, Any]:
-        return {
-            "name": name,
-            "value": value,
-            "unit": unit,
-            "against": f"{label} ({theirs:.3g}/s)",
-            "ratio": value / theirs,
-        }
-
+    figures = []
+    for label, theirs in plain.items():
+        name = f"inference-vs-{label.split(',')[0].replace(' ', '')}"
+        figures.append(figure(name, ours, "tokens/s", f"generate, {label} ({theirs:.3g}/s)", ours / theirs))
+    for precision, theirs in plain_scoring.items():
+        against = f"single forwards, {precision} ({theirs:.3g}/s)"
+        figures.append(figure("scoring", scoring, "answers/s", against, scoring / theirs))
     return [
-        *(
-            figure(
-                f"inference-vs-{label.split(',')[0].replace(' ', '')}", ours, "tokens/s", f"generate, {label}", theirs
-            )
-            for label, theirs in plain.items()
-        ),
-        *(
-            figure("scoring", scoring, "answers/s", f"single forwards, {precision}", theirs)
-            for precision, theirs in plain_scoring.items()
-        ),
-        {"name": "inference-padded", "value": 100 * padded, "unit": "% of positions", "against": None, "ratio": None},
-        {"name": "inference-load", "value": start_up, "unit": "s", "against": None, "ratio": None},
+        *figures,
+        figure("inference-padded", 100 * padded, "% of positions"),
+        figure("inference-load", start_up, "s"),
     ]
 
 

@@ -22,6 +22,7 @@ import psutil
 from storage.pools import write_snapshot
 from tasks.jobs.process import ENVIRONMENT
 from tasks.jobs.settings import SftSettings
+from tests.benchmarks.run import figure
 from tests.tiny import TEXTS, make_tiny_model
 
 KILLS, STEPS_SECONDS, START_SECONDS = 10, 6.0, 8.0
@@ -75,8 +76,8 @@ def run() -> list[dict[str, Any]]:
     differences = [abs(a - b) for (_, a), (_, b) in zip(result["loss_by_step"], expected["loss_by_step"])]
     told = f"{KILLS} kills, {while_training} of them during steps; an undisturbed training"
     return [
-        {"name": f"training-kills-{label}", "value": value, "unit": "nats off", "against": told, "ratio": None}
-        for label, value in (("any-step", max(differences)), ("last-step", differences[-1]))
+        figure("training-kills-any-step", max(differences), "nats off", told),
+        figure("training-kills-last-step", differences[-1], "nats off", told),
     ]
 
 

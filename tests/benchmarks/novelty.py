@@ -35,6 +35,7 @@ from rapidfuzz.process import cdist
 from rouge_score import rouge_scorer
 
 from tasks.novelty import NoveltyIndex, rouge_tokens
+from tests.benchmarks.run import figure
 
 SMALL, LARGE = 52_000, 1_000_000
 CANDIDATES = 1_000
@@ -145,9 +146,6 @@ def run() -> list[dict[str, Any]]:
     )
     by_cdist = {size: taken / BATCH for size, taken in zip((SMALL, LARGE), cdist_times, strict=True)}
     loop = seconds(lambda: [too_close_by_lcs_loop(one, tokens) for one in few], rounds=1)[0] / len(few)
-
-    def figure(name: str, value: float, unit: str, against: str, ratio: float) -> dict[str, Any]:
-        return {"name": name, "value": value, "unit": unit, "against": against, "ratio": ratio}
 
     growth = ours[LARGE] / ours[SMALL]
     cdist_growth = by_cdist[LARGE] / by_cdist[SMALL]

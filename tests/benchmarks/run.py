@@ -1,8 +1,7 @@
 """Runs benchmarks and keeps their history: `python -m tests.benchmarks.run [NAME]`.
 
-A benchmark is a module beside this one with `run()`, which returns figures: name, value, unit, against, ratio.
-`ratio` says how many times better than the named alternative, measured in the same run. Each figure becomes a line
-of `history.jsonl`, negative results too.
+A benchmark is a module beside this one with `run()`, which returns figures. Each becomes a line of `history.jsonl`,
+negative results too. What benchmarks share is here: how a figure looks, and how an alternative is installed.
 """
 
 import importlib
@@ -12,11 +11,44 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 NOT_BENCHMARKS = {"__init__", "run"}
+INSTALL_SECONDS = 500
+
+
+def figure(
+    name: str, value: float, unit: str, against: str | None = None, ratio: float | None = None
+) -> dict[str, Any]:
+    """What was measured; `ratio` times better than the named alternative, measured in the same run."""
+    return {"name": name, "value": value, "unit": unit, "against": against, "ratio": ratio}
+
+
+def install(package: str, folder: Path, *, with_ours: bool = False) -> str | None:
+    """Make a virtual environment with a package, unless it is there. Says why where it cannot be made.
+
+    Args:
+        with_ours: it sees what this Python has, too.
+    """
+    done = folder / "installed"
+    if done.exists():
+        return None
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+        if with_ours:
+            packages = next((folder / "lib").glob("python3.*")) / "site-packages"
+            (packages / "parent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", package]
+        subprocess.run(command, check=True, capture_output=True, timeout=INSTALL_SECONDS, stdin=subprocess.DEVNULL)
+    except (subprocess.SubprocessError, OSError) as error:
+        return f"it cannot be installed here ({type(error).__name__})"
+    done.touch()
+    return None
 
 
 def main(only: str | None) -> None:
@@ -28,11 +60,11 @@ def main(only: str | None) -> None:
     ).stdout.strip()
     where = {"commit": commit, "date": datetime.now(UTC).date().isoformat(), "machine": machine()}
     for name in [only] if only else names:
-        for figure in importlib.import_module(f"tests.benchmarks.{name}").run():
-            ratio = "" if figure["ratio"] is None else f"{figure['ratio']:,.2f}x {figure['against']}"
-            print(f"{figure['name']:<28} {figure['value']:>12,.4g} {figure['unit']:<16} {ratio}", flush=True)
+        for found in importlib.import_module(f"tests.benchmarks.{name}").run():
+            ratio = "" if found["ratio"] is None else f"{found['ratio']:,.2f}x {found['against']}"
+            print(f"{found['name']:<28} {found['value']:>12,.4g} {found['unit']:<16} {ratio}", flush=True)
             with (HERE / "history.jsonl").open("a") as history:
-                history.write(json.dumps(figure | where) + "\n")
+                history.write(json.dumps(found | where) + "\n")
 
 
 def machine() -> str:

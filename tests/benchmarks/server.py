@@ -29,6 +29,7 @@ from tasks.jobs.process import free_port
 from tasks.jobs.sampling import Sampling
 from tasks.jobs.served import DTYPES, Served, serve_command
 from tests.benchmarks.inference import DEVICE, MAX_TOKENS, PROMPTS, make_requests, seconds
+from tests.benchmarks.run import figure
 
 PRECISION = best_precision(torch.device(DEVICE))
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
@@ -76,15 +77,7 @@ def run() -> list[dict[str, Any]]:
             with Served(serve_command(model, port, quiet, PRECISION, 1), port, model, rows) as server:
                 theirs = rate(server, requests[::every], sampling)
             against = f"{label} ({theirs:.0f}/s)"
-            figures.append(
-                {
-                    "name": "inference-vs-server",
-                    "value": ours,
-                    "unit": "tokens/s",
-                    "against": against,
-                    "ratio": ours / theirs,
-                }
-            )
+            figures.append(figure("inference-vs-server", ours, "tokens/s", against, ours / theirs))
     return figures
 
 

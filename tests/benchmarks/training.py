@@ -15,9 +15,7 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,13 @@ from tasks.jobs.sampling import Sampling
 from tasks.jobs.settings import SftSettings
 from tasks.jobs.template import encode_example
 from tests.benchmarks.inference import make_requests
+from tests.benchmarks.run import figure, install
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 TRL = Path.home() / ".cache" / "lion-bench" / "trl"
 ROWS, MAX_TOKENS, MAX_LENGTH, LAYERS = 48, 384, 512, 22
-INSTALL_SECONDS, RUN_SECONDS = 500, 900
+RUN_SECONDS = 900
 SETTINGS = SftSettings(
     num_train_epochs=1,
     precision="fp32",
@@ -87,7 +86,7 @@ print(json.dumps({"seconds": clock.seconds, "loss": losses[-1], "steps": trainer
 def run() -> list[dict[str, Any]]:
     """Ours against both, on both models."""
     figures = []
-    why_not = _install_trl()
+    why_not = install("trl", TRL, with_ours=True)
     with tempfile.TemporaryDirectory() as name:
         os.environ["LION_HOME"] = name
         folder = Path(name)
@@ -123,27 +122,12 @@ def run() -> list[dict[str, Any]]:
             result = run_job("tasks.jobs.sft", job, folder / f"ours{label}")
             assert result["tokens"] == tokens, "the peers were given other rows"
             ours = tokens / result["seconds"]
-            figure = {"value": ours, "unit": "real tokens/s"}
+            unit, lion = "real tokens/s", f"HF Trainer, random batches padded to the longest ({plain:.0f}/s)"
+            trl = f"TRL with packing ({packed:.0f}/s)" if packed else f"TRL not run: {excuse}"
             figures += [
-                figure
-                | {
-                    "name": f"training-vs-lion{label}",
-                    "against": f"HF Trainer, random batches padded to the longest ({plain:.0f}/s)",
-                    "ratio": ours / plain,
-                },
-                figure
-                | {
-                    "name": f"training-vs-trl{label}",
-                    "against": f"TRL with packing ({packed:.0f}/s)" if packed else f"TRL not run: {excuse}",
-                    "ratio": ours / packed if packed else None,
-                },
-                {
-                    "name": f"training-padding{label}",
-                    "value": 100 * result["padding_share"],
-                    "unit": "% of positions",
-                    "against": None,
-                    "ratio": None,
-                },
+                figure(f"training-vs-lion{label}", ours, unit, lion, ours / plain),
+                figure(f"training-vs-trl{label}", ours, unit, trl, ours / packed if packed else None),
+                figure(f"training-padding{label}", 100 * result["padding_share"], "% of positions"),
             ]
     return figures
 
@@ -172,22 +156,6 @@ def _peer(python: str, trainer: str, model: Path, rows: Path, folder: Path) -> d
         command, cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=RUN_SECONDS
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def _install_trl() -> str | None:
-    """Make TRL's environment unless it is there. Says why where it cannot be made."""
-    if (TRL / "installed").exists():
-        return None
-    try:
-        venv.create(TRL, with_pip=True, clear=True)
-        packages = next((TRL / "lib").glob("python3.*")) / "site-packages"
-        (packages / "parent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        command = [str(TRL / "bin" / "python"), "-m", "pip", "install", "--quiet", "trl"]
-        subprocess.run(command, check=True, capture_output=True, timeout=INSTALL_SECONDS, stdin=subprocess.DEVNULL)
-    except (subprocess.SubprocessError, OSError) as error:
-        return f"it cannot be installed here ({type(error).__name__})"
-    (TRL / "installed").touch()
-    return None
 
 
 if __name__ == "__main__":
