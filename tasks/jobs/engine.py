@@ -161,8 +161,7 @@ class Engine:
             prompt = self.tokenizer(request["prompt"])["input_ids"]
         else:
             prompt = encode_prompt(self.tokenizer, request["messages"])
-        own = random.Random(f"{sampling.seed}/{request['id']}/{request.get('draw', 0)}")
-        return Row(request["id"], prompt, own, room=sampling.max_tokens)
+        return Row(request["id"], prompt, random.Random(sampling.seed_of(request)), room=sampling.max_tokens)
 
     def _draw(self, sampling: Sampling, wanted: Wanted, logits: Tensor) -> list[tuple[Row, dict[str, Any]]]:
         """Give each row its next token; the rows that end with it, and their replies."""

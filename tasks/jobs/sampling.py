@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ class Sampling:
     max_tokens: int = 1024
     stop: tuple[str, ...] = ()  # texts that end an answer and are left out of it
     seed: int = 0
+
+    def seed_of(self, request: dict[str, Any]) -> str:
+        """What a request's random numbers begin with: its own, so that its answer does not depend on when it is asked."""
+        return f"{self.seed}/{request['id']}/{request.get('draw', 0)}"
 
 
 def draw_tokens(logits: Tensor, chances: Sequence[float], sampling: Sampling) -> list[int]:

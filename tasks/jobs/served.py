@@ -138,15 +138,15 @@ class Served:
     def _answer(self, request: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
         if self._server.poll() is not None:
             raise ServerError(f"the server ended with exit code {self._server.returncode}")
-        said = request.get("prompt")
-        route, key = ("completions", "prompt") if said is not None else ("chat/completions", "messages")
+        plain = request.get("prompt") is not None
+        route, key = ("completions", "prompt") if plain else ("chat/completions", "messages")
         body = {
             "model": self.model,
-            key: said if said is not None else request["messages"],
+            key: request[key],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
-            "seed": _seed(sampling.seed, request),
+            "seed": _number(sampling.seed_of(request)),
             **({"stop": list(sampling.stop)} if sampling.stop else {}),
         }
         reply = self._http.post(f"/v1/{route}", json=body)
@@ -160,7 +160,7 @@ class Served:
         try:
             answer = reply.json()
             choice, usage = answer["choices"][0], answer["usage"]
-            text = choice["text"] if said is not None else choice["message"]["content"] or ""
+            text = choice["text"] if plain else choice["message"]["content"] or ""
             return {
                 "id": request["id"],
                 "text": text,
@@ -173,7 +173,6 @@ class Served:
             raise Busy(f"the server's answer cannot be read ({error!r}): {reply.text[:300]}") from None
 
 
-def _seed(seed: int, request: dict[str, Any]) -> int:
-    """Each row's own, so that its answer does not depend on when it is asked: 31 bits, which every server takes."""
-    named = f"{seed}/{request['id']}/{request.get('draw', 0)}"
-    return int.from_bytes(hashlib.sha256(named.encode()).digest()[:4]) >> 1
+def _number(seed: str) -> int:
+    """A seed as every server takes it: of 31 bits."""
+    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]) >> 1
