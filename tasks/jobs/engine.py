@@ -21,8 +21,8 @@
     replies, scores     as rows are done, in no order
 
 - A *row* is one text: its prompt, and what is known of its answer.
-- A *step* is what goes through the network at once. It has as many tokens as one of a few *tiles* (`Network.tiles`): with
-  these products with weights give each token the same numbers, and on a GPU they are the sizes that are recorded.
+- A *step* is what goes through the network at once. It has as many tokens as one of a few *tiles* (`Network.tiles`). In
+  any of these a product with weights gives each token the same numbers, and on a GPU each is recorded once.
 - A *run* is tokens of one row that follow each other and are computed together: of a prompt up to 256, of an answer the
   one that was drawn last. A row is cut into the same runs in any company.
 - A *page* has the keys and values of 64 tokens of one row, in all layers. Who begins gets as many as it may ever need, so

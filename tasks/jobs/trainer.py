@@ -24,6 +24,7 @@ from tasks.jobs.launch import report_progress
 from tasks.jobs.settings import SftSettings
 
 CHECKED_ROWS = 2
+NOTHING_DONE = {"step": 0, "seconds": 0.0, "tokens": 0, "padded_tokens": 0}  # what a history begins after
 PROGRESS_SECONDS, LOG_SECONDS = 1.0, 15.0
 # By how much of it, or of a nat where it is less, our loss of a few rows may differ from the model's own: 16 bit sum up
 # otherwise in other shapes, and logits at the wrong places cost several nats.
@@ -43,7 +44,7 @@ class SftTrainer(Trainer):
         self.order = Order(self.train_dataset, settings, self.args.seed)
         self.difference_from_own_loss: float | None = None  # as FirstCheck finds it
         # Tokens of this process, real and padded; what was counted before a restart is the first process's.
-        before = history[-1] if history and self.is_world_process_zero() else {"tokens": 0, "padded_tokens": 0}
+        before = history[-1] if history and self.is_world_process_zero() else NOTHING_DONE
         self.counted = torch.tensor([before["tokens"], before["padded_tokens"]], device=self.args.device)
         self._last: tuple[float, int, int] | None = None  # when it was logged, and both counts
 
@@ -187,9 +188,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, trainer: SftTrainer, directory: Path):
         self._file, self._order, self._history = directory / "history.jsonl", trainer.order, trainer.history
-        self._before = (
-            self._history[-1] if self._history else {"step": 0, "seconds": 0.0, "tokens": 0, "padded_tokens": 0}
-        )
+        self._before = self._history[-1] if self._history else NOTHING_DONE
         self._told = self._logged = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
