@@ -31,18 +31,24 @@ from tasks.jobs.template import encode_prompt, end_of_turn
 from tasks.jobs.trainer import TrainingError, Watch, complete_checkpoints, model_inputs, read_history
 
 
-def write_rows(*answers: str, ask: str = "Say something about the number", whole: bool = True) -> Path:
-    """A Parquet file of prompts and these answers."""
+def write_examples(*examples: tuple[str, str, str], whole: bool = True) -> Path:
+    """A Parquet file of names, questions and answers."""
     rows = [
         {
-            "instruction_id": f"row-{number}",
-            "messages": [{"role": "user", "content": f"{ask} {number}."}],
+            "instruction_id": name,
+            "messages": [{"role": "user", "content": question}],
             "response": answer,
             "whole": whole,
         }
-        for number, answer in enumerate(answers)
+        for name, question, answer in examples
     ]
     return write_snapshot("examples", rows, step="test", version=1).path
+
+
+def write_rows(*answers: str, ask: str = "Say something about the number", whole: bool = True) -> Path:
+    """A Parquet file of questions and these answers."""
+    examples = [(f"row-{number}", f"{ask} {number}.", answer) for number, answer in enumerate(answers)]
+    return write_examples(*examples, whole=whole)
 
 
 def make_job(model: Path, data: Path, **settings: Any) -> dict[str, Any]:
@@ -99,22 +105,12 @@ class TestRows:
         assert (report["rows_with_end_of_turn_in_loss"], report["rows_without_end"]) == (0, 1)
 
     def test_rows_that_teach_nothing_are_left_out_by_name_and_reason(self, home: Path, tokenizer: Any) -> None:
-        rows = [("long", "word " * 400, "Yes."), ("blank", "Say", " \n"), ("good", "Say", "A word."),
-                ("huge", "Say", "x" * 100_000)]  # fmt: skip
-        data = write_snapshot(
-            "examples",
-            [
-                {
-                    "instruction_id": name,
-                    "messages": [{"role": "user", "content": ask}],
-                    "response": answer,
-                    "whole": True,
-                }
-                for name, ask, answer in rows
-            ],
-            step="test",
-            version=1,
-        ).path
+        data = write_examples(
+            ("long", "word " * 400, "Yes."),
+            ("blank", "Say", " \n"),
+            ("good", "Say", "A word."),
+            ("huge", "Say", "x" * 100_000),
+        )
         examples, report = encode(tokenizer, data, home, max_length=64)
         assert report["left_out"] == {"no_label": ["long"], "empty": ["blank"], "refused_by_template": []}
         assert (report["cut"], report["cut_share"]) == (["huge"], 0.5)
@@ -134,11 +130,7 @@ class TestRows:
         tokenizer.chat_template = (
             "{% if 'No' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + template
         )
-        rows = [
-            {"instruction_id": ask, "messages": [{"role": "user", "content": ask}], "response": "A.", "whole": True}
-            for ask in ("Yes?", "No?")
-        ]
-        _, report = encode(tokenizer, write_snapshot("examples", rows, step="test", version=1).path, home)
+        _, report = encode(tokenizer, write_examples(("Yes?", "Yes?", "A."), ("No?", "No?", "A.")), home)
         assert (report["rows"], report["left_out"]["refused_by_template"]) == (1, ["No?"])
         tokenizer.chat_template, tokenizer.eos_token = "{{ messages[0]['content'] }}{{ messages[1]['content'] }}", None
         with pytest.raises(DataError, match="no answer could end"):
