@@ -60,7 +60,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tasks.jobs import kernels
-from tasks.jobs.network import best_precision, context_of, load
+from tasks.jobs.network import best_precision, context_of, load, unsupported
 from tasks.jobs.sampling import Sampling, aligned, draw_tokens
 from tasks.jobs.template import Example, encode_example, encode_prompt, end_of_turn
 from tasks.jobs.tiles import LANES_OF_A_GPU, Lane, Queue, Row, Settle, Statistics, Wanted
@@ -73,6 +73,15 @@ FEWEST_ON_A_GPU = 384  # two lanes with fewer would leave much of their steps em
 SCORED_ROWS = 16  # at once: all their tokens are known, so a few rows fill a step
 LOSSES_AT_ONCE = 128  # in fp32 they take twice the memory that logits do, or more
 SHORTEST_PREFIX = 8  # tokens; computing fewer for each row costs less than looking them up
+# An engine is held to what the model gives to these by itself. They are short, as each start pays for them.
+PROBE = (
+    "The river rises in the hills above the old town, and by the time it reaches the sea it has turned four mills, "
+    "watered nine villages, and given its name to a bridge that nobody has crossed since the war.",
+    "To bake bread you need flour, water, salt and time. Mix them until nothing is dry, let the dough rest overnight, "
+    "fold it twice in the morning, and bake it in a hot oven until the crust sounds hollow when you knock.",
+)
+PROBE_RUN = 20  # tokens of a text that are computed together, twice
+MOST_OFF = 0.2  # of how far the losses of a text lie apart. Rounding to bf16 takes a tenth of that
 
 
 class NoRoom(Exception):
@@ -93,6 +102,7 @@ class Engine:
 
     Raises:
         NotInstalled: the weights are to be quantized, and there is no bitsandbytes.
+        UnsupportedModel: it is of a kind that this engine does not compute, or not on this machine.
     """
 
     def __init__(
@@ -113,12 +123,42 @@ class Engine:
         )
         self.statistics = Statistics()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        self.network = load(path, self.precision, device, quantization)
+        texts = [self.tokenizer(text)["input_ids"][: 2 * PROBE_RUN + 1] for text in PROBE]
+        self.network, losses = load(path, self.precision, device, quantization, texts)
         self.max_batch_rows = max_batch_rows or (ROWS_OF_A_CORE if self.on_cpu else ROWS_OF_A_GPU)
         self.max_batch_tokens = max_batch_tokens or (TOKENS_ON_A_CPU if self.on_cpu else self.network.tokens_that_fit())
         self.context = context_of(self.network.config)
         self.stop_tokens = stop_tokens_of(self.network, self.tokenizer)
-        self.prefix = self._template_prefix()
+        self.prefix: list[int] = []
+        self._check(texts, losses)
+        self.prefix, self.statistics = self._template_prefix(), Statistics()
+
+    def _check(self, texts: Sequence[list[int]], expected: Sequence[Tensor]) -> None:
+        """See that texts get the losses here that the model gives them by itself.
+
+        A model may look at other tokens in a way that `check_can_run` has not heard of, and a processor or a GPU be of a
+        kind that no kernel was tried on. Either would come out as bad answers, and nothing else.
+
+        Raises:
+            UnsupportedModel: they get others.
+        """
+        rows = [Row(str(place), text[:PROBE_RUN], room=len(text)) for place, text in enumerate(texts)]
+        for row, text in zip(rows, texts):
+            row.targets = text[1 : PROBE_RUN + 1]
+
+        def in_two_runs(wanted: Wanted, logits: Tensor) -> list[tuple[Row, dict[str, Any]]]:
+            """The second run of a text looks back at the pages of the first."""
+            done = self._add_losses(wanted, logits)
+            for row, _ in done:
+                row.given, row.targets = texts[int(row.id)][:-1], texts[int(row.id)][1:]
+            return [(row, score) for row, score in done if not row.pending]
+
+        for _ in self._share(rows, in_two_runs, len(rows)):
+            pass
+        for row, losses in zip(rows, expected):
+            off = (torch.tensor(row.losses) - losses)[PROBE_RUN:].abs().median()
+            if off > MOST_OFF * (losses - losses.mean()).abs().median():
+                raise unsupported(self.network.config, f"texts get other losses here, by {off:.2g} nats a token")
 
     # ---- answering
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tasks.jobs import kernels
 from tasks.jobs.attention import ATTENTION, Step, attend_on_cpu, filled
@@ -27,8 +28,9 @@ LARGEST_TILE = 512  # of parts: a layer's weights are read from memory once for 
 ATTENDED_LAYERS = {"full_attention", "sliding_attention"}
 WITH_SINKS = {"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}  # model types
 UNTOLD_WINDOWS = {"phimoe", "qwen2_moe"}  # model types whose layers tell their mask of a window, and attention nothing
-# Model types that come out wrong, or not at all, though nothing says why.
-MISCOMPUTED = {"diffllama", "doge", "nemotron"}
+# Model types that come out wrong, or not at all, though nothing says why. What is not among them an engine may still find
+# to be so (`Engine._check`).
+MISCOMPUTED = {"diffllama", "doge", "dory", "hrm_text", "nemotron"}
 
 
 class UnsupportedModel(Exception):
@@ -47,8 +49,16 @@ class Network(Protocol):
         ...
 
 
-def load(path: Path, precision: str, device: torch.device, quantization: str = "none") -> Network:
-    """The model in a folder, ready to compute in a precision.
+def load(
+    path: Path, precision: str, device: torch.device, quantization: str, texts: Sequence[Sequence[int]]
+) -> tuple[Network, list[Tensor]]:
+    """The model in a folder, ready to compute in a precision, and the losses that it gives to some texts by itself.
+
+    Args:
+        texts: token ids.
+
+    Returns:
+        The network, and for each text (tokens - 1), on the CPU: the loss of each token but the first, in nats.
 
     Raises:
         NotInstalled: the weights are to be quantized, and there is no bitsandbytes.
@@ -56,17 +66,28 @@ def load(path: Path, precision: str, device: torch.device, quantization: str = "
     """
     check_can_run(transformers.AutoConfig.from_pretrained(path))
     dtype = DTYPES[precision]
-    model, widened = load_weights(path, dtype, device, quantization, attn_implementation=ATTENTION)
+    model, widened = load_weights(path, dtype, device, quantization, attn_implementation="eager")
+    losses = [_losses(model, torch.tensor(text, device=device)) for text in texts]
+    model.set_attn_implementation(ATTENTION)
     written_out = not widened and is_llama_like(model)
+    network: Network
     if device.type == "cuda":
         from tasks.jobs.gpu import GpuLlama, GpuNetwork  # which need Triton
 
-        return GpuNetwork(model, GpuLlama(model) if written_out else None)
-    if not can_pack(precision):
-        return TransformersNetwork(model, [TILE])
-    if written_out and kernels.can_attend(dtype, model.model.layers[0].self_attn.head_dim):
-        return LlamaNetwork(model)
-    return TransformersNetwork(model, alike_tiles([*widened, *pack_linear_layers(model)]))
+        network = GpuNetwork(model, GpuLlama(model) if written_out else None)
+    elif not can_pack(precision):
+        network = TransformersNetwork(model, [TILE])
+    elif written_out and kernels.can_attend(dtype, model.model.layers[0].self_attn.head_dim):
+        network = LlamaNetwork(model)
+    else:
+        network = TransformersNetwork(model, alike_tiles([*widened, *pack_linear_layers(model)]))
+    return network, losses
+
+
+@torch.inference_mode()
+def _losses(model: Any, tokens: Tensor) -> Tensor:
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+    return functional.cross_entropy(logits.float(), tokens[1:], reduction="none").cpu()
 
 
 def load_weights(

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.jobs import kernels
 from tasks.jobs import sampling as drawing
 from tasks.jobs.attention import PAGE
 from tasks.jobs.engine import Engine
@@ -325,7 +326,6 @@ def test_other_architectures_answer_as_in_transformers(
             "layers of the kind conv",
         ),
         (lambda: transformers.Llama4TextConfig(), "layers of the kind chunked_attention"),
-        (lambda: transformers.CodeGenConfig(), "its attention cannot be replaced"),
         (lambda: transformers.DiffLlamaConfig(), "its attention cannot be replaced"),
         (lambda: transformers.DogeConfig(), "its attention cannot be replaced"),  # its values choose what is seen
         (lambda: transformers.NemotronConfig(), "its attention cannot be replaced"),
@@ -336,13 +336,33 @@ def test_other_architectures_answer_as_in_transformers(
         (lambda: transformers.MambaConfig(), "its attention cannot be replaced"),
     ],
     ids=[
-        "lfm2", "llama4", "codegen", "diffllama", "doge", "nemotron", "deepseek", "gpt-oss", "granite-swa", "phimoe",
+        "lfm2", "llama4", "diffllama", "doge", "nemotron", "deepseek", "gpt-oss", "granite-swa", "phimoe",
         "mamba",
     ],
 )  # fmt: skip
 def test_a_model_that_would_be_computed_wrong_is_refused(config: Any, why: str) -> None:
     with pytest.raises(UnsupportedModel, match=why):
         check_can_run(config())
+
+
+def test_a_model_that_no_list_names_is_held_to_its_own_losses(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.jobs.network.MISCOMPUTED", set())
+    like = {"vocab_size": len(AutoTokenizer.from_pretrained(tiny_model)), "initializer_range": 0.2}
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    save_random(transformers.DiffLlamaConfig(**like, **size), tiny_model, tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"type diffllama .* texts get other losses here, by \d.* nats a token"):
+        Engine(tmp_path, "fp32")
+
+
+def test_a_machine_on_which_a_kernel_is_wrong_answers_nothing(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = kernels.add_norm
+    monkeypatch.setattr(kernels, "add_norm", lambda stream, change, *others: right(stream, -change, *others))
+    with pytest.raises(UnsupportedModel, match=r"type llama .* texts get other losses here"):
+        Engine(tiny_model, "fp32")
 
 
 @pytest.mark.parametrize(
