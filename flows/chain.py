@@ -70,6 +70,11 @@ def is_begun(config: DistillConfig) -> bool:
     return before is not None and before.state != "completed"
 
 
+def begun_by(flow_run: str) -> list[Manifest]:
+    """The runs that a flow run of Prefect's has been at: some only where it is retried, or was suspended and is resumed."""
+    return [run for run in list_manifests() if flow_run in run.flow_runs]
+
+
 def before_upgrade(config: DistillConfig) -> Manifest | None:
     """The run that these settings were in an earlier version, which knew fewer of them; each new one changes all ids."""
     try:

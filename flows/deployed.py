@@ -21,7 +21,7 @@ from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel, Field
 
 from flows.approval import NotApproved
-from flows.chain import is_begun, settled
+from flows.chain import begun_by, is_begun, settled
 from flows.config import Approve, ApproveWithin, Iterations, StartFrom, resolve
 from flows.distill import distill as loop
 from flows.evaluate import EvaluateConfig
@@ -102,15 +102,19 @@ def distill(
         task_runner: What runs the shards of a local model: threads on the worker's machine, or Ray.
     """
     config = resolve(preset, **_said(locals()))
+    begun = begun_by(flow_run.id) if start_from == "latest" else []
+    if begun and all(run.state == "completed" for run in begun):
+        done = ", ".join(run.run_id for run in begun)
+        return Completed(message=f"Runs: {done}, which are done by now. A flow run of its own turns the loop further.")
     tonight = settled(config)
     runs = []
     try:
         if start_from == "latest" and is_begun(tonight):
             runs.append(loop.fn(tonight))  # what failed last night comes first
             tonight = settled(config)
-        # A retry was for what failed, and asks for no further iterations. A run that somebody has just stopped before its
-        # first iteration ended where it began.
-        if not runs or (flow_run.run_count == 1 and tonight.run_id not in runs):
+        # A retry was for what failed, and asks for no further iterations; nor does one that was suspended, which Prefect
+        # does not count as one. A run that somebody has just stopped before its first iteration ended where it began.
+        if not runs or (flow_run.run_count == 1 and not begun and tonight.run_id not in runs):
             runs.append(loop.fn(tonight))
     except BudgetReached as error:
         return Failed(name="BudgetReached", message=str(error))

@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.exceptions import Pause, TerminationSignal
+from prefect.runtime import flow_run
 from prefect.tasks import Task
 from rich.text import Text
 
@@ -95,6 +96,7 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
         )
         if before:
             manifest.begin_again(before)
+        manifest.flow_runs = list(dict.fromkeys([*manifest.flow_runs, *filter(None, [flow_run.id])]))
         for warning in config.warnings():
             warn(manifest, warning)
         if (earlier := before_upgrade(config)) and (paid := spend_of(earlier.run_id)):

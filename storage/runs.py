@@ -136,6 +136,7 @@ class Manifest(BaseModel):
     iterations: list[IterationRecord] = Field(default_factory=list)
     next_pools: dict[str, Snapshot] = Field(default_factory=dict)  # what an iteration more would start from
     approvals: dict[int, dict[str, Any]] = Field(default_factory=dict)  # by iteration: what a person answered
+    flow_runs: list[str] = Field(default_factory=list)  # Prefect's ids of all flow runs that were at it
     stage_keys: list[str] = Field(default_factory=list)  # cache keys of the stages, for --fresh and gc
     earlier: list[Snapshot | Checkpoint] = Field(default_factory=list)  # made by earlier attempts; none once completed
 
@@ -160,7 +161,7 @@ class Manifest(BaseModel):
     def begin_again(self, before: "Manifest") -> None:
         """Take over from an earlier attempt at this run: it shows what that one had made until it has made as much."""
         self._before = before
-        self.started, self.approvals = before.started, before.approvals
+        self.started, self.approvals, self.flow_runs = before.started, before.approvals, before.flow_runs
         self.stage_keys, self.earlier = before.stage_keys, list(dict.fromkeys(_kept(before)))
 
     def save(self) -> None:
@@ -168,7 +169,7 @@ class Manifest(BaseModel):
         self.updated = now()
         shown = self
         if self._before and self.state != "completed" and len(self.evaluations()) < len(self._before.evaluations()):
-            own = ("state", "error", "updated", "stage_keys", "approvals", "earlier")
+            own = ("state", "error", "updated", "stage_keys", "approvals", "flow_runs", "earlier")
             shown = self._before.model_copy(update={name: getattr(self, name) for name in own})
         write_atomic(self.folder / "manifest.json", shown.model_dump_json(indent=2))
 

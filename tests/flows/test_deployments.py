@@ -70,20 +70,55 @@ def test_nights_go_on_from_each_other_one_at_a_time_once_they_are_switched_on() 
 def test_a_night_whose_question_of_before_is_answered_with_stop_is_over(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(config: DistillConfig) -> str:
+    begun = settled(resolve("smoke", ["start_from=latest"]))
+    night(begun, "paused", "last night's").save()
+    message, went_through = tonight(monkeypatch, "tonight's", iterations=0)
+    assert message == f"Runs: {begun.run_id}"
+    assert went_through == [begun.run_id]
+
+
+def night(config: DistillConfig, state: Any, *flow_runs: str, iterations: int = 0) -> Manifest:
+    """What a night leaves."""
+    made = Manifest(run_id=config.run_id, config=config.model_dump(mode="json"), state=state, flow_runs=list(flow_runs))
+    made.iterations = [IterationRecord(iteration=number + 1) for number in range(iterations)]
+    return made
+
+
+def tonight(monkeypatch: pytest.MonkeyPatch, flow_run: str, iterations: int = 1) -> tuple[str, list[str]]:
+    """What a night says at its end, and the runs that it went through, each of so many iterations in all."""
+
+    def fn(config: DistillConfig) -> str:
         went_through.append(config.run_id)
-        Manifest(run_id=config.run_id, config=config.model_dump(mode="json"), state="completed").save()
+        night(config, "completed", flow_run, iterations=iterations).save()
         return config.run_id
 
     went_through: list[str] = []
-    tonight = resolve("smoke").model_copy(update={"start_from": "latest"})
-    begun = settled(tonight)
-    Manifest(run_id=begun.run_id, config=begun.model_dump(mode="json"), state="paused").save()
-    monkeypatch.setattr(deployed.loop, "fn", stopped)
-    monkeypatch.setattr(deployed, "flow_run", SimpleNamespace(run_count=1))
-    ended = distill.fn(preset="smoke", start_from="latest", iterations=tonight.iterations)
-    assert ended.message == f"Runs: {begun.run_id}"
-    assert went_through == [begun.run_id]
+    monkeypatch.setattr(deployed.loop, "fn", fn)
+    monkeypatch.setattr(deployed, "flow_run", SimpleNamespace(id=flow_run, run_count=1))
+    config = resolve("smoke")
+    ended = distill.fn(preset="smoke", start_from="latest", iterations=config.iterations)
+    assert ended.message
+    return ended.message, went_through
+
+
+def test_a_night_that_was_suspended_goes_on_with_what_it_had_begun_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = settled(resolve("smoke", ["start_from=latest"]))
+    night(begun, "paused", "tonight's").save()
+    assert tonight(monkeypatch, "tonight's")[1] == [begun.run_id]
+    night(begun, "paused", "last night's").save()
+    assert len(tonight(monkeypatch, "tonight's")[1]) == 2, "what last night had begun, and its own"
+
+
+def test_a_night_is_not_retried_beyond_what_a_later_one_has_finished(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = settled(resolve("smoke", ["start_from=latest"]))
+    night(begun, "completed", "this one's", "a later one's", iterations=1).save()
+    night(settled(resolve("smoke", ["start_from=latest"])), "failed", "a later one's").save()
+    message, went_through = tonight(monkeypatch, "this one's")
+    assert not went_through and message.startswith(f"Runs: {begun.run_id}, which are done")
 
 
 def test_every_setting_is_in_the_form_with_help_and_bounds() -> None:
