@@ -1,6 +1,7 @@
 """`lion up`, `lion deploy`, `lion worker`, `lion down`: the loop behind a Prefect server of this machine."""
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,11 +24,12 @@ def up(
     _settle(home)
     service = _at_the_root()
 
-    note.print("Server started." if service.start_server(host) else "A server answers already.")
-    _warn_if_outdated(service, "server")  # it may lack what keeps strangers' pages out
-    deploy(home)
-    note.print("Worker started." if service.start_worker() else "The worker runs already.")
-    _warn_if_outdated(service, "worker")  # it may lack a key, or take runs from another pool
+    with _alone():
+        note.print("Server started." if service.start_server(host) else "A server answers already.")
+        _warn_if_outdated(service, "server")  # it may lack what keeps strangers' pages out
+        deploy(home)
+        note.print("Worker started." if service.start_worker() else "The worker runs already.")
+        _warn_if_outdated(service, "worker")  # it may lack a key, or take runs from another pool
     note.print(f"UI: {service.ui_url()}", soft_wrap=True)
 
 
@@ -61,8 +63,16 @@ def down(home: Home = None) -> None:
     _settle(home)
     from flows import service
 
-    for name in ("worker", "server"):
-        note.print(f"{name} " + ("stopped" if service.stop(name) else "was not running"))
+    with _alone():
+        for name in ("worker", "server"):
+            note.print(f"{name} " + ("stopped" if service.stop(name) else "was not running"))
+
+
+def _alone() -> AbstractContextManager[None]:
+    """One `lion up` or `lion down` of a home at a time: of two that start a server, the one kept might be the other."""
+    from storage.files import locked
+
+    return locked("service", on_wait=lambda: note.print("Another `lion up` or `down` is at it; waiting for it ..."))
 
 
 def _warn_if_outdated(service: Any, name: str) -> None:

@@ -87,7 +87,10 @@ def start_server(host: str | None = None) -> bool:
     deadline = time.monotonic() + START_SECONDS
     while not _answers():
         if _pid("server") is None or time.monotonic() > deadline:
-            raise ServiceError(f"the server does not come up. Its log: {_file('server', 'log')}\n{_tail('server')}")
+            raise ServiceError(
+                f"the server does not come up at {ui_url()}; another port can be named in PREFECT_API_URL. "
+                f"Its log: {_file('server', 'log')}\n{_tail('server')}"
+            )
         time.sleep(0.2)
     return True
 
@@ -224,11 +227,12 @@ def _keep_automation(wanted: dict[str, Any]) -> str:
 
 
 def _answers() -> bool:
-    """Whether something answers at the API's URL."""
+    """Whether a Prefect server answers at the API's URL: in JSON, where others have a page for any address."""
     try:
-        return httpx.get(f"{PREFECT_API_URL.value()}/health", timeout=2).status_code in (200, 401)
+        reply = httpx.get(f"{PREFECT_API_URL.value()}/health", timeout=2)
     except httpx.HTTPError:
         return False
+    return reply.status_code in (200, 401) and reply.headers.get("content-type", "").startswith("application/json")
 
 
 def _prefect() -> list[str]:

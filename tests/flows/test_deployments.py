@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from prefect.automations import Automation
@@ -23,7 +25,7 @@ from flows import deployed
 from flows.chain import settled
 from flows.config import DistillConfig, presets, resolve
 from flows.deployed import _said, distill
-from storage.files import Snapshot
+from storage.files import Snapshot, locked
 from storage.journal import Journal
 from storage.pools import write_snapshot
 from storage.runs import Baseline, IterationRecord, Manifest, chains, load_manifest
@@ -596,6 +598,28 @@ def test_a_server_of_another_home_is_not_taken_for_ones_own(home: Path, monkeypa
             service.start_server()
         monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
         assert service.start_server() is False
+
+
+def test_what_has_a_page_for_any_address_is_not_taken_for_a_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import service
+
+    replies = [httpx.Response(200, html="<p>A page.</p>"), httpx.Response(404), httpx.Response(200, json=True)]
+    monkeypatch.setattr(service.httpx, "get", lambda *_, **__: replies.pop(0))
+    assert [service._answers() for _ in range(3)] == [False, False, True]
+
+
+def test_two_who_start_or_end_one_homes_server_wait_for_each_other(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import commands_service, service
+
+    stopped, told = list[str](), Event()
+    monkeypatch.setattr(service, "stop", stopped.append)
+    monkeypatch.setattr(commands_service, "note", SimpleNamespace(print=lambda *_: told.set()))
+    waiting = Thread(target=commands_service.down)
+    with locked("service"):
+        waiting.start()
+        assert told.wait(30) and not stopped
+    waiting.join()
+    assert stopped == ["worker", "server"]
 
 
 def test_a_server_of_another_machine_is_used_and_asks_for_no_password_of_ones_own(

@@ -246,10 +246,11 @@ def test_a_run_that_died_with_its_worker_is_found_within_two_minutes(service: Se
     assert line["state"] == "interrupted"  # but nobody holds it
 
 
-def test_down_stops_what_up_started(tmp_path: Path, tiny_model: Path) -> None:
+def test_down_stops_what_up_started_also_twice_at_once(tmp_path: Path, tiny_model: Path) -> None:
     own = Service(tmp_path / "home", tiny_model)  # the shared one is still wanted
     try:
-        own.lion("up")
+        ups = [subprocess.Popen([*COMMAND, "up"], cwd=ROOT, env=own.environment) for _ in range(2)]
+        assert [up.wait() for up in ups] == [0, 0]
         assert own.api.get("/health").is_success
     finally:
         own.lion("down")
