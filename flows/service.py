@@ -187,14 +187,20 @@ def _deployed(deployment: str) -> DeploymentResponse | None:
 
 
 def _restore_schedules(before: DeploymentResponse) -> None:
-    """Give a deployment back the schedules that it had, switched on or off as they were: Prefect replaces them all."""
+    """Give a deployment back the schedules that it had, switched on or off as they were: Prefect replaces them all.
+
+    What is there is changed, as with a schedule that is deleted go the runs that are due and wait for a worker.
+    """
+    fields = set(DeploymentScheduleCreate.model_fields)
+    wanted = [each.model_dump(include=fields) for each in before.schedules]
     with get_client(sync_client=True) as client:
-        for made in client.read_deployment_schedules(before.id):
-            client.delete_deployment_schedule(before.id, made.id)
-        names = DeploymentScheduleCreate.model_fields.keys()
-        wanted = [DeploymentScheduleCreate(**each.model_dump(include=set(names))) for each in before.schedules]
-        if wanted:
-            client.create_deployment_schedules(before.id, wanted)
+        made = client.read_deployment_schedules(before.id)
+        for there, settings in zip(made, wanted):
+            client.update_deployment_schedule(before.id, there.id, **settings)
+        for surplus in made[len(wanted) :]:
+            client.delete_deployment_schedule(before.id, surplus.id)
+        if lacking := wanted[len(made) :]:
+            client.create_deployment_schedules(before.id, [DeploymentScheduleCreate(**each) for each in lacking])
 
 
 def _keep_automation(wanted: dict[str, Any]) -> str:

@@ -53,7 +53,13 @@ def test_up_again_brings_back_what_is_missing_and_makes_nothing_twice(service: S
     (schedule,) = nightly["schedules"]
     switched_on = {"active": True}
     assert service.api.patch(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", json=switched_on).is_success
+    due = service.start("nightly")
+    with sqlite3.connect(service.home / "prefect" / "server.db", timeout=60) as database:
+        changed = database.execute("update flow_run set auto_scheduled = true where id = ?", [due])
+        assert changed.rowcount == 1, "as if its schedule had made it, while no worker ran"
     said = service.lion("up")
+    assert service.api.get(f"/flow_runs/{due}").is_success, "it is done once there is a worker"
+    service.post(f"/flow_runs/{due}/set_state", state={"type": "CANCELLING"})
     (schedule,) = service.api.get("/deployments/name/distill/nightly").json()["schedules"]
     assert schedule["active"] and schedule["schedule"]["cron"] == "0 1 * * *"
     off = {"active": False}
