@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from typing import Any
 
+from httpx import TransportError
 from prefect.client.schemas.objects import State
 from prefect.exceptions import Pause, TerminationSignal
 from prefect.runtime import flow_run
@@ -22,6 +23,10 @@ from storage.journal import spend_of
 from storage.runs import Baseline, IterationRecord, Manifest, load_manifest, now
 from tasks.models.errors import BudgetReached
 from tasks.policies import stage_key_of
+
+
+class LostServer(RuntimeError):
+    """The Prefect server of a run does not answer any more."""
 
 
 class Steps:
@@ -125,6 +130,11 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
             manifest.state, manifest.error = "paused", str(error)
             manifest.save()
             raise
+        except TransportError as error:  # Prefect's client says no more than "Connection refused", as of an endpoint
+            reason = f"the Prefect server of this run does not answer any more ({error or type(error).__name__})"
+            manifest.state, manifest.error = "failed", reason
+            manifest.save()
+            raise LostServer(reason) from error
         except BaseException as error:
             manifest.state, manifest.error = "failed", f"{type(error).__name__}: {error}"
             manifest.save()

@@ -268,6 +268,17 @@ def test_a_run_that_ends_at_once_says_how_and_still_refers_to_all_that_it_had_ma
     assert completed and completed.pointers() == [] and not is_begun(config)
 
 
+def test_a_run_whose_server_is_gone_names_it_and_no_bare_connection(home: Path) -> None:
+    from flows.steps import LostServer, recorded
+
+    config = resolve("smoke")
+    with pytest.raises(LostServer, match="the Prefect server of this run"), recorded(config):
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+    ended = load_manifest(config.run_id)
+    assert ended and ended.state == "failed" and ended.error
+    assert ended.error == "the Prefect server of this run does not answer any more ([Errno 111] Connection refused)"
+
+
 def test_a_run_that_an_upgrade_gave_another_id_says_what_its_caps_do_not_count(home: Path) -> None:
     from flows.steps import recorded
 
