@@ -169,11 +169,7 @@ def register() -> list[str]:
         raise ServiceError(f"Prefect refuses {DEPLOYMENTS}:\n{done.stdout}{done.stderr}")
     for before in filter(None, there.values()):
         _restore_schedules(before)
-    pool = seen["LION_WORK_POOL"]
-    moved = {name: was.work_pool_name for name, was in there.items() if was and was.work_pool_name != pool}
-    told = [
-        f"{name} (its runs go to pool {pool}, no longer to {moved[name]})" if name in moved else name for name in names
-    ]
+    told = [name + _no_longer(was, _deployed(name)) for name, was in there.items()]
     return [*told, *(_keep_automation(wanted) for wanted in yaml.safe_load(AUTOMATIONS.read_bytes()))]
 
 
@@ -184,6 +180,19 @@ def _deployed(deployment: str) -> DeploymentResponse | None:
             return client.read_deployment_by_name(deployment)
         except ObjectNotFound:
             return None
+
+
+def _no_longer(was: DeploymentResponse | None, now: DeploymentResponse | None) -> str:
+    """What a deployment was until it was registered anew, beside its schedules: somebody may count on it."""
+    if was is None or now is None:
+        return ""
+    told = []
+    if was.work_pool_name != now.work_pool_name:
+        told.append(f"its runs go to pool {now.work_pool_name}, no longer to {was.work_pool_name}")
+    names = was.parameters.keys() | now.parameters.keys()
+    if changed := sorted(name for name in names if was.parameters.get(name) != now.parameters.get(name)):
+        told.append(f"its parameters are those of {DEPLOYMENTS} again: {', '.join(changed)}")
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _restore_schedules(before: DeploymentResponse) -> None:

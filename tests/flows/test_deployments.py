@@ -663,6 +663,16 @@ def test_a_server_that_would_not_be_heard_where_the_api_is_looked_for_is_not_sta
         service.start_server()
 
 
+def test_whoever_changed_a_deployments_parameters_on_the_server_is_told_that_they_are_gone() -> None:
+    from flows import service
+
+    was: Any = SimpleNamespace(work_pool_name="lion", parameters={"preset": "offline", "name": "mine", "seed": 1})
+    now: Any = SimpleNamespace(work_pool_name="lion", parameters={"preset": "offline", "name": "nightly"})
+    told = service._no_longer(was, now)
+    assert told == " (its parameters are those of deployments/prefect.yaml again: name, seed)"
+    assert service._no_longer(now, now) == service._no_longer(None, now) == ""
+
+
 def test_what_is_to_be_registered_where_no_server_answers_says_how_to_start_one(home: Path) -> None:
     from flows import service
 
