@@ -20,7 +20,7 @@ from flows.terminal import note
 from storage import catalog
 from storage.files import StorageError, home, locked
 from storage.journal import spend_of
-from storage.runs import Baseline, IterationRecord, Manifest, load_manifest, now
+from storage.runs import Baseline, IterationRecord, Manifest, RunState, load_manifest, now
 from tasks.models.errors import BudgetReached
 from tasks.policies import stage_key_of
 
@@ -104,40 +104,42 @@ def recorded(config: DistillConfig) -> Iterator[Manifest]:
         manifest.flow_runs = list(dict.fromkeys([*manifest.flow_runs, *filter(None, [flow_run.id])]))
         for warning in config.warnings():
             warn(manifest, warning)
-        if (earlier := before_upgrade(config)) and (paid := spend_of(earlier.run_id)):
-            usd = sum(line.usd + line.lost_usd for line in paid)
-            warn(
-                manifest,
-                f"{earlier.run_id} had these settings before an upgrade added to them. This is another run: what that one "
-                f"paid for is found again, but caps do not count the {usd:.2f} dollars in "
-                f"{sum(line.requests + line.lost_requests for line in paid):,} requests that it has spent.",
-            )
+        _warn_of_an_upgrade(config, manifest)
         manifest.save()
         try:
             yield manifest
-        except (TerminationSignal, KeyboardInterrupt, SystemExit):
-            manifest.state, manifest.error = (
-                "interrupted",
-                "cancelled, or ended by Ctrl-C or SIGTERM; everything finished is kept",
-            )
-            manifest.save()
-            raise
-        except Pause:  # somebody has suspended it
-            manifest.state, manifest.error = "paused", "suspended in Prefect; Resume there goes on"
-            manifest.save()
-            raise
-        except (BudgetReached, NotApproved) as error:
-            manifest.state, manifest.error = "paused", str(error)
-            manifest.save()
-            raise
-        except TransportError as error:  # Prefect's client says no more than "Connection refused", as of an endpoint
-            reason = f"the Prefect server of this run does not answer any more ({error or type(error).__name__})"
-            manifest.state, manifest.error = "failed", reason
-            manifest.save()
-            raise LostServer(reason) from error
         except BaseException as error:
-            manifest.state, manifest.error = "failed", f"{type(error).__name__}: {error}"
+            manifest.state, manifest.error = _ended_by(error)
             manifest.save()
+            if isinstance(error, TransportError):
+                raise LostServer(manifest.error) from error
             raise
         manifest.state, manifest.earlier = "completed", []
         manifest.save()
+
+
+def _warn_of_an_upgrade(config: DistillConfig, manifest: Manifest) -> None:
+    """Say so where an earlier version knew this run by another id: its caps do not count what was spent under that one."""
+    if (earlier := before_upgrade(config)) and (paid := spend_of(earlier.run_id)):
+        usd = sum(line.usd + line.lost_usd for line in paid)
+        warn(
+            manifest,
+            f"{earlier.run_id} had these settings before an upgrade added to them. This is another run: what that one "
+            f"paid for is found again, but caps do not count the {usd:.2f} dollars in "
+            f"{sum(line.requests + line.lost_requests for line in paid):,} requests that it has spent.",
+        )
+
+
+def _ended_by(error: BaseException) -> tuple[RunState, str]:
+    """The state of a run that ended with an error, and what the manifest says of it."""
+    match error:
+        case TerminationSignal() | KeyboardInterrupt() | SystemExit():
+            return "interrupted", "cancelled, or ended by Ctrl-C or SIGTERM; everything finished is kept"
+        case Pause():
+            return "paused", "suspended in Prefect; Resume there goes on"
+        case BudgetReached() | NotApproved():
+            return "paused", str(error)
+        case TransportError():  # Prefect's client says no more than "Connection refused", as of an endpoint
+            return "failed", f"the Prefect server of this run does not answer any more ({error or type(error).__name__})"
+        case _:
+            return "failed", f"{type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from storage.files import Checkpoint, Pointer, Snapshot, StorageError, home, is_locked, write_atomic
 
-State = Literal["running", "completed", "failed", "paused", "interrupted"]
+RunState = Literal["running", "completed", "failed", "paused", "interrupted"]
 
 
 class Interval(BaseModel):
@@ -124,7 +124,7 @@ class Manifest(BaseModel):
     """Everything worth knowing of a run. `lion show --json` prints it."""
 
     run_id: str
-    state: State = "running"
+    state: RunState = "running"
     error: str | None = None
     started: str = ""
     updated: str = ""
