@@ -3,7 +3,7 @@
 A pointer is a few bytes of JSON that names an immutable thing on disk by its digest. Stages take pointers
 and return pointers; the rows and the weights themselves never travel through Prefect.
 
-Knows nothing of tables, DuckDB or models.
+Knows nothing of tables or DuckDB, and of models only which files belong to one.
 
     >>> digest_of({"b": 1, "a": [1, 2]}) == digest_of({"a": [1, 2], "b": 1})
     True
@@ -176,62 +176,62 @@ def is_locked(name: str) -> bool:
         return False
 
 
-class Pointer(BaseModel):
-    """Names an immutable thing under the home by its digest."""
+class Snapshot(BaseModel):
+    """A table at one moment: `objects/<table>/<digest>.parquet`, the digest being that of the file's bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     digest: str
-
-    @property
-    def path(self) -> Path:
-        """Where the thing is on this machine."""
-        raise NotImplementedError
-
-    def verify(self) -> None:
-        """Check that the thing is whole.
-
-        Raises:
-            StorageError: it is missing, or it is not what was written.
-        """
-        raise NotImplementedError
-
-
-class Snapshot(Pointer):
-    """A table at one moment: `objects/<table>/<digest>.parquet`, the digest being that of the file's bytes."""
-
     table: str
     rows: int
 
     @property
     def path(self) -> Path:
+        """Where the file is on this machine."""
         return home() / "objects" / self.table / f"{self.digest}.parquet"
 
     def verify(self) -> None:
+        """Check that the table is whole.
+
+        Raises:
+            StorageError: it is missing, or it is not what was written.
+        """
         if not self.path.is_file():
             raise StorageError(f"{self.table} snapshot {self.digest} is missing: {self.path}")
         if digest_of_file(self.path) != self.digest:
             raise StorageError(f"{self.table} snapshot {self.digest} is damaged: {self.path}")
 
 
-class Checkpoint(Pointer):
+class Checkpoint(BaseModel):
     """A model: `checkpoints/<digest of the job that made it>/`, complete once `result.json` is there.
 
     `content` is the digest of the model's files. It is what `verify` checks; cache keys use `digest`, so that
     weights made again by the same job do not make anything after them run again.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
     content: str
 
     @property
     def path(self) -> Path:
+        """Where the folder is on this machine."""
         return home() / "checkpoints" / self.digest
 
     def verify(self) -> None:
+        """Check that the model is whole.
+
+        Raises:
+            StorageError: it is missing, or it is not what was written.
+        """
         if not (self.path / "result.json").is_file():
             raise StorageError(f"checkpoint {self.digest} is missing or incomplete: {self.path}")
         if digest_of_model(self.path) != self.content:
             raise StorageError(f"checkpoint {self.digest} is damaged: {self.path}")
+
+
+Pointer = Snapshot | Checkpoint
 
 
 MODEL_FILES = (

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.files import (
-    Pointer,
     Snapshot,
     StorageError,
     canonical_json,
@@ -35,7 +34,7 @@ def instruction_id(instruction: str, input: str | None) -> str:
 
 
 def write_snapshot(
-    table: str, rows: Iterable[Mapping[str, Any]], *, step: str, version: int, inputs: Sequence[Pointer | None] = ()
+    table: str, rows: Iterable[Mapping[str, Any]], *, step: str, version: int, inputs: Sequence[Snapshot] = ()
 ) -> Snapshot:
     """Write rows as one immutable file.
 
@@ -46,7 +45,7 @@ def write_snapshot(
     Raises:
         StorageError: a row does not fit the table.
     """
-    lineage = {"step": step, "version": version, "inputs": [pointer.digest for pointer in inputs if pointer]}
+    lineage = {"step": step, "version": version, "inputs": [snapshot.digest for snapshot in inputs]}
     schema = SCHEMAS[table].with_metadata({LINEAGE: canonical_json(lineage)})
     try:
         data = pa.Table.from_pylist(list(rows), schema=schema)

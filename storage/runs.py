@@ -130,7 +130,7 @@ class Manifest(BaseModel):
     updated: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
-    seeds: dict[str, Any] = Field(default_factory=dict)  # file, rows, duplicates removed
+    seeds: dict[str, Any] = Field(default_factory=dict)  # path, rows, and how many are not used, by reason
     warnings: list[str] = Field(default_factory=list)  # of the settings: possible, and perhaps not meant
     baseline: Baseline = Field(default_factory=Baseline)
     iterations: list[IterationRecord] = Field(default_factory=list)
@@ -138,7 +138,7 @@ class Manifest(BaseModel):
     approvals: dict[int, dict[str, Any]] = Field(default_factory=dict)  # by iteration: what a person answered
     flow_runs: list[str] = Field(default_factory=list)  # Prefect's ids of all flow runs that were at it
     stage_keys: list[str] = Field(default_factory=list)  # cache keys of the stages, for --fresh and gc
-    earlier: list[Snapshot | Checkpoint] = Field(default_factory=list)  # made by earlier attempts; none once completed
+    earlier: list[Pointer] = Field(default_factory=list)  # made by earlier attempts; none once completed
 
     _before: "Manifest | None" = PrivateAttr(None)
 
@@ -162,7 +162,7 @@ class Manifest(BaseModel):
         """Take over from an earlier attempt at this run: it shows what that one had made until it has made as much."""
         self._before = before
         self.started, self.approvals, self.flow_runs = before.started, before.approvals, before.flow_runs
-        self.stage_keys, self.earlier = before.stage_keys, list(dict.fromkeys(_kept(before)))
+        self.stage_keys, self.earlier = before.stage_keys, list(dict.fromkeys(before.pointers()))
 
     def save(self) -> None:
         """Write the manifest, whole or not at all."""
@@ -223,10 +223,6 @@ class Manifest(BaseModel):
         except StorageError:
             return False
         return (self.folder / "report.html").is_file()
-
-
-def _kept(manifest: Manifest) -> list[Snapshot | Checkpoint]:
-    return [pointer for pointer in manifest.pointers() if isinstance(pointer, Snapshot | Checkpoint)]
 
 
 def folder_of(run_id: str) -> Path:

@@ -69,7 +69,7 @@ def test_the_same_rows_are_the_same_object(home: Path) -> None:
 
 def test_a_snapshot_carries_its_lineage(home: Path) -> None:
     first = a_snapshot()
-    second = write_snapshot("verdicts", read_rows(first), step="copy", version=3, inputs=[first, None])
+    second = write_snapshot("verdicts", read_rows(first), step="copy", version=3, inputs=[first])
     assert read_lineage(second) == {"step": "copy", "version": 3, "inputs": [first.digest]}
     assert second.digest != first.digest
 
