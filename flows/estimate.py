@@ -117,7 +117,7 @@ class _Reckoning:
         usable = usable_seeds(config.seeds)
         start = start_of(settled(config))
         # Of a pool that is taken over the journal has most answers: they cost nothing.
-        rows = list(read_rows(start.pools.cache)) if start else usable.rows
+        rows = read_rows(start.pools.cache) if start else usable.rows
         self.seeds, self.heldout = _with_ids(rows), _with_ids(usable.heldout)
 
     def lines(self) -> Iterable[Line]:
@@ -150,7 +150,7 @@ class _Reckoning:
             asked = [request for request in requests if key_of_request(request) not in answered]
             chars = sum(len(message["content"]) for request in asked for message in request.messages)
             messages = sum(len(request.messages) for request in asked)
-            yield self._line(iteration, "teacher", model, len(asked), chars, len(answered), messages)
+            yield self._line(iteration, "teacher", model, len(asked), chars, messages=messages, answered=len(answered))
 
     def _teachers_of_new(self, iteration: int, fresh: int, per_fresh: float) -> Iterable[Line]:
         """The teachers' answers to generated rows: each gets the part that it has of the seeds."""
@@ -161,7 +161,7 @@ class _Reckoning:
             if isinstance(model, OpenAIModel):
                 rows = round(fresh * parts[number] / len(self.seeds))
                 messages = rows * (2 if system else 1)
-                yield self._line(iteration, "teacher", model, rows, rows * (per_fresh + system), 0, messages)
+                yield self._line(iteration, "teacher", model, rows, rows * (per_fresh + system), messages=messages)
 
     def _evaluation(self, iteration: int) -> Iterable[Line]:
         """The referee's reviews of the held-out answers."""
@@ -175,15 +175,7 @@ class _Reckoning:
             times = referee.reviews_per_row
             said = (self.assumed["teacher_tokens"] + self.assumed["student_tokens"]) * self.assumed["chars_per_token"]
             frame = len(PROMPT.render(instruction="", input="", first="", second=""))
-            yield self._line(
-                iteration,
-                "referee",
-                referee.model,
-                rows * times,
-                times * (chars + rows * (said + frame)),
-                0,
-                rows * times,
-            )
+            yield self._line(iteration, "referee", referee.model, rows * times, times * (chars + rows * (said + frame)))
 
     def _generator(self, iteration: int, fresh: int, per_parent: float) -> Iterable[Line]:
         generate = self.config.generate
@@ -204,9 +196,11 @@ class _Reckoning:
         model: OpenAIModel,
         requests: int,
         chars: float,
-        answered: int = 0,
+        *,
         messages: int | None = None,
+        answered: int = 0,
     ) -> Line:
+        """Args: chars, messages: of all prompts together, by default a message each; answered: found in the journal."""
         price = price_of(model.model, model.price)
         if price and model.mode == "batch":
             price = price.batched()

@@ -56,11 +56,39 @@ def ask_with_names(sql: str, parameters: Mapping[str, Any] | None = None) -> tup
         StorageError: DuckDB cannot run it; the message is DuckDB's own.
     """
     with duckdb.connect() as connection:
-        _define_views(connection, list_manifests())
+        _define_views(connection)
         try:
             return _answer(connection, sql, parameters)
         except duckdb.Error as error:
             raise StorageError(f"{error}\nViews: {', '.join(VIEWS)}.") from error
+
+
+def life_of(instruction_id: str) -> dict[str, list[dict[str, Any]]]:
+    """Everything known of one instruction, by kind: itself, parent, responses, reviews, verdicts, children. A rejected
+    candidate is known as one, and a held-out instruction by its evaluations."""
+    statements = {
+        "instruction": "select distinct on (instruction_id) * exclude (run_id, iteration) from cache_pool "
+        "where instruction_id = $id",
+        "parent": "select distinct on (instruction_id) * exclude (run_id, iteration) from cache_pool "
+        "where instruction_id in (select parent_id from cache_pool where instruction_id = $id)",
+        "candidate": "select run_id, iteration, side, draw, parent_id, instruction, input, rejection, near_id, similarity "
+        "from candidates where instruction_id = $id",
+        "responses": "select run_id, iteration, role, status, response from responses where instruction_id = $id",
+        "reviews": 'select run_id, iteration, "order", vote, outcome, teacher_score, student_score, evidence '
+        "from reviews where instruction_id = $id",
+        "verdicts": "select run_id, iteration, score_gap, threshold, difficulty, reason from verdicts "
+        "where instruction_id = $id",
+        "children": "select run_id, iteration, instruction_id, side, rejection, instruction from candidates "
+        "where parent_id = $id",
+        "evaluations": "select run_id, iteration, status, response, loss_sum, tokens, score from evaluations "
+        "where instruction_id = $id",
+    }
+    with duckdb.connect() as connection:
+        _define_views(connection)
+        return {
+            name: _answer(connection, f"{statement} order by all", {"id": instruction_id})[1]
+            for name, statement in statements.items()
+        }
 
 
 def publish() -> Path:
@@ -74,7 +102,7 @@ def publish() -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".catalog.") as folder:
         fresh = Path(folder) / target.name
         with duckdb.connect(str(fresh)) as connection:
-            _define_views(connection, list_manifests())
+            _define_views(connection)
         os.replace(fresh, target)
     return target
 
@@ -96,7 +124,13 @@ def _answer(
     return names, [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
-def _define_views(connection: duckdb.DuckDBPyConnection, manifests: Sequence[Manifest]) -> None:
+def _define_views(connection: duckdb.DuckDBPyConnection) -> None:
+    """Give a database the views over all runs of this home.
+
+    Raises:
+        StorageError: a table of some run is damaged.
+    """
+    manifests = list_manifests()
     for view, table in VIEWS.items():
         placed = [item for manifest in manifests for item in _placed(manifest, view) if item[2].path.is_file()]
         try:
@@ -163,31 +197,3 @@ def _quoted(text: str) -> str:
 
 def _name(text: str) -> str:
     return '"' + text.replace('"', '""') + '"'
-
-
-def life_of(instruction_id: str) -> dict[str, list[dict[str, Any]]]:
-    """Everything known of one instruction, by kind: itself, parent, responses, reviews, verdicts, children. A rejected
-    candidate is known as one, and a held-out instruction by its evaluations."""
-    statements = {
-        "instruction": "select distinct on (instruction_id) * exclude (run_id, iteration) from cache_pool "
-        "where instruction_id = $id",
-        "parent": "select distinct on (instruction_id) * exclude (run_id, iteration) from cache_pool "
-        "where instruction_id in (select parent_id from cache_pool where instruction_id = $id)",
-        "candidate": "select run_id, iteration, side, draw, parent_id, instruction, input, rejection, near_id, similarity "
-        "from candidates where instruction_id = $id",
-        "responses": "select run_id, iteration, role, status, response from responses where instruction_id = $id",
-        "reviews": 'select run_id, iteration, "order", vote, outcome, teacher_score, student_score, evidence '
-        "from reviews where instruction_id = $id",
-        "verdicts": "select run_id, iteration, score_gap, threshold, difficulty, reason from verdicts "
-        "where instruction_id = $id",
-        "children": "select run_id, iteration, instruction_id, side, rejection, instruction from candidates "
-        "where parent_id = $id",
-        "evaluations": "select run_id, iteration, status, response, loss_sum, tokens, score from evaluations "
-        "where instruction_id = $id",
-    }
-    with duckdb.connect() as connection:
-        _define_views(connection, list_manifests())
-        return {
-            name: _answer(connection, f"{statement} order by all", {"id": instruction_id})[1]
-            for name, statement in statements.items()
-        }

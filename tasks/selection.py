@@ -78,10 +78,10 @@ def mean_score(evaluation: Evaluation, seed: int = 0, of: float = 1) -> Interval
     return _ratio([(row["score"], of) for _, row in rows if row["score"] is not None], seed)
 
 
-def loss_per_token(evaluation: Evaluation, seed: int = 0) -> Interval | None:
+def loss_per_token(evaluation: Evaluation) -> Interval | None:
     """Nats per token of the teacher's held-out answers; null where that is no number."""
     rows = sorted(by_id(evaluation.details, ["loss_sum", "tokens"]).items())
-    return _ratio([(row["loss_sum"], row["tokens"]) for _, row in rows if row["tokens"]], seed)
+    return _ratio([(row["loss_sum"], row["tokens"]) for _, row in rows if row["tokens"]])
 
 
 def judged_by_referee(evaluation: Evaluation, seed: int = 0) -> Figures | None:
@@ -89,7 +89,7 @@ def judged_by_referee(evaluation: Evaluation, seed: int = 0) -> Figures | None:
     return relative_score(read_rows(evaluation.reviews), seed=seed).overall if evaluation.reviews else None
 
 
-def _ratio(pairs: Sequence[tuple[float, float]], seed: int) -> Interval | None:
+def _ratio(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Interval | None:
     """Null as well where a loss is no number: a student that broke has no gain to speak of."""
     if not all(math.isfinite(numerator) for numerator, _ in pairs):
         return None
