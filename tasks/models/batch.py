@@ -23,8 +23,9 @@ from storage.files import locked
 from storage.journal import Answer, Batch, Journal, Wish, now
 from tasks.models.budget import Account, budget_reached
 from tasks.models.chat import OnProgress, Request, Sampling
-from tasks.models.endpoint import OpenAIModel, headers_of, key_of, secrets_of
+from tasks.models.endpoint import OpenAIModel, fatal, secrets_of
 from tasks.models.errors import FatalEndpointError, ModelError, TransientError, Unreachable, scrubbed
+from tasks.models.exchange import client_of
 from tasks.models.pacing import asked_wait
 from tasks.models.prices import Price
 from tasks.models.wire import (
@@ -83,13 +84,7 @@ class Batches:
         self.model, self.requests, self.sampling, self.account = model, requests, sampling, account
         self.price, self.journal, self.on_progress = price, journal, on_progress
         self.secrets = secrets_of(model)
-        self.client = openai.OpenAI(
-            api_key=key_of(model),
-            base_url=model.base_url,
-            default_headers=headers_of(model),
-            max_retries=0,
-            http_client=openai.DefaultHttpxClient(timeout=model.timeout, follow_redirects=False),
-        )
+        self.client = client_of(model, model.timeout)
         self.deadline = time.monotonic() + model.batch_deadline
         self.wishes = {key: wish_of(key, request, sampling, price) for key, request in requests.items()}
         self.rounds = dict.fromkeys(requests, 0)
@@ -242,9 +237,8 @@ class Batches:
                 self._take_fewer(batch)
                 return True
             reason = "; ".join(str(error.message) for error in errors[:3]) or "no reason given"
-            raise self._fatal(
-                f"the batch {there.id} was refused ({scrubbed(reason, *self.secrets)})", "Use mode: online"
-            )
+            told = f"the batch {there.id} was refused ({scrubbed(reason, *self.secrets)})"
+            raise fatal(self.model, told, "Use mode: online")
         return True
 
     def _take_fewer(self, batch: Batch) -> None:
@@ -263,7 +257,8 @@ class Batches:
     def _give_up(self, batch: Batch, gone: str) -> None:
         """Let go of a batch that the endpoint does not know, if the settings say so; what it leaves open counts as lost."""
         if not self.model.give_up_batches:
-            raise self._fatal(
+            raise fatal(
+                self.model,
                 f"{gone} is not there any more",
                 "Use the key that it was handed in with; or set give_up_batches: true to ask them again, which may be "
                 "billed a second time",
@@ -335,7 +330,9 @@ class Batches:
         while out := [batch for batch in out if not self._collected(batch)]:
             if time.monotonic() > give_up:
                 ids = ", ".join(str(batch.batch_id) for batch in out)
-                raise self._fatal(f"the batches {ids} do not stop", "Run the same command later: it finds them again")
+                raise fatal(
+                    self.model, f"the batches {ids} do not stop", "Run the same command later: it finds them again"
+                )
             time.sleep(min(self.model.batch_poll, 10))
 
     # --- talking ----------------------------------------------------------------------------------------------------
@@ -367,9 +364,6 @@ class Batches:
         except ValueError:
             trouble = TransientError("a file that is not JSON, or not the whole of it")
         raise trouble
-
-    def _fatal(self, reason: str, way_out: str) -> FatalEndpointError:
-        return FatalEndpointError(self.model.base_url, self.model.model, reason, way_out)
 
 
 def _if_there(ask: Callable[[str], T], id: str) -> T | None:

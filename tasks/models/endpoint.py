@@ -135,6 +135,11 @@ class OpenAIModel(BaseModel):
         return headers
 
 
+def fatal(model: OpenAIModel, reason: str, way_out: str) -> FatalEndpointError:
+    """The error that says why this endpoint will not answer, and what to do."""
+    return FatalEndpointError(model.base_url, model.model, reason, way_out)
+
+
 def key_of(model: OpenAIModel) -> str:
     """The key, read where and when it is used. "none" for an endpoint that wants none: the SDK wants some.
 
@@ -146,17 +151,16 @@ def key_of(model: OpenAIModel) -> str:
             key = expanded(model.api_key_file).read_text(encoding="utf-8", errors="replace").strip()
         except OSError as error:
             reason = f"the key file {model.api_key_file} cannot be read ({error.strerror})"
-            raise FatalEndpointError(model.base_url, model.model, reason, "Mount it, or correct api_key_file") from None
+            raise fatal(model, reason, "Mount it, or correct api_key_file") from None
         if not key:
-            reason = f"the key file {model.api_key_file} is empty"
-            raise FatalEndpointError(model.base_url, model.model, reason, "Write the key into it")
+            raise fatal(model, f"the key file {model.api_key_file} is empty", "Write the key into it")
         return _sendable(model, key, f"the key in {model.api_key_file}")
     if model.api_key_env is None:
         return "none"
     if not (key := os.environ.get(model.api_key_env, "").strip()):
         reason = f"there is no API key: the environment variable {model.api_key_env} is not set"
         way_out = f"Set it where the stage runs (export {model.api_key_env}=...), or name another one in api_key_env (null: none is needed)"
-        raise FatalEndpointError(model.base_url, model.model, reason, way_out)
+        raise fatal(model, reason, way_out)
     return _sendable(model, key, f"the key in ${model.api_key_env}")
 
 
@@ -170,7 +174,7 @@ def headers_of(model: OpenAIModel) -> dict[str, str]:
     for name, value in model.headers.items():
         if value.startswith("$") and value[1:] not in os.environ:
             reason = f"the header {name} names the environment variable {value[1:]}, which is not set"
-            raise FatalEndpointError(model.base_url, model.model, reason, "Set it where the stage runs")
+            raise fatal(model, reason, "Set it where the stage runs")
         sent = os.environ[value[1:]] if value.startswith("$") else value
         headers[name] = _sendable(model, sent, f"the header {name}")
     return headers
@@ -191,5 +195,5 @@ def _sendable(model: OpenAIModel, text: str, what: str) -> str:
     """A text that a header can hold. The SDK would say of another one only that a codec failed."""
     if not (text.isascii() and text.isprintable()):
         reason = f"{what} holds a line break or a character that no header can hold"
-        raise FatalEndpointError(model.base_url, model.model, reason, "Copy it again, without what stands around it")
+        raise fatal(model, reason, "Copy it again, without what stands around it")
     return text

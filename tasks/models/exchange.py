@@ -49,6 +49,21 @@ NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 Remember = Callable[[Dialect], Awaitable[None]]
 
 
+def client_of(model: OpenAIModel, timeout: float) -> openai.OpenAI:
+    """The SDK's client for one call after the other; `timeout` in seconds.
+
+    Raises:
+        FatalEndpointError: the key is not there.
+    """
+    return openai.OpenAI(
+        api_key=key_of(model),
+        base_url=model.base_url,
+        default_headers=headers_of(model),
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(timeout=timeout, follow_redirects=False),
+    )
+
+
 def check_access(model: OpenAIModel) -> None:
     """Ask for the list of models, which costs nothing: a key that is rejected is found before any work is done.
 
@@ -59,13 +74,7 @@ def check_access(model: OpenAIModel) -> None:
     doubt: the requests themselves are tried for as long as its `deadline` says.
     """
     secrets = secrets_of(model)
-    with openai.OpenAI(
-        api_key=key_of(model),
-        base_url=model.base_url,
-        default_headers=headers_of(model),
-        max_retries=0,
-        http_client=openai.DefaultHttpxClient(timeout=CONNECT_SECONDS, follow_redirects=False),
-    ) as client:
+    with client_of(model, CONNECT_SECONDS) as client:
         try:
             client.models.list()
         except openai.APIStatusError as error:

@@ -15,7 +15,7 @@ import openai
 from storage.files import digest_of
 from storage.journal import Answer, Journal, Wish, now
 from tasks.models.chat import Reply, Request, Sampling, Status, is_withheld, status_of, storable
-from tasks.models.endpoint import OpenAIModel
+from tasks.models.endpoint import OpenAIModel, fatal
 from tasks.models.errors import FatalEndpointError, RequestFailed, TransientError, scrubbed
 from tasks.models.prices import Price
 
@@ -284,28 +284,24 @@ def failure(
     """What a rejection means. `message` holds no secrets any more."""
     no_quota = "exceeded your current quota" in message and QUOTA_OF_A_MINUTE not in message
     if status == 402 or code in QUOTA_CODES or no_quota:
-        return _fatal(model, f"no quota left ({message})", "Top up or raise the limit of the account")
+        return fatal(model, f"no quota left ({message})", "Top up or raise the limit of the account")
     if status in TRANSIENT_CODES or status >= 500:
         gave_up, reason = status in GATEWAY_GAVE_UP, _named(status, message)
         if wait is not None and wait > model.deadline:
             reason += f" (asks for a pause of {math.ceil(wait / 60)} min, more than `deadline` allows)"
         return TransientError(reason, wait=wait, hurried=status == 429, maybe_billed=gave_up)
     if status in ELSEWHERE:  # not followed: it may be another host, which shall not have what headers hold
-        return _fatal(model, f"the endpoint is elsewhere (HTTP {status}: {message})", "Set base_url to where it is")
+        return fatal(model, f"the endpoint is elsewhere (HTTP {status}: {message})", "Set base_url to where it is")
     if status in {401, 403}:
         where = model.api_key_file or (model.api_key_env and f"${model.api_key_env}")
         none = "api_key_env is null: name the key's variable there, or check those that headers name"
         way_out = f"Check the key in {where}, and its rights" if where else none
-        return _fatal(model, f"the key was rejected ({status} {message})", way_out)
+        return fatal(model, f"the key was rejected ({status} {message})", way_out)
     if status == 404:
-        return _fatal(model, f"not found ({message})", "Check the model's name and base_url")
+        return fatal(model, f"not found ({message})", "Check the model's name and base_url")
     if code in TOO_LONG_CODES or status == 413 or any(words in message.lower() for words in TOO_LONG_WORDS):
         return RequestFailed(_named(status, "the prompt is too long for the model"))
-    return _fatal(model, f"the request was rejected ({status} {message})", "Change the setting that it names")
-
-
-def _fatal(model: OpenAIModel, reason: str, way_out: str) -> FatalEndpointError:
-    return FatalEndpointError(model.base_url, model.model, reason, way_out)
+    return fatal(model, f"the request was rejected ({status} {message})", "Change the setting that it names")
 
 
 def _named(status: int, message: str) -> str:
