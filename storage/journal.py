@@ -266,7 +266,9 @@ class Journal:
             keys = json.dumps([wish.key for wish in wishes])
             held = db.execute(f"SELECT key FROM claims WHERE owner != ? AND {_AMONG}", (self._owner, keys))
             result.elsewhere = {key for (key,) in held} - result.answered.keys()
-            standing = [(cap, self._spent(db, run_id, cap.role), self._reserved(db, run_id, cap.role)) for cap in caps]
+            standing = [
+                (cap, _totals(db, _SPENT, run_id, cap.role), _totals(db, _RESERVED, run_id, cap.role)) for cap in caps
+            ]
             usd, requests, tokens = 0.0, 0, 0  # granted so far
             for wish in wishes:
                 if wish.key in result.answered or wish.key in result.elsewhere:
@@ -294,7 +296,7 @@ class Journal:
     def spent(self, run_id: str, role: str | None = None) -> Totals:
         """What a run, or one role of it, has spent, with what it may have lost: the figure that caps look at."""
         with self._reading() as db:
-            return self._spent(db, run_id, role)
+            return _totals(db, _SPENT, run_id, role)
 
     def spend(self, run_id: str | None = None) -> list[Spent]:
         """What was spent, by run, role, iteration, model and day; of all runs where none is named."""
@@ -403,21 +405,6 @@ class Journal:
         rows = self._db.execute(f"SELECT {_columns(Answer)} FROM answers WHERE {_AMONG}", (json.dumps(keys),))
         return {row[0]: Answer(*row) for row in rows}
 
-    @staticmethod
-    def _spent(db: sqlite3.Connection, run_id: str, role: str | None) -> Totals:
-        sums = (
-            "total(usd + lost_usd), coalesce(sum(requests + lost_requests), 0),"
-            " coalesce(sum(prompt_tokens + completion_tokens + lost_tokens), 0)"
-        )
-        where = "run_id = ? AND role = coalesce(?, role)"
-        return Totals(*db.execute(f"SELECT {sums} FROM spend WHERE {where}", (run_id, role)).fetchone())
-
-    @staticmethod
-    def _reserved(db: sqlite3.Connection, run_id: str, role: str | None) -> Totals:
-        sums = "total(usd), coalesce(sum(requests), 0), coalesce(sum(tokens), 0)"
-        where = "run_id = ? AND role = coalesce(?, role)"
-        return Totals(*db.execute(f"SELECT {sums} FROM claims WHERE {where}", (run_id, role)).fetchone())
-
 
 def spend_of(run_id: str | None = None) -> list[Spent]:
     """What a run of this home, or all of them, paid. A home that never paid gets no journal by the question."""
@@ -438,6 +425,12 @@ def answered_among(keys: Iterable[str]) -> set[str]:
 def _lock_of(owner: str) -> str:
     """The lock that an open journal of this name holds."""
     return f"journal-{owner}"
+
+
+def _totals(db: sqlite3.Connection, select: str, run_id: str, role: str | None) -> Totals:
+    """What `_SPENT` or `_RESERVED` finds of a run, or of one role of it."""
+    where = "run_id = ? AND role = coalesce(?, role)"
+    return Totals(*db.execute(f"{select} WHERE {where}", (run_id, role)).fetchone())
 
 
 def _first_passed(standing: list[tuple[Cap, Totals, Totals]], usd: float, requests: int, tokens: int) -> Over | None:
@@ -475,6 +468,10 @@ def _marks(row: type[Any]) -> str:
 _AMONG = "key IN (SELECT value FROM json_each(?))"  # any number of keys in one parameter
 _as_row = attrgetter(*(column.name for column in fields(Answer)))  # astuple would copy each value
 _INSERT = f"INSERT INTO answers ({_columns(Answer)}) VALUES ({_marks(Answer)}) ON CONFLICT (key) DO NOTHING"
+_SPENT = """
+    SELECT total(usd + lost_usd), coalesce(sum(requests + lost_requests), 0),
+           coalesce(sum(prompt_tokens + completion_tokens + lost_tokens), 0) FROM spend"""
+_RESERVED = "SELECT total(usd), coalesce(sum(requests), 0), coalesce(sum(tokens), 0) FROM claims"
 _ADD_TO_SPEND = """
     ON CONFLICT (run_id, role, iteration, model, day) DO UPDATE SET
         requests = requests + excluded.requests,
