@@ -16,10 +16,11 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import tenacity
@@ -269,14 +270,16 @@ class _Call:
 
     async def _feed(self) -> None:
         """Claim what is missing, group by group, just ahead of the workers."""
-        fresh = iter(self.missing.items())
+        fresh = (
+            _Question(index, wish_of(key, self.requests[index], self.sampling, self.price))
+            for key, index in self.missing.items()
+        )
         ready: deque[_Question] = deque()  # to be claimed, in order
         elsewhere: deque[_Question] = deque()  # another process is asking
         ahead = 2 * self.model.max_concurrency
         looked_at = time.monotonic()
         while self.error is None:
-            while len(ready) < ahead and (question := self._next(fresh)):
-                ready.append(question)
+            ready.extend(islice(fresh, max(0, ahead - len(ready))))
             self.elsewhere = len(elsewhere)
             if elsewhere and (not ready or time.monotonic() - looked_at > POLL_SECONDS):
                 if not ready:
@@ -296,19 +299,8 @@ class _Call:
                 claimed = await self._claim([question.wish for question in group])
             except StorageError as error:
                 return self.stop(error)
-            refused: list[_Question] = []
-            for question in group:
-                key = question.wish.key
-                if key in claimed.granted:
-                    self.unsettled += 1
-                    self.queue.put_nowait(question)
-                elif key in claimed.answered:
-                    self.replies[question.index] = reply_of(self.requests[question.index].id, claimed.answered[key])
-                    self.done += 1
-                elif key in claimed.elsewhere:
-                    elsewhere.append(question)
-                else:
-                    refused.append(question)
+            waiting, refused = self._dealt(group, claimed)
+            elsewhere.extend(waiting)
             ready.extendleft(reversed(refused))
             if claimed.over and not claimed.granted:
                 if claimed.over.reserved.requests == 0:
@@ -322,10 +314,23 @@ class _Call:
         for _ in self.workers:
             self.queue.put_nowait(None)
 
-    def _next(self, fresh: Iterable[tuple[str, int]]) -> _Question | None:
-        for key, index in fresh:
-            return _Question(index, wish_of(key, self.requests[index], self.sampling, self.price))
-        return None
+    def _dealt(self, group: list[_Question], claimed: Claimed) -> tuple[list[_Question], list[_Question]]:
+        """Hand to the workers what was granted and fill in what was answered; what another process asks, and what no cap
+        has room for."""
+        elsewhere, refused = [], []
+        for question in group:
+            key = question.wish.key
+            if key in claimed.granted:
+                self.unsettled += 1
+                self.queue.put_nowait(question)
+            elif key in claimed.answered:
+                self.replies[question.index] = reply_of(self.requests[question.index].id, claimed.answered[key])
+                self.done += 1
+            elif key in claimed.elsewhere:
+                elsewhere.append(question)
+            else:
+                refused.append(question)
+        return elsewhere, refused
 
     async def _claim(self, wishes: list[Wish]) -> Claimed:
         account = self.account
@@ -496,14 +501,14 @@ class _Call:
     def _loss(self, question: _Question) -> Loss:
         account, wish = self.account, question.wish
         return Loss(
-            account.run_id,
-            account.role,
-            account.iteration,
-            self.model.model,
-            wish.tokens * question.lost,
-            wish.usd * question.lost,
-            now(),
-            question.lost,
+            run_id=account.run_id,
+            role=account.role,
+            iteration=account.iteration,
+            model=self.model.model,
+            tokens=wish.tokens * question.lost,
+            usd=wish.usd * question.lost,
+            created=now(),
+            requests=question.lost,
         )
 
     def _show(self, outcome: _Outcome) -> None:
