@@ -14,7 +14,7 @@ from typing import Any
 from flows.config import ConfigError, DistillConfig
 from flows.distill import distill
 from storage.pools import by_id
-from storage.runs import Evaluation, Interval, Manifest, load_manifest
+from storage.runs import Evaluation, Interval, IterationRecord, Manifest, load_manifest
 from tasks.relative import paired
 from tasks.seed import usable_seeds
 
@@ -49,7 +49,7 @@ def teacher_tokens(manifest: Manifest) -> int:
     return sum(tokens for record in manifest.iterations for tokens in _answer_tokens(record))
 
 
-def _answer_tokens(record: Any) -> list[int]:
+def _answer_tokens(record: IterationRecord) -> list[int]:
     answers = by_id(record.snapshots["teacher_responses"], ["completion_tokens"])
     trained = by_id(record.snapshots["examples"], [])
     return [answers[key]["completion_tokens"] for key in trained]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
@@ -48,6 +48,10 @@ from flows.terminal import (
     print_rows,
     use_home,
 )
+
+if TYPE_CHECKING:
+    from flows.config import DistillConfig
+    from storage.runs import Manifest
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -98,23 +102,10 @@ def run(
     from flows.chain import settled
     from flows.config import resolve
     from storage.runs import load_manifest
-    from tasks.models.endpoint import key_of
-    from tasks.models.prices import price_of
-    from tasks.prepare import source_digest
-    from tasks.seed import read_seeds
-    from tasks.shards import check_is_there
 
     given = {"seeds": {"path": seeds}} if seeds else {}
     settings = settled(resolve(preset, overrides or [], config, **given))
-    check_is_there(settings.task_runner)
-    read_seeds(settings.seeds.path)
-    read_seeds(settings.seeds.heldout, bundled="heldout.jsonl")
-    for model in settings.models().values():
-        if model.kind == "local":
-            source_digest(model)  # a name that leads nowhere is refused before anything is written
-        else:
-            key_of(model)  # and so is a missing key or price
-            price_of(model.model, model.price)
+    _check_what_is_named(settings)
     run_id = settings.run_id
     manifest = load_manifest(run_id)
     if fresh and manifest:
@@ -140,6 +131,29 @@ def run(
     finished = load_manifest(run_id)
     assert finished is not None
     _print_run(finished)
+
+
+def _check_what_is_named(settings: "DistillConfig") -> None:
+    """Refuse what leads nowhere before anything is written: a task runner, files of instructions, models, keys, prices.
+
+    Raises:
+        ValueError, FatalEndpointError, UnknownPrice: the message names the setting and the way out.
+    """
+    from tasks.models.endpoint import key_of
+    from tasks.models.prices import price_of
+    from tasks.prepare import source_digest
+    from tasks.seed import read_seeds
+    from tasks.shards import check_is_there
+
+    check_is_there(settings.task_runner)
+    read_seeds(settings.seeds.path)
+    read_seeds(settings.seeds.heldout, bundled="heldout.jsonl")
+    for model in settings.models().values():
+        if model.kind == "local":
+            source_digest(model)
+        else:
+            key_of(model)
+            price_of(model.model, model.price)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -367,12 +381,37 @@ def _fail(reason: str) -> NoReturn:
     sys.exit(1)
 
 
-def _print_run(manifest: Any) -> None:
+def _print_run(manifest: "Manifest") -> None:
     from storage.files import StorageError
-    from tasks.report import counts, progress_rows, verdict
+    from tasks.report import progress_rows, verdict
 
     lines = progress_rows(manifest)
-    table = Table(title=f"{manifest.run_id} · {manifest.state_now()}", title_justify="left", title_style="bold")
+    _print_iterations(f"{manifest.run_id} · {manifest.state_now()}", lines)
+    try:
+        said = verdict(manifest)
+    except StorageError as error:  # all else is in the manifest
+        said = str(error)
+    if said:
+        out.print(Text(said, "bold"), soft_wrap=True)
+    _print_what_figures_mean(lines)
+    _print_seconds(lines)
+    for record in manifest.iterations:
+        for told in (*record.notes, *record.generated.notes):
+            out.print(f"Iteration {record.iteration}: {told}")
+        if (judge := record.judge) and judge.pairs:
+            out.print(
+                f"Iteration {record.iteration}: the referee's winner changes with the order in {judge.flip_share:.0%} "
+                f"of {judge.pairs} pairs, {judge.tie_share:.0%} ties, {judge.unusable_share:.0%} unusable reviews"
+            )
+    if manifest.error:
+        out.print(f"Last error: {manifest.error}")
+    out.print(f"Report: {manifest.folder / 'report.html'}", soft_wrap=True)
+
+
+def _print_iterations(title: str, lines: list[dict[str, Any]]) -> None:
+    from tasks.report import counts
+
+    table = Table(title=title, title_justify="left", title_style="bold")
     judged = any(line["relative"] for line in lines)
     for name in ("iteration", *counts(None), "loss", "score", *(["judged"] if judged else [])):
         table.add_column(name, justify="right")
@@ -386,41 +425,30 @@ def _print_run(manifest: Any) -> None:
             *([f"{line['relative'].value:.1%} of {line['judged']}" if line["relative"] else ""] if judged else []),
         )
     out.print(table)
-    try:
-        said = verdict(manifest)
-    except StorageError as error:  # all else is in the manifest
-        said = str(error)
-    if said:
-        out.print(Text(said, "bold"), soft_wrap=True)
+
+
+def _print_what_figures_mean(lines: list[dict[str, Any]]) -> None:
     if measured := lines[0]["measured"]:
         scored = dict.fromkeys(str(line["scored"]) for line in lines if line["measured"])
         out.print(
             f"Loss: nats per token of the teacher's answers to {measured} of {lines[0]['heldout']} held-out instructions. "
             f"Score: 1 to 10, mean of {' or '.join(scored)} answers."
         )
-    if judged:
+    if any(line["relative"] for line in lines):
         out.print(
             "Judged: the referee's scores of the student's held-out answers, in % of the teacher's, of so many with "
             "valid reviews."
         )
-    times = Table(title="Seconds by stage", title_justify="left", title_style="bold")
-    times.add_column("stage")
+
+
+def _print_seconds(lines: list[dict[str, Any]]) -> None:
+    table = Table(title="Seconds by stage", title_justify="left", title_style="bold")
+    table.add_column("stage")
     for line in lines:
-        times.add_column(str(line["iteration"] or "start"), justify="right")
+        table.add_column(str(line["iteration"] or "start"), justify="right")
     for stage in dict.fromkeys(name for line in lines for name in line["seconds"]):
-        times.add_row(stage, *(_time(line, stage) for line in lines))
-    out.print(times)
-    for record in manifest.iterations:
-        for line in (*record.notes, *record.generated.notes):
-            out.print(f"Iteration {record.iteration}: {line}")
-        if (judge := record.judge) and judge.pairs:
-            out.print(
-                f"Iteration {record.iteration}: the referee's winner changes with the order in {judge.flip_share:.0%} "
-                f"of {judge.pairs} pairs, {judge.tie_share:.0%} ties, {judge.unusable_share:.0%} unusable reviews"
-            )
-    if manifest.error:
-        out.print(f"Last error: {manifest.error}")
-    out.print(f"Report: {manifest.folder / 'report.html'}", soft_wrap=True)
+        table.add_row(stage, *(_time(line, stage) for line in lines))
+    out.print(table)
 
 
 def _time(line: dict[str, Any], stage: str) -> str:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -26,6 +26,11 @@ from flows.terminal import (
     use_home,
     with_bounds,
 )
+
+if TYPE_CHECKING:
+    from flows.config import DistillConfig
+    from storage.runs import Evaluation, Manifest
+    from storage.studies import Study
 
 commands = typer.Typer()
 
@@ -108,7 +113,7 @@ def evaluate(
     _show(study, as_json)
 
 
-def _show(study: Any, as_json: bool) -> None:
+def _show(study: "Study", as_json: bool) -> None:
     if as_json:
         print_json(study.model_dump(mode="json"))
     elif study.relative is None:
@@ -120,9 +125,46 @@ def _show(study: Any, as_json: bool) -> None:
         print_study(study)
 
 
+def print_study(study: "Study") -> None:
+    """A study's figures as a table: over all questions, and by category."""
+    relative = study.relative
+    assert relative is not None, "a suite has figures of its own"
+    title = (
+        f"{study.student} against {study.reference} · {study.questions} · referee {study.settings['referee']['kind']}"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("category", "turns", *relative.overall.by_order, "mean", "95 % interval", "win/tie/lose"):
+        table.add_column(name.replace("teacher", "reference"), justify="left" if name == "category" else "right")
+    for name, part in [("all", relative.overall), *relative.by_category.items()]:
+        orders = [_percent(part.by_order[order].value) for order in relative.overall.by_order if order in part.by_order]
+        several = (part.drawn or part.questions) > 1  # of one conversation there is nothing to draw
+        interval = f"{_percent(part.mean.low)} to {_percent(part.mean.high)}" if part.mean and several else ""
+        mean = _percent(part.mean.value) if part.mean else ""
+        table.add_row(
+            name, str(part.questions), *orders, mean, interval, f"{part.wins}/{part.ties}/{part.losses}",
+            end_section=name == "all",
+        )  # fmt: skip
+    out.print(table)
+    out.print(
+        "Relative score: the student's summed scores in % of the reference's. A tie is a difference of at most "
+        f"{relative.tie_margin:g} points."
+    )
+    if effect := relative.overall.position_effect:
+        out.print(
+            f"Standing first is worth {effect.value:+.2f} points ({effect.low:+.2f} to {effect.high:+.2f}) of a score."
+        )
+    for line in study.notes:
+        out.print(f"Note: {line}")
+    out.print(f"Answers and reviews: {study.folder}", soft_wrap=True)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
 def _settings(
     of_run: dict[str, Any], preset: str | None, config: Path | None, overrides: list[str], referee: str | None
-) -> Any:
+) -> "DistillConfig":
     """The settings that say who teaches and who judges: the run's own, unless others are named."""
     from flows.config import resolve
 
@@ -213,13 +255,33 @@ def compare(
 ) -> None:
     """Put runs side by side: the best student of each, the gain over the first with its interval, the settings."""
     use_home(home)
+    if len(run_ids) < 2:
+        raise Refusal("name two runs or more: lion compare RUN RUN. `lion runs` lists them.")
+    manifests = [find_run(name) for name in run_ids]
+    rows, notes = _side_by_side(manifests)
+    if as_json:
+        print_json(rows)
+        return
+    # A column a run.
+    print_rows([{"": name, **{row["run"]: row[name] for row in rows}} for name in rows[0] if name != "run"])
+    for line in notes:
+        note.print(line, soft_wrap=True)
+    differing = _settings_that_differ(manifests)
+    note.print("Settings that differ:" if differing else "The settings are the same.")
+    if differing:
+        print_rows(differing)
+
+
+def _side_by_side(manifests: list["Manifest"]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The best student of each run and its gain over the first run's, a row each; and why some have no gain or score.
+
+    Raises:
+        Refusal: a run was not evaluated yet.
+    """
     from flows.chain import paid_in_chain
     from tasks.selection import compare as compare_students
     from tasks.selection import same_reference
 
-    if len(run_ids) < 2:
-        raise Refusal("name two runs or more: lion compare RUN RUN. `lion runs` lists them.")
-    manifests = [find_run(name) for name in run_ids]
     best = [_best_evaluation(manifest) for manifest in manifests]
     rows, notes, first, other = [], [], best[0][1], manifests[0].run_id
     for manifest, (iteration, evaluation) in zip(manifests, best, strict=True):
@@ -247,19 +309,37 @@ def compare(
                 "usd": paid_in_chain(manifest),
             }
         )
-    if as_json:
-        print_json(rows)
-        return
-    # A column a run.
-    print_rows([{"": name} | {row["run"]: row[name] for row in rows} for name in rows[0] if name != "run"])
-    for line in notes:
-        note.print(line, soft_wrap=True)
-    settings = [dict(_flat(manifest.config)) for manifest in manifests]
-    keys = sorted({key for one in settings for key in one if len({json.dumps(s.get(key)) for s in settings}) > 1})
-    note.print("Settings that differ:" if keys else "The settings are the same.")
-    if keys:
-        ids = [manifest.run_id for manifest in manifests]
-        print_rows([{"": key} | {id: json.dumps(s.get(key)) for id, s in zip(ids, settings)} for key in keys])
+    return rows, notes
+
+
+def _best_evaluation(manifest: "Manifest") -> tuple[int, "Evaluation"]:
+    from flows.students import best_student
+
+    iteration = best_student(manifest).iteration
+    assert iteration is not None
+    evaluation = manifest.evaluations().get(iteration)
+    if evaluation is None:
+        raise Refusal(f"{manifest.run_id} was not evaluated yet. The same command that started it goes on.")
+    return iteration, evaluation
+
+
+def _settings_that_differ(manifests: list["Manifest"]) -> list[dict[str, str]]:
+    """A row a setting, with a column a run."""
+    settings = {manifest.run_id: dict(_flat(manifest.config)) for manifest in manifests}
+    rows = []
+    for key in sorted({key for one in settings.values() for key in one}):
+        values = {run_id: json.dumps(one.get(key)) for run_id, one in settings.items()}
+        if len(set(values.values())) > 1:
+            rows.append({"": key, **values})
+    return rows
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 @commands.command(rich_help_panel=HELPED)
@@ -293,58 +373,3 @@ def ablate(
     out.print(
         "Means over seeds, with 95 % intervals over the held-out questions. Lower loss and higher score are better."
     )
-
-
-def _best_evaluation(manifest: Any) -> tuple[int, Any]:
-    from flows.students import best_student
-
-    iteration = best_student(manifest).iteration
-    assert iteration is not None
-    evaluation = manifest.evaluations().get(iteration)
-    if evaluation is None:
-        raise Refusal(f"{manifest.run_id} was not evaluated yet. The same command that started it goes on.")
-    return iteration, evaluation
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def print_study(study: Any) -> None:
-    """A study's figures as a table: over all questions, and by category."""
-    relative = study.relative
-    title = (
-        f"{study.student} against {study.reference} · {study.questions} · referee {study.settings['referee']['kind']}"
-    )
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("category", "turns", *relative.overall.by_order, "mean", "95 % interval", "win/tie/lose"):
-        table.add_column(name.replace("teacher", "reference"), justify="left" if name == "category" else "right")
-    for name, part in [("all", relative.overall), *relative.by_category.items()]:
-        orders = [_percent(part.by_order[order].value) for order in relative.overall.by_order if order in part.by_order]
-        several = part.mean and (part.drawn or part.questions) > 1  # of one conversation there is nothing to draw
-        interval = f"{_percent(part.mean.low)} to {_percent(part.mean.high)}" if several else ""
-        mean = _percent(part.mean.value) if part.mean else ""
-        table.add_row(
-            name, str(part.questions), *orders, mean, interval, f"{part.wins}/{part.ties}/{part.losses}",
-            end_section=name == "all",
-        )  # fmt: skip
-    out.print(table)
-    out.print(
-        "Relative score: the student's summed scores in % of the reference's. A tie is a difference of at most "
-        f"{relative.tie_margin:g} points."
-    )
-    if effect := relative.overall.position_effect:
-        out.print(
-            f"Standing first is worth {effect.value:+.2f} points ({effect.low:+.2f} to {effect.high:+.2f}) of a score."
-        )
-    for line in study.notes:
-        out.print(f"Note: {line}")
-    out.print(f"Answers and reviews: {study.folder}", soft_wrap=True)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +20,10 @@ from flows.terminal import (
     use_home,
     with_bounds,
 )
+
+if TYPE_CHECKING:
+    from flows.students import Student
+    from storage.runs import Evaluation
 
 commands = typer.Typer()
 
@@ -112,7 +116,7 @@ def push(
     note.print(f"{found.name} is at {repository}")
 
 
-def card_of(student: Any) -> str:
+def card_of(student: "Student") -> str:
     """The model card of a student that a run of this home made.
 
     Raises:
@@ -122,15 +126,16 @@ def card_of(student: Any) -> str:
     from tasks.export import render_card
     from tasks.selection import relative_to_teacher
 
-    manifest = student.manifest
-    if manifest is None:
+    manifest, iteration = student.manifest, student.iteration
+    if manifest is None or iteration is None:
         raise Refusal(f"{student.name}: no run of this home made this model, so there is nothing to write on its card.")
     config = manifest.config
-    mine = manifest.evaluations().get(student.iteration)
+    mine = manifest.evaluations().get(iteration)
 
-    def relative(evaluation: Any) -> str:
-        alike = evaluation and mine and evaluation.is_judged == mine.is_judged
-        return with_bounds(relative_to_teacher(evaluation, config["seed"]) if alike else None, ".1f", 100, " %")
+    def relative(evaluation: "Evaluation | None") -> str:
+        if evaluation is None or mine is None or evaluation.is_judged != mine.is_judged:
+            return ""  # a column is of one yardstick
+        return with_bounds(relative_to_teacher(evaluation, config["seed"]), ".1f", 100, " %")
 
     start = {
         "iteration": 0,
@@ -146,22 +151,24 @@ def card_of(student: Any) -> str:
             "rolled_back": record.rolled_back,
             "relative": relative(record.evaluation),
             # An earlier run's figures of other answers are left out, and the gains between them.
-            "gain": with_bounds(record.evaluation and record.comparison and record.comparison.loss_gain, "+.3f"),
+            "gain": with_bounds(
+                record.comparison.loss_gain if record.evaluation and record.comparison else None, "+.3f"
+            ),
         }
         for record in manifest.iterations
-        if record.iteration <= student.iteration
+        if record.iteration <= iteration
     ]
     init = config["student"]["start"]
     pruned = f", pruned to {init['layers']} layers" if init["init"] == "pruned" else ""
     return render_card(
         "model.md.jinja",
         manifest=manifest,
-        iteration=student.iteration,
+        iteration=iteration,
         checkpoint=student.checkpoint,
         license=config["teacher"].get("license"),
         base=config["student"]["model"]["model_name_or_path"] + pruned,
         rows=rows,
-        studies=[study for study in studies_of(manifest) if study.iteration == student.iteration],
+        studies=[study for study in studies_of(manifest) if study.iteration == iteration],
         training=config["finetune"]["training"],
         truncated=config["finetune"]["train_on_truncated"],
     )

@@ -3,7 +3,8 @@
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -75,7 +76,7 @@ def _alone() -> AbstractContextManager[None]:
     return locked("service", on_wait=lambda: note.print("Another `lion up` or `down` is at it; waiting for it ..."))
 
 
-def _warn_if_outdated(service: Any, name: str) -> None:
+def _warn_if_outdated(service: ModuleType, name: str) -> None:
     if service.is_outdated(name):
         note.print(
             Text("note:", "yellow"),
@@ -85,7 +86,7 @@ def _warn_if_outdated(service: Any, name: str) -> None:
         )
 
 
-def _at_the_root() -> Any:
+def _at_the_root() -> ModuleType:
     """The service, where it can be set up: what is registered are files of a checkout, and so is what names the server."""
     from flows import service
 

@@ -4,13 +4,16 @@ import shlex
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from flows.terminal import ALONE, USE, CheckpointName, Home, Refusal, check_is_new, note, out, use_home
 from storage.files import write_json_lines, write_json_list
+
+if TYPE_CHECKING:
+    from flows.web import Answer
 
 commands = typer.Typer()
 
@@ -90,7 +93,7 @@ def demo(
     other = find_student(teacher or settings.model_name_or_path)
     with ExitStack() as open_sessions:
 
-        def answers_of(one: Student, settings: LocalModel, system_prompt: str | None) -> Any:
+        def answers_of(one: Student, settings: LocalModel, system_prompt: str | None) -> "Answer":
             session = open_sessions.enter_context(Session(settings, one.checkpoint))
             return lambda said: session.answer([*opening(system_prompt), *said], sampling)
 

@@ -29,6 +29,8 @@ from tasks.relative import TIE_MARGIN, relative_score
 from tasks.report import report_study
 from tasks.shards import shards_by
 
+RowsById = dict[str, dict[str, Any]]
+
 
 class EvaluateConfig(BaseModel):
     """What is asked of whom, and who judges it."""
@@ -142,7 +144,7 @@ class _Evaluation:
         self._write_files(turns, by_id(own), by_id(answers), read_rows(reviews))
         study.save()
 
-    def _write_files(self, turns: Any, own: Any, answers: Any, reviews: list[dict[str, Any]]) -> None:
+    def _write_files(self, turns: RowsById, own: RowsById, answers: RowsById, reviews: list[dict[str, Any]]) -> None:
         ids, conversations = self.questions.source_ids, self.questions.conversations
         student, reference = self.study.student, self.study.reference
         kind = self.distill.referee.kind

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from storage import files
+
+if TYPE_CHECKING:
+    from storage.runs import Interval, Manifest
 
 # What steers a terminal or lets a line read as another one: control characters, the Unicode ones that turn the direction
 # of writing, and the halves of characters that Python makes of file names that are no UTF-8.
@@ -141,7 +144,7 @@ def _give_the_server_a_session() -> None:
     server.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": started})  # type: ignore[assignment]
 
 
-def find_run(run_id: str | None) -> Any:
+def find_run(run_id: str | None) -> "Manifest":
     """The manifest of the run whose id begins so; without one, of the run touched last.
 
     Raises:
@@ -171,7 +174,7 @@ def check_is_new(to: Path) -> None:
         raise Refusal(f"{to}: {there} is no folder that can be written. Name another path.")
 
 
-def with_bounds(interval: Any, form: str = ".3f", scale: float = 1, unit: str = "") -> str:
+def with_bounds(interval: "Interval | None", form: str = ".3f", scale: float = 1, unit: str = "") -> str:
     """A figure and its 95 % interval, as in `68.3 % [64.1, 72.0]`; empty where there is none."""
     if interval is None:
         return ""
