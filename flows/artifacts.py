@@ -1,16 +1,17 @@
 """What a run shows in the Prefect UI: artifacts under keys that stay the same, so that each has a history.
 
-`NAME` is the name of the run's configuration: `NAME-iterations`, `NAME-hardest`, `NAME-spend`, `NAME-report`, and a
-chart each. How far a long stage is shows `tasks/progress.py`.
+`NAME` is the name of the run's configuration: `NAME-iterations`, `NAME-hardest`, `NAME-spend`, `NAME-report`, where the
+referee is a model `NAME-judge`, and one for each chart. How far a long stage is shows `tasks/progress.py`.
 """
 
 import base64
 import os
 import re
+from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
 
-from storage.journal import spend_of
+from storage.journal import Spent, spend_of
 from storage.runs import Manifest
 from tasks.policies import on_a_server
 from tasks.report import charts, counts, progress_rows, verdict, widest
@@ -25,31 +26,13 @@ def publish_artifacts(manifest: Manifest) -> None:
         return
     name = manifest.config["name"]
     create_table_artifact(
-        [
-            {
-                "iteration": row["iteration"] or "start",
-                **counts(row["record"]),
-                "loss": _rounded(row["loss"]),
-                "score": _rounded(row["score"]),
-                **({"judged, %": _rounded(100 * row["relative"].value)} if row["relative"] else {}),
-                "seconds": round(sum(row["seconds"].values())),
-            }
-            for row in progress_rows(manifest)
-        ],
+        _iterations(manifest),
         key=f"{name}-iterations",
         description=f"Run {manifest.run_id}. {verdict(manifest)} Loss: nats per token of the teacher's held-out answers. "
         "Score: 1 to 10.",
     )
     create_table_artifact(
-        [
-            {
-                "gap": _rounded(row["score_gap"]),
-                **{name: cell(row[name]) for name in ("category", "instruction", "teacher", "student")},
-            }
-            for row in widest(manifest, HARDEST)
-        ],
-        key=f"{name}-hardest",
-        description="Where the student falls furthest behind.",
+        _hardest(manifest), key=f"{name}-hardest", description="Where the student falls furthest behind."
     )
     if judged := [(record.iteration, record.judge) for record in manifest.iterations if record.judge]:
         create_table_artifact(
@@ -59,18 +42,7 @@ def publish_artifacts(manifest: Manifest) -> None:
         )
     spent = spend_of(manifest.run_id)
     create_table_artifact(
-        [
-            {
-                "iteration": line.iteration,
-                "role": line.role,
-                "model": line.model,
-                "requests": line.requests,
-                "tokens": line.prompt_tokens + line.completion_tokens,
-                "usd": round(line.usd, 4),
-            }
-            for line in spent
-        ]
-        or [{"nothing": "All models of this run are on this machine."}],
+        _paid(spent) or [{"nothing": "All models of this run are on this machine."}],
         key=f"{name}-spend",
         description=f"${sum(line.usd for line in spent):.2f} so far.",
     )
@@ -84,6 +56,44 @@ def publish_artifacts(manifest: Manifest) -> None:
     create_link_artifact(
         _link(manifest), link_text="Report", key=f"{name}-report", description=str(manifest.folder / "report.html")
     )
+
+
+def _iterations(manifest: Manifest) -> list[dict[str, Any]]:
+    return [
+        {
+            "iteration": row["iteration"] or "start",
+            **counts(row["record"]),
+            "loss": _rounded(row["loss"]),
+            "score": _rounded(row["score"]),
+            **({"judged, %": _rounded(100 * row["relative"].value)} if row["relative"] else {}),
+            "seconds": round(sum(row["seconds"].values())),
+        }
+        for row in progress_rows(manifest)
+    ]
+
+
+def _hardest(manifest: Manifest) -> list[dict[str, Any]]:
+    return [
+        {
+            "gap": _rounded(row["score_gap"]),
+            **{name: cell(row[name]) for name in ("category", "instruction", "teacher", "student")},
+        }
+        for row in widest(manifest, HARDEST)
+    ]
+
+
+def _paid(spent: list[Spent]) -> list[dict[str, Any]]:
+    return [
+        {
+            "iteration": line.iteration,
+            "role": line.role,
+            "model": line.model,
+            "requests": line.requests,
+            "tokens": line.prompt_tokens + line.completion_tokens,
+            "usd": round(line.usd, 4),
+        }
+        for line in spent
+    ]
 
 
 def _link(manifest: Manifest) -> str:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.files import Snapshot
 from storage.pools import by_id, read_rows, write_snapshot
 from storage.runs import Evaluation
-from tasks.models.chat import Request, Sampling, Status, conversation
+from tasks.models.chat import Reply, Request, Sampling, Status, conversation
 from tasks.models.local import LocalModel, infer
 from tasks.models.ready import ReadyModel
 from tasks.policies import stage
@@ -69,21 +69,7 @@ def evaluate_student(
         replies, losses = infer(
             student.settings, student.checkpoint, requests, answers, config.sampling, seed=seed, on_progress=on_progress
         )
-    rows: list[dict[str, Any]] = []
-    for reply in replies:
-        loss_sum, tokens = losses[reply.id]
-        answered = reply.status is not Status.FAILED
-        score = reference_score(reply.text or "", reference[reply.id]["response"]) if answered else None
-        rows.append(
-            {
-                "instruction_id": reply.id,
-                "response": reply.text,
-                "status": reply.status,
-                "loss_sum": loss_sum,
-                "tokens": tokens,
-                "score": score,
-            }
-        )
+    rows = [_row(reply, reference[reply.id]["response"], *losses[reply.id]) for reply in replies]
     scores = [row["score"] for row in rows if row["score"] is not None]
     tokens = sum(row["tokens"] for row in rows)
     loss = sum(row["loss_sum"] for row in rows if row["tokens"]) / tokens if tokens else math.nan
@@ -97,3 +83,15 @@ def evaluate_student(
             "evaluations", rows, step="evaluate", version=VERSION, inputs=[heldout, teacher_answers]
         ),
     )
+
+
+def _row(reply: Reply, wanted: str, loss_sum: float | None, tokens: int) -> dict[str, Any]:
+    """A row of the table `evaluations`; `wanted` is the teacher's answer."""
+    return {
+        "instruction_id": reply.id,
+        "response": reply.text,
+        "status": reply.status,
+        "loss_sum": loss_sum,
+        "tokens": tokens,
+        "score": None if reply.status is Status.FAILED else reference_score(reply.text or "", wanted),
+    }

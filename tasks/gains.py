@@ -4,7 +4,7 @@ Gives charts and rows; `tasks.report` puts them on the page.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import altair as alt
@@ -35,7 +35,10 @@ limit {MOST}
 
 def gain_charts(manifest: Manifest) -> list[Described]:
     """Loss and scores by iteration, gain over the student before, training loss; each where there are data for it."""
-    charts: list[Described] = []
+    return [*_figures(manifest), *_gain_of_each_iteration(manifest), *_training_loss(manifest)]
+
+
+def _figures(manifest: Manifest) -> Iterator[Described]:
     evaluations = manifest.evaluations()
     judged = any(evaluation.is_judged for evaluation in evaluations.values())
 
@@ -60,7 +63,10 @@ def gain_charts(manifest: Manifest) -> list[Described]:
         ]
         if points:
             note += "; with 95 % intervals (bootstrap by question)."
-            charts.append((title, note, _with_bounds(points, unit, joined=True)))
+            yield title, note, _with_bounds(points, unit, joined=True)
+
+
+def _gain_of_each_iteration(manifest: Manifest) -> Iterator[Described]:
     gains = [
         {"iteration": record.iteration, **_bounds(record.comparison.loss_gain, 1)}
         for record in manifest.iterations
@@ -69,7 +75,10 @@ def gain_charts(manifest: Manifest) -> list[Described]:
     if gains:
         note = "Nats per token that the held-out loss fell since the student before. An interval over 0 is a sure gain."
         zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=INK, strokeDash=[4, 3]).encode(y="zero:Q")
-        charts.append(("Gain of each iteration", note, zero + _with_bounds(gains, "nats per token")))
+        yield "Gain of each iteration", note, zero + _with_bounds(gains, "nats per token")
+
+
+def _training_loss(manifest: Manifest) -> Iterator[Described]:
     steps = [
         {"iteration": record.iteration, "step": step, "loss": loss}
         for record in manifest.iterations
@@ -85,8 +94,7 @@ def gain_charts(manifest: Manifest) -> list[Described]:
                 color=alt.Color("iteration:N", title="iteration"),
             )
         )
-        charts.append(("Training loss", "Of each step's batch, on the teacher's answers.", lines))
-    return charts
+        yield "Training loss", "Of each step's batch, on the teacher's answers.", lines
 
 
 def most_improved(manifest: Manifest) -> list[dict[str, Any]]:

@@ -107,14 +107,14 @@ def generate_instructions(
         difficulty = _by_lot(difficulty, random.Random(f"{seed}/lot"))
     parents = {side: [key for key in pool if difficulty.get(key) == side] for side in SIDES}
     wanted, notes = _shares(config, parents)
-    judge = _Judge(config, pool, by_id(heldout), wanted)
+    sieve = _Sieve(config, pool, by_id(heldout), wanted)
     first_draw = DRAWS * max(account.iteration - 1, 0)  # what an earlier iteration was answered would be no news
     queue = {side: _coverage(parents[side], first_draw, random.Random(f"{seed}/{side}")) for side in SIDES}
     left = {side: math.ceil(wanted[side] * config.max_attempts) for side in SIDES}
-    while any(judge.missing(side) and left[side] for side in SIDES):
+    while any(sieve.missing(side) and left[side] for side in SIDES):
         asked: dict[str, tuple[str, str, int]] = {}
         for side in SIDES:
-            for _ in range(min(judge.requests_for(side), left[side])):
+            for _ in range(min(sieve.requests_for(side), left[side])):
                 parent, draw = next(queue[side])
                 asked[f"{side}/{parent}/{draw}"] = (side, parent, draw)
                 left[side] -= 1
@@ -125,19 +125,19 @@ def generate_instructions(
             replies = answer(model, requests, config.sampling, seed=seed, account=account, on_progress=on_progress)
         for reply in replies:
             side, parent, draw = asked[reply.id]
-            judge.take(side, pool[parent], draw, reply)
+            sieve.take(side, pool[parent], draw, reply)
     for side in SIDES:
-        if judge.missing(side):
-            accepted = wanted[side] - judge.missing(side)
+        if sieve.missing(side):
+            accepted = wanted[side] - sieve.missing(side)
             notes.append(f"{side}: {accepted:,} of {wanted[side]:,} accepted, cap on attempts reached")
     candidates = write_snapshot(
-        "candidates", judge.candidates, step="generate", version=VERSION, inputs=[cache_pool, verdicts, heldout]
+        "candidates", sieve.candidates, step="generate", version=VERSION, inputs=[cache_pool, verdicts, heldout]
     )
-    rejected = Counter(row["rejection"] for row in judge.candidates if row["rejection"])
+    rejected = Counter(row["rejection"] for row in sieve.candidates if row["rejection"])
     return Generation(
         candidates=candidates,
         generated=Generated(
-            accepted=len(judge.candidates) - rejected.total(),
+            accepted=len(sieve.candidates) - rejected.total(),
             rejected=dict(rejected),
             wanted=sum(wanted.values()),
             notes=notes,
@@ -178,7 +178,7 @@ def _request(key: str, method: str, side: str, parent: dict[str, Any], draw: int
     return Request(id=key, messages=({"role": "user", "content": text},), draw=draw, response_schema=CANDIDATE_SCHEMA)
 
 
-class _Judge:
+class _Sieve:
     """Takes replies one by one, in the order of their requests, and decides which are new."""
 
     def __init__(
