@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from storage.files import Checkpoint
-from tasks.jobs.process import ENVIRONMENT, GRACE_SECONDS, die_with_parent
+from tasks.jobs.process import ENVIRONMENT, die_with_parent, stop
 from tasks.models.chat import Sampling
 from tasks.models.local import LocalModel
 
@@ -85,12 +85,7 @@ class Session:
         assert self._child.stdin is not None
         with suppress(BrokenPipeError):  # what could not be said to a process that has ended
             self._child.stdin.close()
-        self._child.terminate()
-        try:
-            self._child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        stop(self._child)
         self._log.close()
 
     def _lines(self) -> Iterator[dict[str, Any]]:
