@@ -33,7 +33,7 @@ DEPLOYMENTS = Path("deployments/prefect.yaml")  # in the repository's root
 AUTOMATIONS = Path("deployments/automations.yaml")
 START_SECONDS, STOP_SECONDS = 120, 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-AUTH, SERVER_AUTH = "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"  # the clients', the server's
+SERVER_AUTH = "PREFECT_SERVER_API_AUTH_STRING"  # the password that the server asks for
 # Which variables a process keeps as they were when it was started, though they may be others by now.
 MATTERS = {"server": re.compile("^PREFECT_SERVER_"), "worker": re.compile("^LION_|^PREFECT_API_|_KEY$|_TOKEN$")}
 

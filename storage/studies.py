@@ -48,8 +48,8 @@ class Study(BaseModel):
     checkpoint: Checkpoint
     run_id: str | None = None  # the run that made the student, where one of this home did
     iteration: int | None = None
-    reference: str  # teacher, or the file or checkpoint that was named
-    questions: str  # the file
+    reference: str  # teacher, or the file or checkpoint that was named; of a suite lm-eval
+    questions: str  # the file, or the suites
     rows: int  # questions, each of one turn or more
     settings: dict[str, Any] = Field(default_factory=dict)  # referee, sampling, tie margin, seed
     snapshots: dict[str, Snapshot] = Field(default_factory=dict)  # questions, student, reference, reviews

@@ -13,8 +13,8 @@ INSTRUCTIONS = pa.schema(
         pa.field("instruction", text, nullable=False),
         pa.field("input", text),  # null where the instruction stands alone
         pa.field("category", text),
-        pa.field("origin", text, nullable=False),  # seed, heldout, hard (grown from a hard parent), easy
-        pa.field("parent_id", text),  # null for a seed
+        pa.field("origin", text, nullable=False),  # seed, heldout, question, hard (grown from a hard parent), easy
+        pa.field("parent_id", text),  # null for a seed; of a question's later turn the turn before
         pa.field("output", text),  # the seed file's own answer, kept aside: nothing trains on it
     ]
 )

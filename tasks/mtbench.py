@@ -1,6 +1,7 @@
 """Answers and reviews as FastChat's MT-bench keeps them, for its tools and for whoever reads JSON lines.
 
-`answers.jsonl` goes into `data/<bench>/model_answer/`, `reviews.jsonl` into `data/<bench>/model_judgment/`.
+`student.jsonl` and `reference.jsonl`, as `lion evaluate` calls them, go into `data/<bench>/model_answer/`, `reviews.jsonl`
+into `data/<bench>/model_judgment/`.
 """
 
 import json

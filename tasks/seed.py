@@ -24,9 +24,10 @@ ACCEPTED = (
     "Accepted: .json or .jsonl (Alpaca, self-instruct, messages, FastChat questions), .csv, .parquet, "
     ".txt (a line each), hf:NAME[:SPLIT]"
 )
-
-
+# Columns that some form of instructions has.
 READ = {"instruction", "input", "output", "category", "messages", "turns", "instances", "id", "question_id"}
+
+Records = Iterator[tuple[str, Any]]  # where it stands ("line 3"), what stands there
 
 
 class SeedError(ValueError):
@@ -103,7 +104,7 @@ def read_seeds(path: str, bundled: str = "seeds.jsonl") -> Seeds:
     return Seeds(rows=list(rows.values()), duplicates=duplicates, passed_over=passed_over)
 
 
-def read_records(path: str, bundled: str = "seeds.jsonl") -> tuple[str, "Records"]:
+def read_records(path: str, bundled: str = "seeds.jsonl") -> tuple[str, Records]:
     """What a source is called, and its records as they are, each with the place where it stands ("line 3").
 
     Raises:
@@ -173,8 +174,6 @@ def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:
 
 
 # Reading ---------------------------------------------------------------------------------------------------------
-
-Records = Iterator[tuple[str, Any]]  # where it stands ("line 3"), what stands there
 
 
 def _digest_of_source(path: str, bundled: str) -> str:

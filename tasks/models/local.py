@@ -1,6 +1,6 @@
-"""A model on this machine: each call is one job in a process of its own.
+"""A model on this machine: a call is a job, or several that share its rows (shards), each in a process of its own.
 
-The job's folder is named by what it is asked, so a call that was killed goes on from its last durable batch.
+A job's folder is named by what it is asked, so a call that was killed goes on from its last durable batch.
 """
 
 import json
