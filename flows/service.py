@@ -69,7 +69,7 @@ def start_server(host: str | None = None) -> bool:
             password, or one that answers there is another home's.
     """
     if _answers():
-        if _pid("server") is None and "PREFECT_API_URL" not in os.environ:
+        if _process("server") is None and "PREFECT_API_URL" not in os.environ:
             raise ServiceError(
                 f"{ui_url()} is answered by a server that was not started for {home()}. Its own `lion down` ends it. To use "
                 f"it in its place: export PREFECT_API_URL={PREFECT_API_URL.value()}, and LION_WORK_POOL=ANOTHER, as workers of "
@@ -86,7 +86,7 @@ def start_server(host: str | None = None) -> bool:
     _start("server", ["server", "start", "--host", listen, "--port", str(url.port)])
     deadline = time.monotonic() + START_SECONDS
     while not _answers():
-        if _pid("server") is None or time.monotonic() > deadline:
+        if _process("server") is None or time.monotonic() > deadline:
             raise ServiceError(
                 f"the server does not come up at {ui_url()}; another port can be named in PREFECT_API_URL. "
                 f"Its log: {_file('server', 'log')}\n{_tail('server')}"
@@ -97,17 +97,17 @@ def start_server(host: str | None = None) -> bool:
 
 def is_outdated(name: str) -> bool:
     """Whether our `server` or `worker` was started with other settings than it would be now, as by an earlier version."""
-    pid = _pid(name)
-    if pid is None:
+    process = _process(name)
+    if process is None:
         return False
-    told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    told = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")  # as bytes: psutil turns the ends of lines
     wanted = [setting for setting in environment().items() if MATTERS[name].search(setting[0])]
     return any(os.fsencode("=".join(setting)) not in told for setting in wanted)
 
 
 def start_worker() -> bool:
     """Start a worker for the pool; False where ours runs already."""
-    if _pid("worker") is not None:
+    if _process("worker"):
         return False
     _start("worker", _worker())
     return True
@@ -133,17 +133,17 @@ def ui_url() -> str:
 
 def stop(name: str) -> bool:
     """Stop what was started as `server` or `worker`, with all of its children; False where it does not run."""
-    pid = _pid(name)
-    if pid is None:
+    process = _process(name)
+    if process is None:
         return False
-    _end_runs(pid)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
+    _end_runs(process.pid)
+    with suppress(psutil.NoSuchProcess):
+        process.terminate()
     deadline = time.monotonic() + STOP_SECONDS
-    while _pid(name) is not None and time.monotonic() < deadline:
+    while _process(name) and time.monotonic() < deadline:
         time.sleep(0.1)
-    if _pid(name) is not None:
-        os.killpg(pid, signal.SIGKILL)
+    if _process(name):
+        os.killpg(process.pid, signal.SIGKILL)
     _file(name, "pid").unlink(missing_ok=True)
     return True
 
@@ -287,21 +287,14 @@ def _start(name: str, arguments: list[str]) -> None:
     write_atomic(_file(name, "pid"), str(child.pid))
 
 
-def _pid(name: str) -> int | None:
+def _process(name: str) -> psutil.Process | None:
     """The process that was started by this name, if it still runs and is what it was."""
-    try:
-        pid = int(_file(name, "pid").read_bytes())
-        os.waitpid(pid, os.WNOHANG)  # where it is our own child: do not take a zombie for a process
-    except ChildProcessError:
-        pass
-    except (OSError, ValueError):
-        return None
-    try:
-        command, variables = (Path(f"/proc/{pid}/{what}").read_bytes() for what in ("cmdline", "environ"))
-    except OSError:
-        return None
-    ours = f"LION_HOME={home()}".encode() in variables.split(b"\0")
-    return pid if ours and b"prefect" in command and name.encode() in command else None
+    with suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int(_file(name, "pid").read_bytes()))
+        command, ours = " ".join(process.cmdline()), process.environ().get("LION_HOME") == str(home())
+        if ours and "prefect" in command and name in command:
+            return process
+    return None
 
 
 def _file(name: str, ending: str) -> Path:

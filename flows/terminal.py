@@ -5,9 +5,9 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,14 +124,14 @@ def _end_orphans() -> None:
 
     A run marks itself and all that it starts in the environment. Linux only; elsewhere nothing is found.
     """
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            mark = re.search(rb"(?:^|\0)LION_RUN_PID=(\d+)\0", (process / "environ").read_bytes())
-            here = (process / "ns/pid").samefile("/proc/self/ns/pid")  # a container numbers its own processes
-            if mark and here and not Path(f"/proc/{mark[1].decode()}").exists():
-                os.kill(int(process.name), signal.SIGTERM)
-        except OSError:
-            continue  # another user's, or gone by now
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(OSError, ValueError, psutil.Error):  # another user's, or gone by now
+            mark = process.environ().get("LION_RUN_PID")
+            here = Path(f"/proc/{process.pid}/ns/pid").samefile("/proc/self/ns/pid")  # a container numbers its own
+            if mark and here and not psutil.pid_exists(int(mark)):
+                process.terminate()
     os.environ["LION_RUN_PID"] = str(os.getpid())
 
 

@@ -705,7 +705,8 @@ def test_a_process_of_another_home_is_not_taken_for_ones_own(home: Path) -> None
 
     for value, ours in ((str(home), True), ("/another", False)):
         with posing_as("server", home, LION_HOME=value) as pid:
-            assert (service._pid("server") == pid) is ours
+            found = service._process("server")
+            assert (found is not None and found.pid == pid) is ours
 
 
 def test_a_server_that_an_earlier_version_started_is_told_from_one_of_this_version(home: Path) -> None:
