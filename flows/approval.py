@@ -131,8 +131,8 @@ def summary(manifest: Manifest) -> str:
     """What came of the iterations so far, as Markdown."""
     lines = ["| iteration | loss | score | hard | new |", "|---|---|---|---|---|"]
     for row in progress_rows(manifest):
-        record = row["record"]
-        figures = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("loss", "score")]
+        record = row.record
+        figures = ["" if figure is None else f"{figure:.3f}" for figure in (row.loss, row.score)]
         counts = [str(record.hard), str(record.generated.accepted)] if record else ["", ""]
-        lines.append(f"| {row['iteration'] or 'start'} | {' | '.join(figures + counts)} |")
+        lines.append(f"| {row.iteration or 'start'} | {' | '.join(figures + counts)} |")
     return "\n".join([*lines, "", f"Report: {manifest.folder / 'report.html'}"])

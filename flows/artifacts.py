@@ -61,14 +61,14 @@ def publish_artifacts(manifest: Manifest) -> None:
 def _iterations(manifest: Manifest) -> list[dict[str, Any]]:
     return [
         {
-            "iteration": row["iteration"] or "start",
-            **counts(row["record"]),
-            "loss": _rounded(row["loss"]),
-            "score": _rounded(row["score"]),
-            **({"judged, %": _rounded(100 * row["relative"].value)} if row["relative"] else {}),
-            "seconds": round(sum(row["seconds"].values())),
+            "iteration": line.iteration or "start",
+            **counts(line.record),
+            "loss": _rounded(line.loss),
+            "score": _rounded(line.score),
+            **({"judged, %": _rounded(100 * line.relative.value)} if line.relative else {}),
+            "seconds": round(sum(line.seconds.values())),
         }
-        for row in progress_rows(manifest)
+        for line in progress_rows(manifest)
     ]
 
 

@@ -52,6 +52,7 @@ from flows.terminal import (
 if TYPE_CHECKING:
     from flows.config import DistillConfig
     from storage.runs import Manifest
+    from tasks.report import ProgressRow
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -408,53 +409,53 @@ def _print_run(manifest: "Manifest") -> None:
     out.print(f"Report: {manifest.folder / 'report.html'}", soft_wrap=True)
 
 
-def _print_iterations(title: str, lines: list[dict[str, Any]]) -> None:
+def _print_iterations(title: str, lines: list["ProgressRow"]) -> None:
     from tasks.report import counts
 
     table = Table(title=title, title_justify="left", title_style="bold")
-    judged = any(line["relative"] for line in lines)
+    judged = any(line.relative for line in lines)
     for name in ("iteration", *counts(None), "loss", "score", *(["judged"] if judged else [])):
         table.add_column(name, justify="right")
     for line in lines:
-        record = line["record"]
+        record = line.record
         table.add_row(
-            str(line["iteration"] or "start"),
+            str(line.iteration or "start"),
             *counts(record).values(),
-            _figure(line["loss"], 3) + (" (rolled back)" if record and record.rolled_back else ""),
-            _figure(line["score"], 2),
-            *([f"{line['relative'].value:.1%} of {line['judged']}" if line["relative"] else ""] if judged else []),
+            _figure(line.loss, 3) + (" (rolled back)" if record and record.rolled_back else ""),
+            _figure(line.score, 2),
+            *([f"{line.relative.value:.1%} of {line.judged}" if line.relative else ""] if judged else []),
         )
     out.print(table)
 
 
-def _print_what_figures_mean(lines: list[dict[str, Any]]) -> None:
-    if measured := lines[0]["measured"]:
-        scored = dict.fromkeys(str(line["scored"]) for line in lines if line["measured"])
+def _print_what_figures_mean(lines: list["ProgressRow"]) -> None:
+    if measured := lines[0].measured:
+        scored = dict.fromkeys(str(line.scored) for line in lines if line.measured)
         out.print(
-            f"Loss: nats per token of the teacher's answers to {measured} of {lines[0]['heldout']} held-out instructions. "
+            f"Loss: nats per token of the teacher's answers to {measured} of {lines[0].heldout} held-out instructions. "
             f"Score: 1 to 10, mean of {' or '.join(scored)} answers."
         )
-    if any(line["relative"] for line in lines):
+    if any(line.relative for line in lines):
         out.print(
             "Judged: the referee's scores of the student's held-out answers, in % of the teacher's, of so many with "
             "valid reviews."
         )
 
 
-def _print_seconds(lines: list[dict[str, Any]]) -> None:
+def _print_seconds(lines: list["ProgressRow"]) -> None:
     table = Table(title="Seconds by stage", title_justify="left", title_style="bold")
     table.add_column("stage")
     for line in lines:
-        table.add_column(str(line["iteration"] or "start"), justify="right")
-    for stage in dict.fromkeys(name for line in lines for name in line["seconds"]):
+        table.add_column(str(line.iteration or "start"), justify="right")
+    for stage in dict.fromkeys(name for line in lines for name in line.seconds):
         table.add_row(stage, *(_time(line, stage) for line in lines))
     out.print(table)
 
 
-def _time(line: dict[str, Any], stage: str) -> str:
-    if stage not in line["seconds"]:
+def _time(line: "ProgressRow", stage: str) -> str:
+    if stage not in line.seconds:
         return ""
-    return "cached" if line["cached"][stage] else f"{line['seconds'][stage]:.1f}"
+    return "cached" if line.cached[stage] else f"{line.seconds[stage]:.1f}"
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -3,6 +3,7 @@
 Read it top to bottom: did it help, what happened in each iteration, where is the student still weak.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from storage.catalog import query
 from storage.files import StorageError, write_atomic
 from storage.journal import spend_of
-from storage.runs import Baseline, IterationRecord, Manifest, load_manifest
+from storage.runs import Baseline, Interval, IterationRecord, Manifest, load_manifest
 from storage.studies import studies_of
 from tasks.gains import INK, STUDENT, contaminated, gain_charts, lineage, most_improved
 from tasks.selection import compare, gain_in, judged_by_referee, told
@@ -110,33 +111,46 @@ def _cut(text: str | None) -> str | None:
     return f"{text[:LONGEST]} … ({len(text) - LONGEST:,} characters more)"
 
 
-def progress_rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """The table of a run, the student before training as iteration 0: for the terminal and for the report.
+@dataclass(frozen=True, slots=True)
+class ProgressRow:
+    """A line of a run's table: the student of an iteration, and what that one did."""
 
-    `relative` is the relative score with its interval where the referee is a model, else null; of `judged` answers.
-    Of the `heldout` instructions `measured` have an answer of the teacher's whose loss was had, and `scored` have a score.
-    """
-    rows = []
+    iteration: int  # 0: before any training
+    loss: float | None  # nats per token
+    score: float | None  # 1 to 10
+    heldout: int  # instructions held out
+    measured: int  # of these: those with an answer of the teacher's whose loss was had
+    scored: int  # of these: those with a score
+    relative: Interval | None  # the relative score; null where the referee is no model
+    judged: int  # answers that the relative score is of
+    seconds: dict[str, float]  # by stage
+    cached: dict[str, bool]
+    record: IterationRecord | None  # null before the first
+
+
+def progress_rows(manifest: Manifest) -> list[ProgressRow]:
+    """The table of a run, for the terminal, for the report and for Prefect."""
+    found = []
     places: list[Baseline | IterationRecord] = [manifest.baseline, *manifest.iterations]
     for iteration, place in enumerate(places):
         evaluation = place.evaluation
         judged = judged_by_referee(evaluation) if evaluation else None
-        rows.append(
-            {
-                "iteration": iteration,
-                "loss": evaluation.loss if evaluation else None,
-                "score": evaluation.score if evaluation else None,
-                "heldout": evaluation.rows if evaluation else 0,
-                "measured": evaluation.measured if evaluation else 0,
-                "scored": evaluation.scored if evaluation else 0,
-                "relative": judged.mean if judged else None,
-                "judged": judged.questions if judged else 0,
-                "seconds": place.seconds,
-                "cached": place.cached,
-                "record": place if isinstance(place, IterationRecord) else None,
-            }
+        found.append(
+            ProgressRow(
+                iteration=iteration,
+                loss=evaluation.loss if evaluation else None,
+                score=evaluation.score if evaluation else None,
+                heldout=evaluation.rows if evaluation else 0,
+                measured=evaluation.measured if evaluation else 0,
+                scored=evaluation.scored if evaluation else 0,
+                relative=judged.mean if judged else None,
+                judged=judged.questions if judged else 0,
+                seconds=place.seconds,
+                cached=place.cached,
+                record=place if isinstance(place, IterationRecord) else None,
+            )
         )
-    return rows
+    return found
 
 
 def counts(record: IterationRecord | None) -> dict[str, str]:

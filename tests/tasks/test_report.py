@@ -1,7 +1,7 @@
 """The report says whether it helped: by the measure that the run goes by, with its interval, and of how many."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -451,7 +451,7 @@ def test_a_row_whose_teacher_is_weak_is_neither_left_nor_right_of_the_line(run: 
 
 def test_what_there_are_no_data_for_has_no_chart(home: Path) -> None:
     assert charts(Manifest(run_id="r")) == []
-    assert progress_rows(Manifest(run_id="r")) == [
+    assert [asdict(line) for line in progress_rows(Manifest(run_id="r"))] == [
         {"iteration": 0, "loss": None, "score": None, "heldout": 0, "measured": 0, "scored": 0, "relative": None}
         | {"judged": 0, "seconds": {}, "cached": {}, "record": None}
     ]
