@@ -30,7 +30,6 @@ from tasks.teacher import TeacherConfig
 
 PRESETS = Path(__file__).parent / "presets"
 
-
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -65,7 +64,6 @@ ApproveWithin = Annotated[
         json_schema_extra=OPERATIONAL,
     ),
 ]
-
 RunShards = Annotated[
     TaskRunner,
     Field(
@@ -187,7 +185,7 @@ def _validated(kind: type[Settings], settings: dict[str, Any]) -> Settings:
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_explained(error)) from None
+        raise ConfigError(_faults_in(error)) from None
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -240,7 +238,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _explained(error: ValidationError) -> str:
+def _faults_in(error: ValidationError) -> str:
     """All faults of a configuration, a line each: the field, what it was, what is wanted."""
     lines = []
     for fault in error.errors():

@@ -164,10 +164,17 @@ def now() -> str:
 
 
 class Journal:
-    """The journal of a home. Open one for each call; close it, or leave its `with`, to let go of its claims."""
+    """The journal of a home. Open one for each call; close it, or leave its `with`, to let go of its claims.
+
+    Whatever is asked of it raises StorageError where its file cannot be read or written; what was written before stays.
+    """
 
     def __init__(self) -> None:
-        """Open the journal of the home, and bring its schema up to date."""
+        """Open the journal of the home, and bring its schema up to date.
+
+        Raises:
+            StorageError: it cannot be used, or a newer version wrote it.
+        """
         self.path = home() / "journal.sqlite"
         self._owner = uuid.uuid4().hex
         self._alive = ExitStack()  # holds our lock while this journal is open

@@ -1,4 +1,5 @@
-"""The report's part on what the training was worth: loss, scores and gains with intervals, examples, losses.
+"""The report's part on what the training was worth: loss, scores and gains with intervals, answers that got better; and
+what one needs to believe it: what was kept out of the pools, and where each snapshot comes from.
 
 Gives charts and rows; `tasks.report` puts them on the page.
 """

@@ -8,7 +8,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -102,10 +102,7 @@ def generate_instructions(
         JobError, ModelError: as the model raises them.
     """
     pool = by_id(cache_pool)
-    difficulty = {key: row["difficulty"] for key, row in by_id(verdicts, ["difficulty"]).items()}
-    if config.parents == "random":
-        difficulty = _by_lot(difficulty, random.Random(f"{seed}/lot"))
-    parents = {side: [key for key in pool if difficulty.get(key) == side] for side in SIDES}
+    parents = _parents(config, pool, verdicts, seed)
     wanted, notes = _shares(config, parents)
     sieve = _Sieve(config, pool, by_id(heldout), wanted)
     first_draw = DRAWS * max(account.iteration - 1, 0)  # what an earlier iteration was answered would be no news
@@ -145,6 +142,15 @@ def generate_instructions(
     )
 
 
+def _parents(config: GenerateConfig, pool: Iterable[str], verdicts: Snapshot, seed: int) -> dict[str, list[str]]:
+    """The ids of each side's parents, in the pool's order."""
+    difficulty = {key: row["difficulty"] for key, row in by_id(verdicts, ["difficulty"]).items()}
+    if config.parents == "random":  # the same verdicts, dealt out anew
+        rng = random.Random(f"{seed}/lot")
+        difficulty = dict(zip(difficulty, rng.sample(list(difficulty.values()), len(difficulty)), strict=True))
+    return {side: [key for key in pool if difficulty.get(key) == side] for side in SIDES}
+
+
 def _shares(config: GenerateConfig, parents: dict[str, list[str]]) -> tuple[dict[str, int], list[str]]:
     """How many rows are wanted of each side. A side without parents gives its share to the other, and says so."""
     wanted = {"hard": config.hard_rows, "easy": config.easy_rows}
@@ -156,11 +162,6 @@ def _shares(config: GenerateConfig, parents: dict[str, list[str]]) -> tuple[dict
             notes.append(f"no {side} parents: their {wanted[side]:,} rows are asked of the {other} side")
             wanted = {side: 0, other: wanted[other] + wanted[side]}
     return wanted, notes
-
-
-def _by_lot(difficulty: dict[str, str], rng: random.Random) -> dict[str, str]:
-    """The same verdicts, dealt out anew."""
-    return dict(zip(difficulty, rng.sample(list(difficulty.values()), len(difficulty)), strict=True))
 
 
 def _coverage(parents: list[str], draw: int, rng: random.Random) -> Iterator[tuple[str, int]]:

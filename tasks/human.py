@@ -160,7 +160,11 @@ def cast(study: HumanStudy, votes: Iterable[Vote]) -> None:
 
 
 def votes_of(study: HumanStudy) -> dict[tuple[str, str, str], Vote]:
-    """The votes that count, by item, voter and aspect."""
+    """The votes that count, by item, voter and aspect.
+
+    Raises:
+        HumanEvalError: a line of the file is no vote.
+    """
     path = study.folder / "votes.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     votes: dict[tuple[str, str, str], Vote] = {}

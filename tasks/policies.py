@@ -27,6 +27,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.tasks import Task
 from prefect.transactions import IsolationLevel
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from storage.files import Checkpoint, Pointer, digest_of, flock, lock_file
 from storage.runs import pointers_in
@@ -55,7 +56,7 @@ def identity(value: Any) -> Any:
     raise TypeError(f"a stage cannot be keyed by a {type(value).__name__}: {value!r}")
 
 
-def _is_operational(field: Any) -> bool:
+def _is_operational(field: FieldInfo) -> bool:
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("operational"))
 
 
@@ -186,12 +187,7 @@ def within_limits(function: Callable[..., Any]) -> Callable[..., Any]:
     return limited
 
 
-def stage(
-    name: str,
-    *,
-    version: int,
-    prompts: Iterable[str] = (),
-) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+def stage(name: str, *, version: int, prompts: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Task[..., Any]]:
     """Make a function a stage: cached by content, locked while it runs, retried once by Prefect.
 
     Not retried are a ValueError, which says that the input is wrong, and a ModelError, whose requests were tried again

@@ -57,16 +57,20 @@ def read_questions(path: str, max_rows: int | None = None) -> Questions:
         for text in (row["instruction"], *row["later_turns"]):
             if not isinstance(text, str):  # a message may also be null or a list, with a picture in it
                 raise SeedError(f"{path}, question {number}: a later turn must be a text, not {text!r}.")
-            first = not ids
+            before = ids[-1] if ids else None
             # A later turn means something only after those before it: so they are in its id.
-            key = instruction_id(text, row["input"] if first else ids[-1])
-            shown = {"instruction": text, "input": row["input"] if first else None, "category": row["category"]}
+            ids.append(instruction_id(text, before or row["input"]))
             rows.append(
-                {"instruction_id": key, "origin": "question", "parent_id": None if first else ids[-1]}
-                | shown
-                | {"output": row["output"] if first else None}
+                {
+                    "instruction_id": ids[-1],
+                    "instruction": text,
+                    "input": None if before else row["input"],
+                    "category": row["category"],
+                    "origin": "question",
+                    "parent_id": before,
+                    "output": None if before else row["output"],
+                }
             )
-            ids.append(key)
         conversations.append(ids)
         id = number if row["source_id"] in (None, "") else row["source_id"]  # an empty cell of a CSV is no id
         if not isinstance(id, str | int):

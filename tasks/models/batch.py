@@ -277,13 +277,13 @@ class Batches:
                 answers.append(answer)
             elif status == 200:  # billed, and no answer in it
                 lost.append(row["custom_id"])
-            elif status in (400, 422):  # whatever it is
+            elif status in (400, 422) and row["custom_id"] in self.requests:  # whatever it is
                 refused.append((row["custom_id"], status, _error_in(row["response"].get("body"))))
         for start in range(0, len(answers), ANSWERS_AT_ONCE):
             self.journal.add(answers[start : start + ANSWERS_AT_ONCE])
         self.journal.lose(batch, lost)
         self.answered |= {answer.key for answer in answers}
-        self._understand([each for each in refused if each[0] in self.requests])
+        self._understand(refused)
 
     def _understand(self, refused: list[tuple[str, int, dict[str, Any]]]) -> None:
         """Rows that the endpoint will never take: ask them in another dialect where that helps; else no batch does."""

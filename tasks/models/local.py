@@ -122,6 +122,9 @@ def infer(
     Returns:
         The replies in the order of the requests, and for each given answer its loss in nats, summed over its
         tokens, with the number of tokens; null and 0 where it could not be scored.
+
+    Raises:
+        JobError: a process ended without a result.
     """
     engine = settings.resolved_engine()
     gpus_each = settings.tensor_parallel if engine == "vllm" else 1
