@@ -82,7 +82,7 @@ class _Evaluation:
             study_id=f"{Path(config.questions).stem}-{digest_of([settings, teacher, told, *map(identity, asked)])[:8]}",
             student=student.name,
             checkpoint=student.checkpoint,
-            run_id=student.manifest.run_id if student.manifest else None,
+            run_id=student.run_id,
             iteration=student.iteration,
             reference=config.reference,
             questions=config.questions,

@@ -20,6 +20,11 @@ class Student:
     iteration: int | None = None  # 0: before any training
 
     @property
+    def run_id(self) -> str | None:
+        """The run that made it, where one of this home did."""
+        return self.manifest.run_id if self.manifest else None
+
+    @property
     def config(self) -> dict[str, Any]:
         """The settings of the run that made it; empty for a model from elsewhere."""
         return self.manifest.config if self.manifest else {}

@@ -51,7 +51,7 @@ def evaluate_on_suites(
         study_id=f"suite-{digest[:8]}",
         student=student.name,
         checkpoint=student.checkpoint,
-        run_id=student.manifest.run_id if student.manifest else None,
+        run_id=student.run_id,
         iteration=student.iteration,
         reference="lm-eval",
         questions=",".join(suites),

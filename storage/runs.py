@@ -5,16 +5,17 @@ looked at. It is a record: what is done and what is not is decided by the cache 
 whether a *completed* run has anything left to do, where another run goes on from, and what nobody needs any more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from storage.files import Checkpoint, Pointer, Snapshot, StorageError, home, is_locked, write_atomic
 
 RunState = Literal["running", "completed", "failed", "paused", "interrupted"]
+Record = TypeVar("Record", bound=BaseModel)
 
 
 class Interval(BaseModel):
@@ -217,12 +218,7 @@ class Manifest(BaseModel):
 
     def is_whole(self) -> bool:
         """Whether everything the run made is still there and undamaged."""
-        try:
-            for pointer in self.pointers():
-                pointer.verify()
-        except StorageError:
-            return False
-        return (self.folder / "report.html").is_file()
+        return are_whole(self.pointers()) and (self.folder / "report.html").is_file()
 
 
 def folder_of(run_id: str) -> Path:
@@ -239,13 +235,22 @@ def load_manifest(run_id: str) -> Manifest | None:
     Raises:
         StorageError: there is one, and it cannot be read.
     """
-    path = folder_of(run_id) / "manifest.json"
+    way_out = "Move it away and run again: no work is lost."
+    return load_record(Manifest, folder_of(run_id) / "manifest.json", way_out)
+
+
+def load_record(kind: type[Record], path: Path, way_out: str) -> Record | None:
+    """What a file of JSON tells of a run or a study, or None if it is not there.
+
+    Raises:
+        StorageError: it is there, and it cannot be read.
+    """
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except ValueError as error:
-        raise StorageError(f"{path} cannot be read ({error}). Move it away and run again: no work is lost.") from error
+        raise StorageError(f"{path} cannot be read ({error}). {way_out}") from error
 
 
 def list_manifests() -> list[Manifest]:
@@ -271,6 +276,16 @@ def chains(manifests: Sequence[Manifest]) -> list[list[Manifest]]:
                 chain.append(earlier)
             found.append(chain)
     return found
+
+
+def are_whole(pointers: Iterable[Pointer]) -> bool:
+    """Whether all that is pointed to is there and undamaged."""
+    try:
+        for pointer in pointers:
+            pointer.verify()
+    except StorageError:
+        return False
+    return True
 
 
 def pointers_in(value: Any) -> list[Pointer]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.files import Checkpoint, Pointer, Snapshot, StorageError, home, write_atomic
-from storage.runs import Interval, Manifest, now, pointers_in
+from storage.files import Checkpoint, Pointer, Snapshot, home, write_atomic
+from storage.runs import Interval, Manifest, are_whole, load_record, now, pointers_in
 
 
 class Figures(BaseModel):
@@ -73,12 +73,7 @@ class Study(BaseModel):
 
     def is_whole(self) -> bool:
         """Whether everything the study made is still there and undamaged."""
-        try:
-            for snapshot in self.snapshots.values():
-                snapshot.verify()
-        except StorageError:
-            return False
-        return True
+        return are_whole(self.snapshots.values())
 
 
 def load_study(study_id: str) -> Study | None:
@@ -88,12 +83,7 @@ def load_study(study_id: str) -> Study | None:
         StorageError: there is one, and it cannot be read.
     """
     path = home() / "evaluations" / study_id / "study.json"
-    if not path.is_file():
-        return None
-    try:
-        return Study.model_validate_json(path.read_bytes())
-    except ValueError as error:
-        raise StorageError(f"{path} cannot be read ({error}). Move it away and evaluate again.") from error
+    return load_record(Study, path, "Move it away and evaluate again.")
 
 
 def list_studies() -> list[Study]:

@@ -210,7 +210,8 @@ class _Sieve:
     def take(self, side: str, parent: dict[str, Any], draw: int, reply: Reply) -> None:
         self._seen[side] += 1
         row: dict[str, Any] = {"parent_id": parent["instruction_id"], "side": side, "draw": draw}
-        row |= {"category": parent["category"], "rejection": _UNUSABLE.get(reply.status)}
+        unusable = None if reply.status is Status.OK else Rejection(reply.status)  # of the same names
+        row |= {"category": parent["category"], "rejection": unusable}
         if row["rejection"] is None:
             row |= self._read(reply.text or "")
             row["instruction_id"] = instruction_id(row["instruction"], row["input"])
@@ -235,13 +236,6 @@ class _Sieve:
 
 
 _JSON = json.JSONDecoder(strict=False)  # models put line breaks into strings
-_UNUSABLE = {
-    Status.TRUNCATED: Rejection.TRUNCATED,
-    Status.FILTERED: Rejection.FILTERED,
-    Status.REFUSED: Rejection.REFUSED,
-    Status.EMPTY: Rejection.EMPTY,
-    Status.FAILED: Rejection.FAILED,
-}
 
 
 def _candidate(text: str) -> dict[str, Any]:

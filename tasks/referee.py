@@ -5,6 +5,7 @@ orders, since the mere order moves the paper's own scores by up to 3.6 points of
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -128,14 +129,12 @@ def _review_with_model(
     """Ask for every order and vote; ask again, as a new draw, for those that came back unusable."""
     rows: dict[str, dict[str, Any]] = {}
     asked: dict[str, tuple[Pair, str, int]] = {}
-    for pair in pairs:
-        for order in ORDERS:
-            for vote in range(config.votes):
-                key = f"{pair[0]['instruction_id']}/{order}/{vote}"
-                if pair[1] is None or pair[2] is None:
-                    rows[key] = _row(pair, order, vote, Outcome.MISSING)
-                else:
-                    rows[key], asked[key] = {}, (pair, order, vote)
+    for pair, order, vote in product(pairs, ORDERS, range(config.votes)):
+        key = f"{pair[0]['instruction_id']}/{order}/{vote}"
+        if pair[1] is None or pair[2] is None:
+            rows[key] = _row(pair, order, vote, Outcome.MISSING)
+        else:
+            rows[key], asked[key] = {}, (pair, order, vote)
     for ask in range(config.max_asks):
         requests = [_request(key, *question, draw=question[2] + ask * config.votes) for key, question in asked.items()]
         with progress("referee reviews" if ask == 0 else f"referee reviews, ask {ask + 1}") as on_progress:
