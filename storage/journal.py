@@ -105,6 +105,7 @@ class Over:
     """Why a wish was not granted: the cap that it would pass, and what stands against it."""
 
     cap: Cap
+    what: str  # usd, requests or tokens: which of the cap's limits
     spent: Totals
     reserved: Totals  # by requests under way, of any process; it shrinks as they are answered
 
@@ -276,12 +277,12 @@ class Journal:
             standing = [
                 (cap, _totals(db, _SPENT, run_id, cap.role), _totals(db, _RESERVED, run_id, cap.role)) for cap in caps
             ]
-            usd, requests, tokens = 0.0, 0, 0  # granted so far
+            wanted = Totals()  # so far
             for wish in wishes:
                 if wish.key in result.answered or wish.key in result.elsewhere:
                     continue
-                usd, requests, tokens = usd + wish.usd, requests + 1, tokens + wish.tokens
-                result.over = _first_passed(standing, usd, requests, tokens)
+                wanted = Totals(wanted.usd + wish.usd, wanted.requests + 1, wanted.tokens + wish.tokens)
+                result.over = _first_passed(standing, wanted)
                 if result.over:
                     break
                 result.granted.add(wish.key)
@@ -440,15 +441,13 @@ def _totals(db: sqlite3.Connection, select: str, run_id: str, role: str | None) 
     return Totals(*db.execute(f"{select} WHERE {where}", (run_id, role)).fetchone())
 
 
-def _first_passed(standing: list[tuple[Cap, Totals, Totals]], usd: float, requests: int, tokens: int) -> Over | None:
+def _first_passed(standing: list[tuple[Cap, Totals, Totals]], wanted: Totals) -> Over | None:
     """The first cap that would be passed if so much were granted on top of what is spent and reserved."""
     for cap, spent, reserved in standing:
-        if (
-            (cap.max_usd is not None and spent.usd + reserved.usd + usd > cap.max_usd)
-            or (cap.max_requests is not None and spent.requests + reserved.requests + requests > cap.max_requests)
-            or (cap.max_tokens is not None and spent.tokens + reserved.tokens + tokens > cap.max_tokens)
-        ):
-            return Over(cap, spent, reserved)
+        for what in ("usd", "requests", "tokens"):
+            limit = getattr(cap, f"max_{what}")
+            if limit is not None and getattr(spent, what) + getattr(reserved, what) + getattr(wanted, what) > limit:
+                return Over(cap, what, spent, reserved)
     return None
 
 

@@ -52,9 +52,7 @@ class Account(BaseModel):
 def budget_reached(over: Over, wish: Wish) -> BudgetReached:
     """The error that says which cap stands in the way of `wish`, and by how much."""
     name = f"budget.by_role.{over.cap.role}" if over.cap.role else "budget"
-    for what, needed in (("usd", wish.usd), ("requests", 1), ("tokens", wish.tokens)):
-        limit = getattr(over.cap, f"max_{what}")
-        spent, reserved = getattr(over.spent, what), getattr(over.reserved, what)
-        if limit is not None and spent + reserved + needed > limit:
-            return BudgetReached(f"{name}.max_{what}", limit, spent, reserved, needed)
-    raise AssertionError(f"{over} lets {wish} pass")
+    limit = f"max_{over.what}"
+    spent, reserved = (getattr(totals, over.what) for totals in (over.spent, over.reserved))
+    needed = {"usd": wish.usd, "requests": 1, "tokens": wish.tokens}[over.what]
+    return BudgetReached(f"{name}.{limit}", getattr(over.cap, limit), spent, reserved, needed)
