@@ -1,6 +1,7 @@
 """Writes and reads snapshots: immutable Parquet, named by the digest of its bytes.
 
-Each file's footer tells its lineage: which step wrote it, in which version, from which inputs.
+Each file's footer tells its lineage: which step wrote it, in which version, from which inputs. Parquet files of others
+are read and written here, too.
 
     >>> write_snapshot("verdicts", rows, step="discriminate", version=1, inputs=[reviews])   # doctest: +SKIP
 """

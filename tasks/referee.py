@@ -16,10 +16,10 @@ from tasks.models.budget import Account
 from tasks.models.chat import Request, Sampling, Status
 from tasks.models.prompts import load
 from tasks.models.ready import ModelSettings, ReadyModel, answer
-from tasks.models.reviews import Outcome, parse_review
+from tasks.models.reviews import BEST_SCORE, Outcome, parse_review
 from tasks.policies import stage
 from tasks.progress import progress
-from tasks.scores import BEST_SCORE, reference_score
+from tasks.scores import reference_score
 
 VERSION = 2
 PROMPT = load("referee.md")

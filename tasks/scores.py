@@ -1,8 +1,7 @@
 """The reference score: how close a response is to the teacher's words, on the referee's scale."""
 
+from tasks.models.reviews import BEST_SCORE, WORST_SCORE
 from tasks.novelty import rouge_l
-
-WORST_SCORE, BEST_SCORE = 1.0, 10.0
 
 
 def reference_score(response: str, reference: str) -> float:

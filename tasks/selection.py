@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from storage.pools import by_id, read_lineage, read_rows
 from storage.runs import Comparison, Evaluation, Interval
 from storage.studies import Figures
+from tasks.models.reviews import BEST_SCORE
 from tasks.relative import paired, relative_score
-from tasks.scores import BEST_SCORE
 
 Measure = Literal["loss", "score"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tasks.models.chat import JSON_OBJECT, storable
 
-BEST, WORST = 10, 1
+WORST_SCORE, BEST_SCORE = 1.0, 10.0
 
 
 class Outcome(StrEnum):
@@ -62,7 +62,7 @@ def _judged(pairs: set[Pair], evidence: str | None) -> Parsed:
     ((first, second),) = pairs
     if first is None or second is None:
         return Parsed(Outcome.UNPARSABLE)
-    if not (WORST <= first <= BEST and WORST <= second <= BEST):
+    if not (WORST_SCORE <= first <= BEST_SCORE and WORST_SCORE <= second <= BEST_SCORE):
         return Parsed(Outcome.OUT_OF_RANGE)
     return Parsed(Outcome.OK, first, second, evidence and storable(evidence))
 

@@ -39,7 +39,7 @@ TOO_LONG_WORDS = (
     "maximum number of tokens allowed",
 )
 TEMPERATURE_WORDS = ("unsupported", "not support", "only the default")
-TOKENS_AROUND_A_MESSAGE = 16  # role and separators; real templates take 3 to 8
+MOST_TOKENS_AROUND_A_MESSAGE = 16  # role and separators; real templates take 3 to 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +124,11 @@ def wish_of(key: str, request: Request, sampling: Sampling, price: Price | None)
     which only matters for the moment until the real usage is known.
     """
     prompt = sum(
-        TOKENS_AROUND_A_MESSAGE + sum(len(text.encode()) for text in message.values()) for message in request.messages
+        MOST_TOKENS_AROUND_A_MESSAGE + sum(len(text.encode()) for text in message.values())
+        for message in request.messages
     )
     if request.response_schema is not None:
-        prompt += len(json.dumps(request.response_schema)) + TOKENS_AROUND_A_MESSAGE
+        prompt += len(json.dumps(request.response_schema)) + MOST_TOKENS_AROUND_A_MESSAGE
     usd = price.worst(prompt, sampling.max_tokens) if price else 0.0
     return Wish(key, prompt + sampling.max_tokens, usd)
 
