@@ -24,6 +24,7 @@ ACCEPTED = (
     "Accepted: .json or .jsonl (Alpaca, self-instruct, messages, FastChat questions), .csv, .parquet, "
     ".txt (a line each), hf:NAME[:SPLIT]"
 )
+TEXTS = ("instruction", "input", "output", "category")  # columns of a pool
 # Columns that some form of instructions has.
 READ = {"instruction", "input", "output", "category", "messages", "turns", "instances", "id", "question_id"}
 
@@ -164,10 +165,9 @@ def usable_seeds(config: SeedConfig) -> UsableSeeds:
 
 
 def _write(rows: list[dict[str, Any]], origin: str) -> Snapshot:
-    columns = ("instruction", "input", "category", "output")
     full = (
         {"instruction_id": instruction_id(row["instruction"], row["input"]), "origin": origin}
-        | {key: row[key] for key in columns}
+        | {key: row[key] for key in TEXTS}
         for row in rows
     )
     return write_snapshot("instructions", full, step="seed", version=VERSION)
@@ -298,40 +298,43 @@ def read_row(record: Any, where: str) -> dict[str, Any]:
     Raises:
         SeedError: the record is of no known form, or its instruction is empty.
     """
+    columns = _in_columns(record, where)
+    for key in TEXTS:
+        if key in columns and not isinstance(columns[key], str):
+            raise SeedError(f"{where}: `{key}` must be a text, found {_kind(columns[key])}.")
+    if not is_storable(columns):
+        raise SeedError(f"{where}: {NOT_STORABLE}")
+    if "\0" in "".join(text for text in columns.values() if isinstance(text, str)):
+        raise SeedError(f"{where}: a NUL is in it. A file in UTF-16 is made UTF-8 with: iconv -f utf-16 -t utf-8")
+    texts = {key: columns.get(key, "").strip() or None for key in TEXTS}
+    if texts["instruction"] is None:
+        raise SeedError(f"{where}: `instruction` is empty. Fill it in, or remove the row.")
+    return texts | {
+        "later_turns": columns.get("later_turns", []),
+        "source_id": columns.get("question_id", columns.get("id")),
+    }
+
+
+def _in_columns(record: Any, where: str) -> dict[str, Any]:
+    """A record of any known form with its instruction in a column of that name, and without what is null."""
     if isinstance(record, str):
         record = {"instruction": record}
     if not isinstance(record, dict):
         raise SeedError(f"{where}: expected an object with an `instruction`, found {_kind(record)}.")
-    record = {key: value for key, value in record.items() if value is not None}
-    if "messages" in record and "instruction" not in record:
-        record |= _from_messages(record["messages"], where)
-    if "turns" in record and "instruction" not in record:  # FastChat's question.jsonl
-        record |= _from_turns(record["turns"], where)
-    if isinstance(record.get("instances"), list) and record["instances"]:  # self-instruct
-        if not isinstance(record["instances"][0], dict):
-            raise SeedError(f"{where}: `instances` must be objects, found {_kind(record['instances'][0])}.")
-        first = record["instances"][0]
-        record |= {key: "" if first.get(key) is None else first[key] for key in ("input", "output")}
-    if "instruction" not in record:
-        found = ", ".join(map(str, record)) or "nothing"
+    columns = {key: value for key, value in record.items() if value is not None}
+    if "messages" in columns and "instruction" not in columns:
+        columns |= _from_messages(columns["messages"], where)
+    if "turns" in columns and "instruction" not in columns:  # FastChat's question.jsonl
+        columns |= _from_turns(columns["turns"], where)
+    if isinstance(columns.get("instances"), list) and columns["instances"]:  # self-instruct
+        first = columns["instances"][0]
+        if not isinstance(first, dict):
+            raise SeedError(f"{where}: `instances` must be objects, found {_kind(first)}.")
+        columns |= {key: "" if first.get(key) is None else first[key] for key in ("input", "output")}
+    if "instruction" not in columns:
+        found = ", ".join(map(str, columns)) or "nothing"
         raise SeedError(f"{where}: no `instruction` (found: {found}). Rename the column, or add it.")
-    for key in ("instruction", "input", "output", "category"):
-        if key in record and not isinstance(record[key], str):
-            raise SeedError(f"{where}: `{key}` must be a text, found {_kind(record[key])}.")
-    if not is_storable(record):
-        raise SeedError(f"{where}: {NOT_STORABLE}")
-    if "\0" in "".join(text for text in record.values() if isinstance(text, str)):
-        raise SeedError(f"{where}: a NUL is in it. A file in UTF-16 is made UTF-8 with: iconv -f utf-16 -t utf-8")
-    if not record["instruction"].strip():
-        raise SeedError(f"{where}: `instruction` is empty. Fill it in, or remove the row.")
-    return {
-        "instruction": record["instruction"].strip(),
-        "input": record.get("input", "").strip() or None,
-        "category": record.get("category", "").strip() or None,
-        "output": record.get("output", "").strip() or None,
-        "later_turns": record.get("later_turns", []),
-        "source_id": record.get("question_id", record.get("id")),
-    }
+    return columns
 
 
 def _passed_over(record: Any, row: dict[str, Any]) -> Iterator[str]:
