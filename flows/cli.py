@@ -39,6 +39,7 @@ from flows.terminal import (
     Refusal,
     RunName,
     SeedFile,
+    check_says_what_to_run,
     find_run,
     note,
     out,
@@ -98,8 +99,7 @@ def run(
 ) -> None:
     """Run the loop. The same command again goes on where it was interrupted, or says that all is done."""
     use_home(home)
-    if preset is None and config is None and not overrides:
-        raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
+    check_says_what_to_run(preset, config, overrides)
     from flows.chain import settled
     from flows.config import resolve
     from storage.runs import load_manifest

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from flows.terminal import (
+    A_CHECKPOINT,
     HELPED,
     AsJson,
     ConfigFile,
@@ -17,6 +18,7 @@ from flows.terminal import (
     Preset,
     Refusal,
     RunName,
+    check_says_what_to_run,
     find_run,
     note,
     out,
@@ -34,12 +36,7 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
-StudentName = Annotated[
-    str | None,
-    typer.Option(
-        "--student", metavar="CKPT", help="RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."
-    ),
-]
+StudentName = Annotated[str | None, typer.Option("--student", metavar="CKPT", help=A_CHECKPOINT)]
 
 
 @commands.command(rich_help_panel=HELPED)
@@ -358,8 +355,7 @@ def ablate(
     use_home(home)
     from flows.config import resolve
 
-    if preset is None and config is None and not overrides:
-        raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
+    check_says_what_to_run(preset, config, overrides)
     settings = resolve(preset, overrides or [], config)
     prepare_for_a_flow()
     from flows.ablate import ablate as run_arms

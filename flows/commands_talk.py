@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from flows.terminal import ALONE, USE, CheckpointName, Home, Refusal, check_is_new, note, out, use_home
+from flows.terminal import A_CHECKPOINT, ALONE, USE, CheckpointName, Home, Refusal, check_is_new, note, out, use_home
 from storage.files import write_json_lines, write_json_list
 
 if TYPE_CHECKING:
     from flows.web import Answer
 
 commands = typer.Typer()
+
+Temperature = Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, max=32768, help="Of an answer, at most.")]
 
 WRITERS = {".jsonl": write_json_lines, ".json": write_json_list}
 
@@ -27,8 +30,8 @@ def chat(
         str | None,
         typer.Option("--system", help="Said before the conversation, in place of the student's own; empty: nothing."),
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")] = 0.7,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=32768, help="Of an answer, at most.")] = 512,
+    temperature: Temperature = 0.7,
+    max_tokens: MaxTokens = 512,
     home: Home = None,
 ) -> None:
     """Talk to a student in the terminal; its words come as it finds them. /new starts over, /quit ends."""
@@ -68,8 +71,8 @@ def demo(
         typer.Option("--teacher", help="A checkpoint, named as a student is; by default the teacher of its run."),
     ] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8766,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")] = 0.7,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=32768, help="Of an answer, at most.")] = 256,
+    temperature: Temperature = 0.7,
+    max_tokens: MaxTokens = 256,
     home: Home = None,
 ) -> None:
     """Open a page on which student and teacher answer side by side."""
@@ -136,16 +139,13 @@ def answer(
         str, typer.Option("--data", help="Instructions: Alpaca, messages or plain lines; .json, .jsonl, .csv, .txt, …")
     ],
     to: Annotated[Path, typer.Option("--out", help="The rows with their answers: a new .jsonl or .json.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."),
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help=A_CHECKPOINT)] = None,
     system: Annotated[
         str | None,
         typer.Option("--system", help="Said before every instruction, in place of the model's own; empty: nothing."),
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=32768, help="Of an answer, at most.")] = 512,
+    temperature: Temperature = 0.0,
+    max_tokens: MaxTokens = 512,
     seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
     overrides: Annotated[
         list[str] | None,

@@ -68,10 +68,8 @@ SeedFile = Annotated[
 RunName = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="A run's id or its beginning; by default the last.")
 ]
-CheckpointName = Annotated[
-    str | None,
-    typer.Argument(metavar="[CKPT]", help="RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."),
-]
+A_CHECKPOINT = "RUN, RUN/ITERATION, a folder, a Hub id; by default the last run's best."
+CheckpointName = Annotated[str | None, typer.Argument(metavar="[CKPT]", help=A_CHECKPOINT)]
 
 QUIET_PREFECT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -159,6 +157,16 @@ def find_run(run_id: str | None) -> "Manifest":
     if not found:
         raise Refusal(f"no run {run_id!r}. There are: {', '.join(manifest.run_id for manifest in manifests)}.")
     return found[0]
+
+
+def check_says_what_to_run(preset: str | None, config: Path | None, overrides: list[str] | None) -> None:
+    """See that a run is not started by a command that says nothing of it.
+
+    Raises:
+        Refusal: it says nothing.
+    """
+    if preset is None and config is None and not overrides:
+        raise Refusal("Say what to run: --preset offline needs no key, no GPU and no network.")
 
 
 def check_is_new(to: Path) -> None:
