@@ -18,6 +18,7 @@ from typing import Any, Literal, TextIO
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
 from prefect.exceptions import ObjectNotFound
@@ -133,7 +134,7 @@ class KernelLocks(LockManager):
         return self.wait_for_lock(key, timeout)
 
 
-def may_pass(task: Any, task_run: Any, state: Any) -> bool:
+def may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Whether trying a failed stage again may help (Prefect's retry condition)."""
     error = state.result(raise_on_failure=False)
     return not isinstance(error, ValueError | ModelError)
