@@ -140,6 +140,9 @@ def _ended_by(error: BaseException) -> tuple[RunState, str]:
         case BudgetReached() | NotApproved():
             return "paused", str(error)
         case TransportError():  # Prefect's client says no more than "Connection refused", as of an endpoint
-            return "failed", f"the Prefect server of this run does not answer any more ({error or type(error).__name__})"
+            return (
+                "failed",
+                f"the Prefect server of this run does not answer any more ({error or type(error).__name__})",
+            )
         case _:
             return "failed", f"{type(error).__name__}: {error}"
