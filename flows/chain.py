@@ -14,7 +14,7 @@ from flows.config import ConfigError, DistillConfig
 from storage.files import Snapshot, StorageError
 from storage.journal import spend_of
 from storage.pools import by_id
-from storage.runs import IterationRecord, Manifest, list_manifests, load_manifest
+from storage.runs import IterationRecord, Manifest, list_manifests, load_manifest, named_start
 from tasks.policies import identity
 from tasks.refresh import Pools
 from tasks.teacher import TeacherConfig
@@ -58,8 +58,9 @@ def settled(config: DistillConfig) -> DistillConfig:
         start = f"run:{last.run_id}:{len(last.iterations)}"
     else:
         start = last.start_from
-    while start.endswith(":0"):  # somebody stopped that run before its first iteration: it ended where it began
-        stopped = load_manifest(start.removeprefix("run:").removesuffix(":0"))
+    # Somebody stopped that run before its first iteration: it ended where it began.
+    while (named := named_start(start)) and named[1] == 0:
+        stopped = load_manifest(named[0])
         start = stopped.start_from if stopped else "base"
     return config.model_copy(update={"start_from": start})
 
@@ -98,8 +99,8 @@ def paid_in_chain(run: Manifest) -> float:
     chained: Manifest | None = run
     while chained:
         usd += sum(line.usd for line in spend_of(chained.run_id) if line.iteration <= last)
-        run_id, _, number = chained.start_from.removeprefix("run:").partition(":")
-        chained, last = load_manifest(run_id), int(number) if number else math.inf
+        run_id, number = named_start(chained.start_from) or (None, None)
+        chained, last = load_manifest(run_id) if run_id else None, math.inf if number is None else number
     return usd
 
 
@@ -109,9 +110,9 @@ def start_of(config: DistillConfig) -> Start | None:
     Raises:
         ConfigError: there is no such run, or its iteration was not finished.
     """
-    if config.start_from == "base":
+    if not (named := named_start(config.start_from)):
         return None
-    run_id, _, number = config.start_from.removeprefix("run:").partition(":")
+    run_id, number = named
     earlier = load_manifest(run_id)
     if earlier is None:
         raise ConfigError(f"start_from: no run {run_id!r} here. `lion runs` lists them.")
@@ -121,7 +122,7 @@ def start_of(config: DistillConfig) -> Start | None:
         for record, pools in zip(earlier.iterations, left)
         if "candidates" in record.snapshots and "cache_pool" in pools
     ]
-    wanted = int(number or len(finished))
+    wanted = len(finished) if number is None else number
     if not 0 < wanted <= len(finished):
         raise ConfigError(f"start_from: {run_id} has {len(finished)} finished iterations to go on from, not {wanted}.")
     following = left[wanted - 1]

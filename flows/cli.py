@@ -16,7 +16,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from flows import (
@@ -28,6 +27,7 @@ from flows import (
     commands_talk,
     commands_training,
 )
+from flows.shown import print_run
 from flows.terminal import (
     LOOK,
     LOOP,
@@ -42,6 +42,7 @@ from flows.terminal import (
     check_says_what_to_run,
     find_run,
     note,
+    of_a_lost_server,
     out,
     prepare_for_a_flow,
     print_csv,
@@ -52,8 +53,6 @@ from flows.terminal import (
 
 if TYPE_CHECKING:
     from flows.config import DistillConfig
-    from storage.runs import Manifest
-    from tasks.report import ProgressRow
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -119,7 +118,7 @@ def run(
         note.print("--fresh: this run is new; stages that another run has made in the same way stay as they are.")
     elif manifest and manifest.state == "completed" and not manifest.is_stopped_by_hand() and manifest.is_whole():
         note.print(f"{run_id} is complete: nothing to do. (--fresh makes it again.)")
-        _print_run(manifest)
+        print_run(manifest)
         return
     note.print(f"Run {run_id} in {os.environ['LION_HOME']}")
     prepare_for_a_flow()
@@ -131,7 +130,7 @@ def run(
     distill(settings)
     finished = load_manifest(run_id)
     assert finished is not None
-    _print_run(finished)
+    print_run(finished)
 
 
 def _check_what_is_named(settings: "DistillConfig") -> None:
@@ -169,7 +168,7 @@ def show(
     if as_json:
         print_json(manifest.model_dump(mode="json"))
     else:
-        _print_run(manifest)
+        print_run(manifest)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -366,7 +365,7 @@ def _main() -> None:
     except (RuntimeError, ModelError) as error:  # of a job the message has the log's last lines, and where the whole is
         _fail(str(error))
     except _lost_server() as error:
-        _fail(f"the Prefect server of this run does not answer any more ({error or type(error).__name__}).")
+        _fail(f"{of_a_lost_server(error)}.")
 
 
 def _lost_server() -> type[Exception]:
@@ -380,83 +379,3 @@ def _fail(reason: str) -> NoReturn:
     note.print(Text("failed:", "red"), reason, soft_wrap=True)
     note.print("Nothing that was finished is lost: the same command goes on from here.")
     sys.exit(1)
-
-
-def _print_run(manifest: "Manifest") -> None:
-    from storage.files import StorageError
-    from tasks.report import progress_rows, verdict
-
-    lines = progress_rows(manifest)
-    _print_iterations(f"{manifest.run_id} · {manifest.state_now()}", lines)
-    try:
-        said = verdict(manifest)
-    except StorageError as error:  # all else is in the manifest
-        said = str(error)
-    if said:
-        out.print(Text(said, "bold"), soft_wrap=True)
-    _print_what_figures_mean(lines)
-    _print_seconds(lines)
-    for record in manifest.iterations:
-        for told in (*record.notes, *record.generated.notes):
-            out.print(f"Iteration {record.iteration}: {told}")
-        if (judge := record.judge) and judge.pairs:
-            out.print(
-                f"Iteration {record.iteration}: the referee's winner changes with the order in {judge.flip_share:.0%} "
-                f"of {judge.pairs} pairs, {judge.tie_share:.0%} ties, {judge.unusable_share:.0%} unusable reviews"
-            )
-    if manifest.error:
-        out.print(f"Last error: {manifest.error}")
-    out.print(f"Report: {manifest.folder / 'report.html'}", soft_wrap=True)
-
-
-def _print_iterations(title: str, lines: list["ProgressRow"]) -> None:
-    from tasks.report import counts
-
-    table = Table(title=title, title_justify="left", title_style="bold")
-    judged = any(line.relative for line in lines)
-    for name in ("iteration", *counts(None), "loss", "score", *(["judged"] if judged else [])):
-        table.add_column(name, justify="right")
-    for line in lines:
-        record = line.record
-        table.add_row(
-            str(line.iteration or "start"),
-            *counts(record).values(),
-            _figure(line.loss, 3) + (" (rolled back)" if record and record.rolled_back else ""),
-            _figure(line.score, 2),
-            *([f"{line.relative.value:.1%} of {line.judged}" if line.relative else ""] if judged else []),
-        )
-    out.print(table)
-
-
-def _print_what_figures_mean(lines: list["ProgressRow"]) -> None:
-    if measured := lines[0].measured:
-        scored = dict.fromkeys(str(line.scored) for line in lines if line.measured)
-        out.print(
-            f"Loss: nats per token of the teacher's answers to {measured} of {lines[0].heldout} held-out instructions. "
-            f"Score: 1 to 10, mean of {' or '.join(scored)} answers."
-        )
-    if any(line.relative for line in lines):
-        out.print(
-            "Judged: the referee's scores of the student's held-out answers, in % of the teacher's, of so many with "
-            "valid reviews."
-        )
-
-
-def _print_seconds(lines: list["ProgressRow"]) -> None:
-    table = Table(title="Seconds by stage", title_justify="left", title_style="bold")
-    table.add_column("stage")
-    for line in lines:
-        table.add_column(str(line.iteration or "start"), justify="right")
-    for stage in dict.fromkeys(name for line in lines for name in line.seconds):
-        table.add_row(stage, *(_time(line, stage) for line in lines))
-    out.print(table)
-
-
-def _time(line: "ProgressRow", stage: str) -> str:
-    if stage not in line.seconds:
-        return ""
-    return "cached" if line.cached[stage] else f"{line.seconds[stage]:.1f}"
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

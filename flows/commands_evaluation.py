@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
+from flows.shown import print_study
 from flows.terminal import (
     A_CHECKPOINT,
     HELPED,
@@ -120,43 +120,6 @@ def _show(study: "Study", as_json: bool) -> None:
         out.print(f"lm-eval's own words: {study.folder / 'lm-eval.json'}", soft_wrap=True)
     else:
         print_study(study)
-
-
-def print_study(study: "Study") -> None:
-    """A study's figures as a table: over all questions, and by category."""
-    relative = study.relative
-    assert relative is not None, "a suite has figures of its own"
-    title = (
-        f"{study.student} against {study.reference} · {study.questions} · referee {study.settings['referee']['kind']}"
-    )
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("category", "turns", *relative.overall.by_order, "mean", "95 % interval", "win/tie/lose"):
-        table.add_column(name.replace("teacher", "reference"), justify="left" if name == "category" else "right")
-    for name, part in [("all", relative.overall), *relative.by_category.items()]:
-        orders = [_percent(part.by_order[order].value) for order in relative.overall.by_order if order in part.by_order]
-        several = (part.drawn or part.questions) > 1  # of one conversation there is nothing to draw
-        interval = f"{_percent(part.mean.low)} to {_percent(part.mean.high)}" if part.mean and several else ""
-        mean = _percent(part.mean.value) if part.mean else ""
-        table.add_row(
-            name, str(part.questions), *orders, mean, interval, f"{part.wins}/{part.ties}/{part.losses}",
-            end_section=name == "all",
-        )  # fmt: skip
-    out.print(table)
-    out.print(
-        "Relative score: the student's summed scores in % of the reference's. A tie is a difference of at most "
-        f"{relative.tie_margin:g} points."
-    )
-    if effect := relative.overall.position_effect:
-        out.print(
-            f"Standing first is worth {effect.value:+.2f} points ({effect.low:+.2f} to {effect.high:+.2f}) of a score."
-        )
-    for line in study.notes:
-        out.print(f"Note: {line}")
-    out.print(f"Answers and reviews: {study.folder}", soft_wrap=True)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 def _settings(

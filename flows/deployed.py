@@ -112,9 +112,9 @@ def distill(
         if start_from == "latest" and is_begun(tonight):
             runs.append(loop.fn(tonight))  # what failed last night comes first
             tonight = settled(config)
-        # A retry was for what failed, and asks for no further iterations; nor does one that was suspended, which Prefect
-        # does not count as one. A run that somebody has just stopped before its first iteration ended where it began.
-        if not runs or (flow_run.run_count == 1 and not begun and tonight.run_id not in runs):
+        # Who goes on with what it had begun, retried or resumed, asks for no further iterations. A run that somebody has
+        # just stopped before its first iteration ended where it began.
+        if not runs or (not begun and tonight.run_id not in runs):
             runs.append(loop.fn(tonight))
     except BudgetReached as error:
         return Failed(name="BudgetReached", message=str(error))

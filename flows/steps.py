@@ -16,7 +16,7 @@ from rich.text import Text
 from flows.approval import NotApproved
 from flows.chain import before_upgrade
 from flows.config import DistillConfig
-from flows.terminal import note
+from flows.terminal import note, of_a_lost_server
 from storage import catalog
 from storage.files import StorageError, home, locked
 from storage.journal import spend_of
@@ -139,10 +139,7 @@ def _ended_by(error: BaseException) -> tuple[RunState, str]:
             return "paused", "suspended in Prefect; Resume there goes on"
         case BudgetReached() | NotApproved():
             return "paused", str(error)
-        case TransportError():  # Prefect's client says no more than "Connection refused", as of an endpoint
-            return (
-                "failed",
-                f"the Prefect server of this run does not answer any more ({error or type(error).__name__})",
-            )
+        case TransportError():
+            return "failed", of_a_lost_server(error)
         case _:
             return "failed", f"{type(error).__name__}: {error}"

@@ -142,6 +142,11 @@ def _give_the_server_a_session() -> None:
     server.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": started})  # type: ignore[assignment]
 
 
+def of_a_lost_server(error: Exception) -> str:
+    """What there is to say where Prefect's client says no more than "Connection refused", as of an endpoint."""
+    return f"the Prefect server of this run does not answer any more ({error or type(error).__name__})"
+
+
 def find_run(run_id: str | None) -> "Manifest":
     """The manifest of the run whose id begins so; without one, of the run touched last.
 

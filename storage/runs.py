@@ -260,12 +260,21 @@ def list_manifests() -> list[Manifest]:
     return sorted(found, key=lambda manifest: (manifest.updated, manifest.run_id), reverse=True)
 
 
+def named_start(start_from: str) -> tuple[str, int | None] | None:
+    """The run that `run:ID` or `run:ID:ITERATION` goes on from, and after which iteration, if it says; None for the base."""
+    if start_from == "base":
+        return None
+    run_id, _, iteration = start_from.removeprefix("run:").partition(":")
+    return run_id, int(iteration) if iteration else None
+
+
 def chains(manifests: Sequence[Manifest]) -> list[list[Manifest]]:
     """The runs by chain, the latest chain first: each from its last run back to its first."""
     by_id = {manifest.run_id: manifest for manifest in manifests}
 
     def before(manifest: Manifest) -> Manifest | None:
-        return by_id.get(manifest.start_from.removeprefix("run:").partition(":")[0])
+        named = named_start(manifest.start_from)
+        return by_id.get(named[0]) if named else None
 
     gone_on_from = {earlier.run_id for manifest in manifests if (earlier := before(manifest))}
     found = []

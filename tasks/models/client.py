@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -283,7 +283,7 @@ class _Call:
             self.elsewhere = len(elsewhere)
             if elsewhere and (not ready or time.monotonic() - looked_at > POLL_SECONDS):
                 if not ready:
-                    if await self._in_batches([question.wish.key for question in elsewhere]):
+                    if await self._are_in_batches(elsewhere):
                         break  # whoever handed them in may be gone: we collect them
                     self._report()
                     await asyncio.sleep(POLL_SECONDS)
@@ -337,9 +337,10 @@ class _Call:
         sent = partial(self.journal.claim, iteration=account.iteration, model=self.model.model)
         return await self._in_thread(sent, account.run_id, account.role, wishes, account.caps())
 
-    async def _in_batches(self, keys: list[str]) -> bool:
-        open_batches = await self._in_thread(self.journal.open_batches, self.model.base_url, self.model.model)
-        return any(not set(batch.keys).isdisjoint(keys) for batch in open_batches)
+    async def _are_in_batches(self, questions: Iterable[_Question]) -> bool:
+        keys = [question.wish.key for question in questions]
+        sought = self.journal, self.model, self.account.run_id, keys
+        return bool(await self._in_thread(batches_to_collect, *sought))
 
     async def _until_settled(self, seconds: float | None = None) -> None:
         self.settled.clear()

@@ -96,7 +96,7 @@ def tonight(monkeypatch: pytest.MonkeyPatch, flow_run: str, iterations: int = 1)
 
     went_through: list[str] = []
     monkeypatch.setattr(deployed.loop, "fn", fn)
-    monkeypatch.setattr(deployed, "flow_run", SimpleNamespace(id=flow_run, run_count=1))
+    monkeypatch.setattr(deployed, "flow_run", SimpleNamespace(id=flow_run))
     config = resolve("smoke")
     ended = distill.fn(preset="smoke", start_from="latest", iterations=config.iterations)
     assert ended.message

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from flows.commands_evaluation import _settings, print_study
+from flows.commands_evaluation import _settings
 from flows.commands_handover import card_of
 from flows.config import resolve
 from flows.evaluate import EvaluateConfig, _Evaluation
+from flows.shown import print_study
 from flows.students import Student, best_student
 from storage.files import Checkpoint
 from storage.pools import by_id, read_rows
